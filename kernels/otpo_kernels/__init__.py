@@ -1,0 +1,1 @@
+"""Triton kernels of otpo. This release holds their place; the kernels are not in it yet."""

@@ -1,0 +1,33 @@
+"""Align language models on preference pairs, with token weights from optimal transport.
+
+Names are loaded when they are first touched, so `import otpo` costs no import of torch, trl or triton.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .config import OTPOConfig as OTPOConfig
+    from .trainer import OTPOTrainer as OTPOTrainer
+    from .weighting import PairBatch as PairBatch
+    from .weighting import TokenWeights as TokenWeights
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "OTPOConfig": "otpo.config",
+    "OTPOTrainer": "otpo.trainer",
+    "PairBatch": "otpo.weighting",
+    "TokenWeights": "otpo.weighting",
+}
+__all__ = ["OTPOConfig", "OTPOTrainer", "PairBatch", "TokenWeights", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'otpo' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,99 @@
+"""The options of OTPO on top of TRL's `DPOConfig`."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from trl import DPOConfig
+
+from .weighting import WEIGHTINGS
+
+
+@dataclass
+class OTPOConfig(DPOConfig):
+    r"""Options of [`OTPOTrainer`]: every option of [`trl.DPOConfig`], and those of the token weights.
+
+    The defaults are the official OTPO release's for its 8B models (`ot_reg` 1, `ot_reg_m` 0.2); its 3B recipes
+    set `ot_reg` to 0.1. `beta` keeps TRL's default of 0.1; the release takes 0.01 for 8B and 0.1 for 3B.
+
+    Parameters:
+        weighting: Name of the token weighting, see `otpo.weighting`. `"otpo"`: optimal transport (arXiv
+            2505.18720). `"uniform"`: ones, which is DPO. `"budget"`: every token of a response alike, with OTPO's
+            budget min(|y_c|, |y_r|). `"length"`: 1/|y|. `"sampo"`: a seeded random subset of the longer response
+            (arXiv 2406.10957). `"ld"`: `ld_alpha` past the shorter response's length (arXiv 2409.06411). A callable
+            goes to the trainer's own argument `weighting` instead.
+        ot_reg: Weight of the entropy of the plan, > 0. Small values concentrate the weights: at 1 they are within
+            5% of uniform on a 135M chat model, at 0.02 the largest is 2.6 times the mean.
+        ot_reg_m: Weight of the two marginal terms, > 0. Large values push the weights towards uniform.
+        ot_cost_scale: What the largest cost is taken over before the costs are divided by it. `"release"`: the
+            distances and the norms of the hidden states, which is what the official release computes because it
+            pads with zero vectors. `"pairwise"`: the distances between real tokens alone.
+        ot_tolerance: Largest relative violation of the optimality condition at which the solver stops, > 0.
+        ot_max_iterations: Most sweeps of the solver, >= 1. `transport/residual` in the log says what was reached.
+        drop_identical_pairs: What happens to a pair whose chosen and rejected completions are the same tokens
+            after truncation. It carries no preference. False: an error that names the row. True: the pair is
+            dropped and counted.
+
+    Raises:
+        ValueError: An option is outside its range; the message names it, its value and the range.
+    """
+
+    weighting: str = field(
+        default="otpo",
+        metadata={
+            "help": "Token weighting: 'otpo' (optimal transport), 'uniform' (DPO), 'budget' (uniform under OTPO's "
+            "budget), 'length' (1/|y|), 'sampo' (seeded subset of the longer response) or 'ld' (ld_alpha past the "
+            "shorter response's length).",
+            "choices": sorted(WEIGHTINGS),
+        },
+    )
+    ot_reg: float = field(
+        default=1.0,
+        metadata={"help": "Weight of the plan's entropy, > 0. Small values (0.02) concentrate the weights."},
+    )
+    ot_reg_m: float = field(
+        default=0.2,
+        metadata={"help": "Weight of the marginal terms, > 0. Large values push the weights towards uniform."},
+    )
+    ot_cost_scale: Literal["release", "pairwise"] = field(
+        default="release",
+        metadata={
+            "help": "Largest cost that the costs are divided by: over distances and norms ('release', as the "
+            "official code) or over distances between real tokens alone ('pairwise')."
+        },
+    )
+    ot_tolerance: float = field(
+        default=1e-6, metadata={"help": "Residual at which the transport solver stops, > 0."}
+    )
+    ot_max_iterations: int = field(
+        default=1000, metadata={"help": "Most iterations of the transport solver, >= 1."}
+    )
+    drop_identical_pairs: bool = field(
+        default=False,
+        metadata={
+            "help": "Drop and count pairs whose completions are the same tokens, instead of stopping with an "
+            "error that names the row."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.weighting not in WEIGHTINGS:
+            raise ValueError(
+                f"`weighting` must be one of {sorted(WEIGHTINGS)}, got {self.weighting!r}. To use your own "
+                "weighting, pass a callable as the trainer's argument `weighting`."
+            )
+        for name in ("ot_reg", "ot_reg_m", "ot_tolerance"):
+            value = getattr(self, name)
+            if not 0.0 < value < float("inf"):
+                raise ValueError(f"`{name}` must be a positive finite number, got {value}.")
+        if self.ot_cost_scale not in ("release", "pairwise"):
+            raise ValueError(f"`ot_cost_scale` must be 'release' or 'pairwise', got {self.ot_cost_scale!r}.")
+        if self.ot_max_iterations < 1:
+            raise ValueError(f"`ot_max_iterations` must be at least 1, got {self.ot_max_iterations}.")
+        if self.ld_alpha is not None and not 0.0 <= self.ld_alpha <= 1.0:
+            raise ValueError(f"`ld_alpha` must be within [0, 1], got {self.ld_alpha}.")
+        if self.weighting == "ld" and self.ld_alpha is None:
+            raise ValueError(
+                "`weighting='ld'` needs `ld_alpha`, got None. Set it within [0, 1]; the LD-DPO paper finds 0.5 best "
+                "for Llama-3-8B-Instruct."
+            )

@@ -1,0 +1,140 @@
+"""Checks of preference data before the first step: columns, empty completions, identical pairs."""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from datasets import Dataset, IterableDataset
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+_TOKENIZED = ("prompt_ids", "chosen_ids", "rejected_ids")
+_ROWS_AT_ONCE = 1000
+
+Problem = Literal["empty", "identical"]
+
+
+def require_preference_columns(dataset: Dataset | IterableDataset, name: str) -> None:
+    """Raises a `ValueError` that names the missing columns of the dataset called `name`."""
+    columns = dataset.column_names or list(next(iter(dataset)))
+    if set(_TOKENIZED) <= set(columns):
+        return
+    missing = [column for column in ("chosen", "rejected") if column not in columns]
+    if missing:
+        raise ValueError(
+            f"The {name} dataset lacks the column(s) {missing}; it has {sorted(columns)}. A preference dataset needs "
+            "'chosen' and 'rejected', and 'prompt' unless both start with it: rename yours with "
+            "`dataset.rename_column(old, new)`."
+        )
+
+
+@dataclass(frozen=True)
+class PairRule:
+    """Which pairs can be trained on once they are truncated as the collator truncates them.
+
+    Attributes:
+        max_length: Tokens kept of prompt and completion together, None for all.
+        truncation_mode: `"keep_start"` or `"keep_end"`, as in `trl.DPOConfig`.
+        drop_identical: Whether a pair with equal completions is dropped rather than refused.
+    """
+
+    max_length: int | None
+    truncation_mode: str
+    drop_identical: bool
+
+    def problem(self, prompt_ids: Sequence[int], chosen_ids: Sequence[int], rejected_ids: Sequence[int]) -> Problem | None:
+        """What is wrong with a pair of token lists, None when nothing is."""
+        chosen = self._scored(prompt_ids, chosen_ids)
+        rejected = self._scored(prompt_ids, rejected_ids)
+        if not chosen or not rejected:
+            return "empty"
+        return "identical" if list(chosen) == list(rejected) else None
+
+    def _scored(self, prompt_ids: Sequence[int], completion_ids: Sequence[int]) -> Sequence[int]:
+        """Completion tokens that are left and have a token before them to predict them."""
+        prompt_length, limit = len(prompt_ids), self.max_length
+        if limit is not None and self.truncation_mode == "keep_end":
+            cut = max(0, prompt_length + len(completion_ids) - limit)
+            completion_ids = completion_ids[max(0, cut - prompt_length) :]
+            prompt_length = max(0, prompt_length - cut)
+        elif limit is not None:
+            completion_ids = completion_ids[: max(0, limit - prompt_length)]
+        return completion_ids if prompt_length > 0 else completion_ids[1:]
+
+    def refuse_identical(self, row: int, name: str) -> None:
+        """Raises a `ValueError` for an identical pair, unless such pairs are dropped."""
+        if self.drop_identical:
+            return
+        limit = "" if self.max_length is None else f" within max_length={self.max_length}"
+        raise ValueError(
+            f"Row {row} of the {name} dataset has the same chosen and rejected completion{limit}, so it states no "
+            "preference. Remove such rows, or set `drop_identical_pairs=True` to drop and count them."
+        )
+
+
+def drop_unusable_pairs(
+    dataset: Dataset | IterableDataset, rule: PairRule, name: str
+) -> tuple[Dataset | IterableDataset, Counter[str]]:
+    """Leaves out the pairs of a tokenized dataset that no loss can be computed on.
+
+    Args:
+        dataset: Rows with `prompt_ids`, `chosen_ids` and `rejected_ids`.
+        rule: What is left out.
+        name: What the dataset is called in messages.
+
+    Returns:
+        The dataset, and how many pairs were dropped by problem (`"empty"`, `"identical"`). A streamed dataset is
+        read only later, so its counts grow while it is read by this process.
+
+    Raises:
+        ValueError: A pair is identical and `rule` refuses it, or no pair is left.
+    """
+    dropped: Counter[str] = Counter()
+    if isinstance(dataset, IterableDataset):
+        return dataset.filter(_StreamFilter(rule, name, dropped), with_indices=True), dropped
+
+    kept = []
+    for row, tokens in enumerate(_token_rows(dataset)):
+        problem = rule.problem(*tokens)
+        if problem is None:
+            kept.append(row)
+            continue
+        if problem == "identical":
+            rule.refuse_identical(row, name)
+        dropped[problem] += 1
+    if not kept:
+        raise ValueError(
+            f"No pair of the {name} dataset is left: {dict(dropped)} of {len(dataset)}, with "
+            f"max_length={rule.max_length}. Raise `max_length` or shorten the prompts."
+        )
+    if dropped:
+        logger.warning(
+            f"Dropped {sum(dropped.values())} of {len(dataset)} pairs of the {name} dataset: {dropped['empty']} with a "
+            f"completion that is empty after truncation to max_length={rule.max_length}, {dropped['identical']} with "
+            "identical completions."
+        )
+        dataset = dataset.select(kept)
+    return dataset, dropped
+
+
+def _token_rows(dataset: Dataset) -> Iterator[tuple[list[int], list[int], list[int]]]:
+    tokens = dataset.select_columns(list(_TOKENIZED))
+    for batch in tokens.iter(_ROWS_AT_ONCE):
+        yield from zip(*(batch[column] for column in _TOKENIZED), strict=True)  # pyright: ignore
+
+
+class _StreamFilter:
+    """The rule as a filter of a stream, which counts what it drops."""
+
+    def __init__(self, rule: PairRule, name: str, dropped: Counter[str]) -> None:
+        self.rule, self.name, self.dropped = rule, name, dropped
+
+    def __call__(self, example: dict[str, Any], row: int) -> bool:
+        problem = self.rule.problem(*(example[column] for column in _TOKENIZED))
+        if problem == "identical":
+            self.rule.refuse_identical(row, self.name)
+        if problem is not None:
+            self.dropped[problem] += 1
+        return problem is None
