@@ -61,12 +61,8 @@ class OTPOConfig(DPOConfig):
             "official code) or over distances between real tokens alone ('pairwise')."
         },
     )
-    ot_tolerance: float = field(
-        default=1e-6, metadata={"help": "Residual at which the transport solver stops, > 0."}
-    )
-    ot_max_iterations: int = field(
-        default=1000, metadata={"help": "Most iterations of the transport solver, >= 1."}
-    )
+    ot_tolerance: float = field(default=1e-6, metadata={"help": "Residual at which the transport solver stops, > 0."})
+    ot_max_iterations: int = field(default=1000, metadata={"help": "Most iterations of the transport solver, >= 1."})
     drop_identical_pairs: bool = field(
         default=False,
         metadata={

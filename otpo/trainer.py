@@ -86,6 +86,10 @@ class OTPOTrainer(DPOTrainer):
         FloatingPointError: In training, a hidden state or a log-probability is not finite.
     """
 
+    args: OTPOConfig
+    model: Any
+    ref_model: Any
+
     _tag_names = ["trl", "dpo", "otpo"]  # noqa: RUF012
     _name = "OTPO"
     _paper = {  # noqa: RUF012
@@ -97,8 +101,8 @@ class OTPOTrainer(DPOTrainer):
                 title     = {{Optimal Transport-Based Token Weighting scheme for Enhanced Preference Optimization}},
                 author    = {Meng Li and Guangda Huzhang and Haibo Zhang and Xiting Wang and Anxiang Zeng},
                 year      = 2025,
-                booktitle = {Proceedings of the 63rd Annual Meeting of the Association for Computational Linguistics (Volume 1: Long Papers)},
-                eprint    = {arXiv:2505.18720},
+                booktitle = {Proceedings of the 63rd Annual Meeting of the Association for Computational Linguistics},
+                pages     = {21311--21334},
             }"""),
     }
 
@@ -132,11 +136,9 @@ class OTPOTrainer(DPOTrainer):
 
         self.weighting = weighting or WEIGHTINGS[args.weighting](args)
         self.dropped_pairs: dict[str, Counter[str]] = {}
-        self._timer = DeviceTimer()
+        self._timers = {"train": DeviceTimer(), "eval": DeviceTimer()}
         self._row_width = 0
-        super().__init__(
-            model, ref_model, args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs
-        )
+        super().__init__(model, ref_model, args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
         if weighting is None and args.weighting == "ld":
             self.ld_alpha = None  # the weights carry it
 
@@ -155,7 +157,8 @@ class OTPOTrainer(DPOTrainer):
 
     # The data, before training
 
-    def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
+    def _prepare_dataset(self, dataset, processing_class, args: OTPOConfig, dataset_name):
+        require_preference_columns(dataset, dataset_name)
         # TRL drops pairs whose prompt fills `max_length` unseen; without the limit it drops none, and we count.
         with _swapped(args, max_length=None):
             dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
@@ -185,10 +188,9 @@ class OTPOTrainer(DPOTrainer):
     def _compute_loss(self, model, inputs, return_outputs):
         inputs = dict(inputs)
         scored: _Scored | None = None
-        weights = torch.empty(0)
 
         def stand_in(**kwargs: Any) -> Any:
-            nonlocal scored, weights
+            nonlocal scored
             if not kwargs.get("fused_lm_head"):
                 return model(**kwargs)  # TRL's extra pass for `compute_metrics`
             if scored is None:
@@ -202,10 +204,12 @@ class OTPOTrainer(DPOTrainer):
         result: Any = None
         for position, (loss_types, coefficients) in enumerate(self._loss_groups()):
             # The first group carries TRL's metrics, the auxiliary loss and the outputs; the others only a loss.
-            rest = {} if position == 0 else {"aux_loss_enabled": False, "_metrics": _discarded(), "_total_train_tokens": 0}
-            with _swapped(
-                self, precompute_ref_logps=True, loss_types=loss_types, loss_weights=coefficients, **rest
-            ):
+            rest = (
+                {}
+                if position == 0
+                else {"aux_loss_enabled": False, "_metrics": _discarded(), "_total_train_tokens": 0}
+            )
+            with _swapped(self, precompute_ref_logps=True, loss_types=loss_types, loss_weights=coefficients, **rest):
                 part = super()._compute_loss(stand_in, inputs, return_outputs and position == 0)
             if position == 0:
                 result = part
@@ -239,8 +243,10 @@ class OTPOTrainer(DPOTrainer):
         mask = mask.to(device)
         require_finite_step(states, logps, mask, inputs, self.train_dataset, self.state.global_step)
 
-        batch = PairBatch(mask, inputs["input_ids"][:, 1:].to(device), logps.detach(), states, self.state.global_step)
-        with torch.no_grad(), torch.autocast(device.type, enabled=False), self._timer.region(device):
+        token_ids = inputs["input_ids"][:, 1:].to(device)
+        batch = PairBatch(mask, token_ids, logps.detach(), states, self.state.global_step)
+        timed = self._timers[self._mode].region(device)
+        with torch.no_grad(), torch.autocast(device.type, enabled=False), timed:
             answer = self.token_weights(batch)
         values, metrics = answer if isinstance(answer, TokenWeights) else (answer, {})
         if values.shape != mask.shape:
@@ -294,21 +300,26 @@ class OTPOTrainer(DPOTrainer):
         rewards = self.beta * (scored.policy_logps.detach() - scored.reference_logps).sum(1)
         self._append_metrics(reward_metrics(rewards, "_unweighted"))
 
+    @property
+    def _mode(self) -> str:
+        return "train" if self.model.training else "eval"
+
     def _append_metrics(self, metrics: Mapping[str, float | Tensor]) -> None:
         """Averages numbers over processes, residuals and the like by their maximum, in one exchange."""
-        mode = "train" if self.model.training else "eval"
         device = self.accelerator.device
-        values = torch.stack([torch.as_tensor(value, dtype=torch.float32, device=device) for value in metrics.values()])
-        gathered = self.accelerator.gather(values.unsqueeze(0))
+        values = torch.stack(
+            [torch.as_tensor(value, dtype=torch.float32, device=device) for value in metrics.values()]
+        )
+        gathered: Any = self.accelerator.gather(values.unsqueeze(0))
         for name, mean, largest in zip(metrics, gathered.mean(0).tolist(), gathered.amax(0).tolist(), strict=True):
-            self._metrics[mode][name].append(largest if name.startswith("transport/") else mean)
+            self._metrics[self._mode][name].append(largest if name.startswith("transport/") else mean)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """TRL's log, with the weights' time, which is only read off the device here."""
-        mode = "train" if self.model.training else "eval"
-        times = self._timer.take()
-        if times and "transport/iterations" in self._metrics[mode]:
-            self._metrics[mode]["transport/ms"].extend(times)
+        metrics = self._metrics[self._mode]
+        times = self._timers[self._mode].take()
+        if times and "transport/iterations" in metrics:
+            metrics["transport/ms"].extend(times)
         super().log(logs, start_time)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

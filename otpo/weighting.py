@@ -130,7 +130,7 @@ def sampo(batch: PairBatch, *, seed: int = 0) -> Tensor:
     token_keys = _mix(batch.token_ids + _mix(batch.positions))
     row_keys = _mix(token_keys.masked_fill(~batch.mask, 0).sum(1, keepdim=True) & _LOW_32)
     scores = _mix(_mix(batch.positions) ^ row_keys ^ draw_keys)
-    order = scores.masked_fill(~batch.mask, _LOW_32 + 1).argsort(1, stable=True)
+    order = scores.masked_fill(~batch.mask, _LOW_32 + 1).argsort(dim=1, stable=True)
     rank = order.argsort(1)
     return (rank < batch.shorter).to(batch.logps.dtype)
 

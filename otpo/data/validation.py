@@ -44,7 +44,9 @@ class PairRule:
     truncation_mode: str
     drop_identical: bool
 
-    def problem(self, prompt_ids: Sequence[int], chosen_ids: Sequence[int], rejected_ids: Sequence[int]) -> Problem | None:
+    def problem(
+        self, prompt_ids: Sequence[int], chosen_ids: Sequence[int], rejected_ids: Sequence[int]
+    ) -> Problem | None:
         """What is wrong with a pair of token lists, None when nothing is."""
         chosen = self._scored(prompt_ids, chosen_ids)
         rejected = self._scored(prompt_ids, rejected_ids)
@@ -111,9 +113,9 @@ def drop_unusable_pairs(
         )
     if dropped:
         logger.warning(
-            f"Dropped {sum(dropped.values())} of {len(dataset)} pairs of the {name} dataset: {dropped['empty']} with a "
-            f"completion that is empty after truncation to max_length={rule.max_length}, {dropped['identical']} with "
-            "identical completions."
+            f"Dropped {sum(dropped.values())} of {len(dataset)} pairs of the {name} dataset: {dropped['empty']} "
+            f"with a completion that is empty after truncation to max_length={rule.max_length}, "
+            f"{dropped['identical']} with identical completions."
         )
         dataset = dataset.select(kept)
     return dataset, dropped

@@ -1,0 +1,254 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from otpo.transport import pairwise_cost, transport_weights, unbalanced_sinkhorn
+
+GOLDEN = np.load(Path(__file__).with_name("golden_otpo_weights.npz"))
+CASES = sorted({key.split("/")[0] for key in GOLDEN})
+
+
+def golden(case: str, dtype: torch.dtype) -> tuple[list[torch.Tensor], dict[str, float], list[torch.Tensor]]:
+    tensors = {key.split("/")[1]: torch.from_numpy(GOLDEN[key]) for key in GOLDEN if key.startswith(case)}
+    states = [tensors["chosen_hidden"].to(dtype), tensors["rejected_hidden"].to(dtype)]
+    masks = [tensors["chosen_mask"], tensors["rejected_mask"]]
+    regs = {name: float(tensors[name]) for name in ("reg", "reg_m")}
+    return states + masks, regs, [tensors["chosen_weights"], tensors["rejected_weights"]]
+
+
+def relative_error(got: torch.Tensor, want: torch.Tensor, mask: torch.Tensor) -> float:
+    return ((got.double() - want).abs() / want)[mask].max().item()
+
+
+def problem(generator: torch.Generator, b: int, m: int, n: int, d: int = 8, scale: float = 3.0):
+    chosen = scale * torch.randn(b, m, d, generator=generator, dtype=torch.float64)
+    rejected = scale * torch.randn(b, n, d, generator=generator, dtype=torch.float64)
+    return chosen, rejected
+
+
+def test_there_are_25_golden_cases():
+    assert len(CASES) == 25
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("dtype", "tolerance", "rtol"),
+    [(torch.float32, 1e-6, 1e-5), (torch.float64, 1e-12, 1e-9)],
+    ids=["float32", "float64"],
+)
+def test_golden_weights(case, dtype, tolerance, rtol):
+    inputs, regs, want = golden(case, dtype)
+    got = transport_weights(*inputs, **regs, tolerance=tolerance, max_iterations=5000)
+    assert got.chosen.dtype == got.rejected.dtype == dtype
+    assert relative_error(got.chosen, want[0], inputs[2]) < rtol
+    assert relative_error(got.rejected, want[1], inputs[3]) < rtol
+    assert got.chosen[~inputs[2]].eq(0).all() and got.rejected[~inputs[3]].eq(0).all()
+    assert got.residual.max() <= tolerance
+    assert got.residual.shape == (3,)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if float(GOLDEN[f"{case}/reg_m"]) <= 1])
+def test_few_iterations_suffice(case):
+    """The shift removes the slow mode: plain Sinkhorn takes up to 79 sweeps on these."""
+    inputs, regs, _ = golden(case, torch.float64)
+    assert transport_weights(*inputs, **regs).iterations <= 20
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    m=st.integers(1, 23),
+    n=st.integers(1, 23),
+    reg=st.sampled_from([1.0, 0.5, 0.1, 0.05]),
+    reg_m=st.sampled_from([0.05, 0.2, 1.0]),
+    scale=st.sampled_from([0.01, 1.0, 30.0]),
+    cost_scale=st.sampled_from(["release", "pairwise"]),
+)
+def test_agrees_with_pot_on_cropped_problems(seed, m, n, reg, reg_m, scale, cost_scale):
+    import ot
+
+    generator = torch.Generator().manual_seed(seed)
+    chosen, rejected = problem(generator, 1, m, n, scale=scale)
+    distances = torch.cdist(chosen[0], rejected[0], compute_mode="donot_use_mm_for_euclid_dist").numpy()
+    largest = distances.max()
+    if cost_scale == "release":
+        largest = 1e-6 + max(largest, chosen.norm(dim=2).max().item(), rejected.norm(dim=2).max().item())
+    cost = distances / max(largest, 1.0)
+    plan = ot.unbalanced.sinkhorn_unbalanced(
+        np.ones(m), np.ones(n), cost, reg, reg_m, method="sinkhorn", reg_type="kl", numItermax=20000, stopThr=1e-13
+    )
+    tau = min(m, n)
+    got = transport_weights(
+        chosen,
+        rejected,
+        torch.ones(1, m, dtype=torch.bool),
+        torch.ones(1, n, dtype=torch.bool),
+        reg=reg,
+        reg_m=reg_m,
+        cost_scale=cost_scale,
+        tolerance=1e-11,
+    )
+    np.testing.assert_allclose(got.chosen[0], plan.sum(1) * tau / plan.sum(), rtol=1e-8)
+    np.testing.assert_allclose(got.rejected[0], plan.sum(0) * tau / plan.sum(), rtol=1e-8)
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 2**31), b=st.integers(1, 4), m=st.integers(1, 19), n=st.integers(1, 19))
+def test_padding_and_company_change_nothing(seed, b, m, n):
+    """A pair solved alone and cropped equals the pair in a batch with holes, garbage and other pairs."""
+    generator = torch.Generator().manual_seed(seed)
+    chosen, rejected = problem(generator, b, m, n)
+    chosen_mask = torch.rand(b, m, generator=generator) < 0.6
+    rejected_mask = torch.rand(b, n, generator=generator) < 0.6
+    got = transport_weights(
+        chosen.masked_fill(~chosen_mask[..., None], torch.nan),
+        rejected.masked_fill(~rejected_mask[..., None], torch.inf),
+        chosen_mask,
+        rejected_mask,
+        reg=0.1,
+        tolerance=1e-12,
+    )
+    tau = torch.minimum(chosen_mask.sum(1), rejected_mask.sum(1)).double()
+    torch.testing.assert_close(got.chosen.sum(1), tau, rtol=1e-12, atol=0)
+    torch.testing.assert_close(got.rejected.sum(1), tau, rtol=1e-12, atol=0)
+    for i in range(b):
+        if tau[i] == 0:
+            assert got.chosen[i].eq(0).all() and got.rejected[i].eq(0).all() and got.residual[i] == 0
+            continue
+        c, r = chosen[i : i + 1, chosen_mask[i]], rejected[i : i + 1, rejected_mask[i]]
+        alone = transport_weights(
+            c, r, torch.ones(c.shape[:2]).bool(), torch.ones(r.shape[:2]).bool(), reg=0.1, tolerance=1e-12
+        )
+        torch.testing.assert_close(got.chosen[i, chosen_mask[i]], alone.chosen[0], rtol=1e-10, atol=0)
+        torch.testing.assert_close(got.rejected[i, rejected_mask[i]], alone.rejected[0], rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("reg", [0.01, 0.02, 1.0])
+@pytest.mark.parametrize("norm", [1e-3, 1.0, 1e4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_small_reg_and_extreme_norms_match_float64(reg, norm, dtype):
+    generator = torch.Generator().manual_seed(3)
+    chosen, rejected = (states.to(dtype) for states in problem(generator, 2, 33, 27, scale=norm))
+    masks = torch.ones(2, 33, dtype=torch.bool), torch.ones(2, 27, dtype=torch.bool)
+    want = transport_weights(chosen.double(), rejected.double(), *masks, reg=reg, tolerance=1e-12)
+    got = transport_weights(chosen, rejected, *masks, reg=reg)
+    torch.testing.assert_close(got.chosen, want.chosen.float(), rtol=1e-5, atol=1e-12)
+    torch.testing.assert_close(got.rejected, want.rejected.float(), rtol=1e-5, atol=1e-12)
+
+
+def test_shared_prefix_stays_exact_in_float32():
+    """Equal states are at distance zero however large they are, so float32 equals float64 at small reg."""
+    generator = torch.Generator().manual_seed(4)
+    prefix = 300 + 50 * torch.randn(1, 20, 64, generator=generator)
+    tails = 300 + 50 * torch.randn(2, 9, 64, generator=generator)
+    chosen, rejected = (torch.cat([prefix, tail[None]], 1) for tail in tails)
+    masks = [torch.ones(1, 29, dtype=torch.bool)] * 2
+    want = transport_weights(chosen.double(), rejected.double(), *masks, reg=0.02, tolerance=1e-12)
+    got = transport_weights(chosen, rejected, *masks, reg=0.02)
+    torch.testing.assert_close(got.chosen, want.chosen.float(), rtol=1e-5, atol=0)
+
+
+def test_plan_has_the_marginals_and_is_optimal():
+    """The plan satisfies the first-order conditions: log G = (f + g - C)/reg with f = -reg_m log(G 1)."""
+    generator = torch.Generator().manual_seed(5)
+    chosen, rejected = problem(generator, 2, 11, 7)
+    masks = torch.ones(2, 11, dtype=torch.bool), torch.ones(2, 7, dtype=torch.bool)
+    cost = pairwise_cost(chosen, rejected, *masks)
+    solved = unbalanced_sinkhorn(cost, *masks, reg=0.1, reg_m=1.0, tolerance=1e-12)
+    plan = solved.plan(cost, 0.1)
+    torch.testing.assert_close(plan.sum(2), solved.chosen_marginal)
+    torch.testing.assert_close(plan.sum(1), solved.rejected_marginal)
+    f = -1.0 * plan.sum(2).log()
+    g = -1.0 * plan.sum(1).log()
+    torch.testing.assert_close(0.1 * plan.log(), f[:, :, None] + g[:, None, :] - cost, rtol=1e-9, atol=1e-9)
+
+
+def test_identical_responses_give_a_symmetric_plan():
+    states = torch.randn(1, 12, 16)
+    mask = torch.ones(1, 12, dtype=torch.bool)
+    got = transport_weights(states, states, mask, mask, reg=0.1)
+    torch.testing.assert_close(got.chosen, got.rejected)
+
+
+def test_large_reg_is_the_uniform_budget():
+    generator = torch.Generator().manual_seed(6)
+    chosen, rejected = problem(generator, 1, 10, 4)
+    masks = torch.ones(1, 10, dtype=torch.bool), torch.ones(1, 4, dtype=torch.bool)
+    got = transport_weights(chosen, rejected, *masks, reg=1e6)
+    torch.testing.assert_close(got.chosen, torch.full((1, 10), 0.4, dtype=torch.float64), rtol=1e-5, atol=0)
+
+
+def test_pairwise_scale_keeps_more_contrast_than_release_on_offset_states():
+    generator = torch.Generator().manual_seed(7)
+    chosen, rejected = problem(generator, 1, 20, 20)
+    offset = torch.full((1, 1, 8), 25.0, dtype=torch.float64)
+    mask = torch.ones(1, 20, dtype=torch.bool)
+    spread = {
+        scale: transport_weights(
+            chosen + offset, rejected + offset, mask, mask, reg=0.1, cost_scale=scale
+        ).chosen.std()
+        for scale in ("release", "pairwise")
+    }
+    assert spread["pairwise"] > 3 * spread["release"]
+
+
+def test_iteration_limit_is_kept_and_residual_says_so():
+    inputs, regs, _ = golden("case18", torch.float32)
+    got = transport_weights(*inputs, **regs, max_iterations=3)
+    assert got.iterations == 3
+    assert got.residual.max() > 1e-4
+
+
+def test_weights_carry_no_gradient():
+    states = torch.randn(1, 5, 4, requires_grad=True)
+    mask = torch.ones(1, 5, dtype=torch.bool)
+    got = transport_weights(states, states * 2, mask, mask)
+    assert not got.chosen.requires_grad
+
+
+@pytest.mark.parametrize("name", ["reg", "reg_m"])
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
+def test_bad_regularisation_is_refused_by_name(name, value):
+    mask = torch.ones(1, 3, dtype=torch.bool)
+    with pytest.raises(ValueError, match=f"`{name}` must be a positive finite number"):
+        unbalanced_sinkhorn(torch.zeros(1, 3, 3), mask, mask, **{"reg": 1.0, "reg_m": 1.0, name: value})
+
+
+def test_unknown_cost_scale_is_refused():
+    mask = torch.ones(1, 3, dtype=torch.bool)
+    with pytest.raises(ValueError, match="'release' or 'pairwise', got 'max'"):
+        pairwise_cost(torch.zeros(1, 3, 2), torch.zeros(1, 3, 2), mask, mask, scale="max")
+
+
+def test_all_pairs_empty():
+    empty = torch.zeros(2, 4, dtype=torch.bool)
+    got = transport_weights(torch.randn(2, 4, 3), torch.randn(2, 4, 3), empty, empty)
+    assert got.chosen.eq(0).all() and got.rejected.eq(0).all() and got.residual.eq(0).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", CASES)
+def test_golden_weights_on_cuda(case):
+    inputs, regs, want = golden(case, torch.float32)
+    got = transport_weights(*(tensor.cuda() for tensor in inputs), **regs)
+    assert relative_error(got.chosen.cpu(), want[0], inputs[2]) < 1e-5
+    assert relative_error(got.rejected.cpu(), want[1], inputs[3]) < 1e-5
+
+
+@pytest.mark.gpu
+def test_the_loop_waits_for_the_device_every_tenth_sweep_only():
+    inputs, regs, _ = golden("case18", torch.float32)
+    chosen, rejected, chosen_mask, rejected_mask = (tensor.cuda() for tensor in inputs)
+    cost = pairwise_cost(chosen, rejected, chosen_mask, rejected_mask)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        unbalanced_sinkhorn(cost, chosen_mask, rejected_mask, **regs, max_iterations=9)
+        with pytest.raises(RuntimeError, match="synchroniz"):
+            unbalanced_sinkhorn(cost, chosen_mask, rejected_mask, **regs, max_iterations=10)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -1,0 +1,93 @@
+import dataclasses
+
+import pytest
+import torch
+from helpers import options
+
+from otpo.weighting import WEIGHTINGS, PairBatch, TokenWeights, budget, ld, length, otpo, sampo, uniform
+
+
+def make_batch(lengths: list[int], width: int = 9, step: int = 0, seed: int = 0) -> PairBatch:
+    """Rows of the given numbers of tokens, after a prompt of one to three positions."""
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.zeros(len(lengths), width, dtype=torch.bool)
+    for row, count in enumerate(lengths):
+        start = 1 + row % 3 if count + 3 <= width else 0
+        mask[row, start : start + count] = True
+    ids = torch.randint(0, 1000, mask.shape, generator=generator)
+    states = torch.randn(*mask.shape, 5, generator=generator)
+    return PairBatch(mask, ids, -torch.rand(mask.shape, generator=generator), states, step)
+
+
+BATCH = make_batch([6, 1, 4, 2, 5, 4])  # pairs (6, 2), (1, 5), (4, 4)
+
+
+def test_uniform_is_ones():
+    assert uniform(BATCH).eq(1).all()
+
+
+def test_budget_sums_to_the_shorter_length():
+    total = (budget(BATCH) * BATCH.mask).sum(1)
+    torch.testing.assert_close(total, torch.tensor([2.0, 1, 4, 2, 1, 4]))
+
+
+def test_length_sums_to_one():
+    torch.testing.assert_close((length(BATCH) * BATCH.mask).sum(1), torch.ones(6))
+
+
+def test_ld_discounts_past_the_shorter_response():
+    got = ld(BATCH, alpha=0.25)
+    assert got[0][BATCH.mask[0]].tolist() == [1, 1, 0.25, 0.25, 0.25, 0.25]
+    assert got[4][BATCH.mask[4]].tolist() == [1, 0.25, 0.25, 0.25, 0.25]
+    assert got[3][BATCH.mask[3]].tolist() == [1, 1]
+
+
+def test_sampo_takes_the_shorter_number_of_tokens_of_each():
+    got = sampo(BATCH)
+    assert got.sum(1).tolist() == [2, 1, 4, 2, 1, 4]
+    assert got[~BATCH.mask].eq(0).all()
+
+
+def test_sampo_draws_by_seed_and_step_and_content_alone():
+    base = sampo(BATCH, seed=1)
+    torch.testing.assert_close(base, sampo(BATCH, seed=1))
+    draws = {tuple(sampo(BATCH, seed=seed)[0].tolist()) for seed in range(30)}
+    steps = {tuple(sampo(dataclasses.replace(BATCH, step=step), seed=1)[0].tolist()) for step in range(30)}
+    assert len(draws) > 8 and len(steps) > 8  # 15 subsets are possible
+    shifted = PairBatch(
+        *(torch.roll(t, 1, 1) for t in (BATCH.mask, BATCH.token_ids, BATCH.logps, BATCH.hidden_states))
+    )
+    torch.testing.assert_close(torch.roll(base, 1, 1), sampo(shifted, seed=1))
+    alone = [0, 3]
+    pair = PairBatch(*(t[alone] for t in (BATCH.mask, BATCH.token_ids, BATCH.logps, BATCH.hidden_states)))
+    torch.testing.assert_close(base[alone], sampo(pair, seed=1))
+
+
+def test_sampo_is_fair():
+    """Each of six tokens is drawn with probability 1/3; 4 standard deviations of 3000 draws are 0.034."""
+    draws = torch.stack([sampo(BATCH, seed=seed)[0][BATCH.mask[0]] for seed in range(3000)])
+    assert (draws.mean(0) - 1 / 3).abs().max() < 0.035
+
+
+def test_otpo_reports_its_solver():
+    got = otpo(BATCH, reg=0.1)
+    assert isinstance(got, TokenWeights)
+    torch.testing.assert_close(got.values.sum(1), torch.tensor([2.0, 1, 4, 2, 1, 4]))
+    assert 0 <= got.metrics["transport/residual"] <= 1e-6
+    assert got.metrics["transport/iterations"] >= 1
+
+
+@pytest.mark.parametrize("name", sorted(WEIGHTINGS))
+def test_every_name_survives_empty_responses(name, tmp_path):
+    batch = make_batch([3, 0, 0, 2])  # both pairs have an empty side
+    answer = WEIGHTINGS[name](options(tmp_path, weighting=name, ld_alpha=0.5))(batch)
+    values = answer.values if isinstance(answer, TokenWeights) else answer
+    assert values.shape == batch.mask.shape
+    assert values.isfinite().all()
+
+
+def test_names_take_their_options(tmp_path):
+    args = options(tmp_path, ot_reg=0.05, ot_reg_m=0.7, ot_cost_scale="pairwise", ot_max_iterations=50, seed=11)
+    want = otpo(BATCH, reg=0.05, reg_m=0.7, cost_scale="pairwise", max_iterations=50).values
+    torch.testing.assert_close(WEIGHTINGS["otpo"](args)(BATCH).values, want)
+    torch.testing.assert_close(WEIGHTINGS["sampo"](args)(BATCH), sampo(BATCH, seed=11))
