@@ -1,5 +1,6 @@
 """Stops for numbers that are not finite, before they reach an update or a checkpoint."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,49 +10,75 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 
-def require_finite_step(
-    states: Tensor, logps: Tensor, mask: Tensor, inputs: dict[str, Any], dataset: Any, step: int
-) -> None:
-    """Raises a `FloatingPointError` that names the pairs whose states or log-probabilities are not finite.
+def require_finite_step(bad: Tensor, what: str, inputs: dict[str, Any], rows: "RowFinder", step: int) -> None:
+    """Raises a `FloatingPointError` that names the pairs that have a number that is not finite.
 
-    Costs one pass over the states and one wait for the device.
+    Waits for the device once.
 
     Args:
-        states: Hidden states `(2B, T, D)`.
-        logps: Log-probabilities `(2B, T)`.
-        mask: `(2B, T)` bool; what lies outside it is not looked at.
+        bad: `(2B, T)` bool, true where a number is not finite and matters.
+        what: What the numbers are, in plural.
         inputs: The batch, to find the pair's row in the dataset.
-        dataset: The training dataset.
+        rows: Finds a pair in the training dataset.
         step: Optimizer steps done so far.
     """
-    norms = torch.linalg.vector_norm(states.detach(), dim=2, dtype=torch.float32)
-    bad = ((~norms.isfinite() | ~logps.detach().isfinite()) & mask).any(1)
-    bad_pairs = bad[: len(bad) // 2] | bad[len(bad) // 2 :]
+    bad_rows = bad.any(1)
+    bad_pairs = bad_rows[: len(bad_rows) // 2] | bad_rows[len(bad_rows) // 2 :]
     if not bad_pairs.any():
         return
     pairs = bad_pairs.nonzero().flatten().tolist()
-    rows = [_find_row(dataset, inputs, pair) for pair in pairs]
-    where = ", ".join(str(row) for row in rows if row is not None)
+    found = [rows.find(inputs, pair) for pair in pairs]
+    where = ", ".join(str(row) for row in found if row is not None)
     raise FloatingPointError(
-        f"Hidden states or log-probabilities of pair(s) {pairs} of the micro-batch"
+        f"{what} of pair(s) {pairs} of the micro-batch"
         + (f" (row(s) {where} of the training dataset)" if where else "")
         + f" are not finite after {step} optimizer step(s). No update was made from them and nothing was saved. "
         "Resume from the last checkpoint with a lower `learning_rate` or `max_grad_norm`, or with bf16 in place of "
-        "fp16; if it is step 0, the model's weights or this pair's text are at fault."
+        "fp16; if it is step 0, the model's weights, the weighting or this pair's text are at fault."
     )
 
 
-def _find_row(dataset: Any, inputs: dict[str, Any], pair: int) -> int | None:
-    """The row of the dataset whose chosen sequence is the pair's; None if it can't be told."""
-    if not isinstance(dataset, Dataset) or "chosen_ids" not in dataset.column_names:
+def states_not_finite(states: Tensor, logps: Tensor, mask: Tensor) -> Tensor:
+    """Where hidden states `(2B, T, D)` or log-probabilities `(2B, T)` are not finite within the mask."""
+    norms = torch.linalg.vector_norm(states.detach(), dim=2, dtype=torch.float32)
+    return (~norms.isfinite() | ~logps.detach().isfinite()) & mask
+
+
+@dataclass
+class RowFinder:
+    """Finds the row of a pair of a batch in the dataset that the user passed.
+
+    Attributes:
+        dataset: The dataset that batches are made of.
+        original: The row in the user's dataset of each of its rows, None where they are the same.
+        max_length: As in `trl.DPOConfig`, and so is `truncation_mode`.
+    """
+
+    dataset: Any
+    original: list[int] | None
+    max_length: int | None
+    truncation_mode: str
+
+    def find(self, inputs: dict[str, Any], pair: int) -> int | None:
+        """The row whose two sequences are the pair's; None if it can't be told."""
+        if not isinstance(self.dataset, Dataset) or "chosen_ids" not in self.dataset.column_names:
+            return None
+        ids, mask = inputs["input_ids"], inputs["attention_mask"].bool()
+        other = pair + len(ids) // 2
+        chosen, rejected = ids[pair][mask[pair]].tolist(), ids[other][mask[other]].tolist()
+        for row, example in enumerate(self.dataset.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"])):
+            prompt = example["prompt_ids"]  # pyright: ignore
+            if (
+                self._cut(prompt + example["chosen_ids"]) == chosen  # pyright: ignore
+                and self._cut(prompt + example["rejected_ids"]) == rejected  # pyright: ignore
+            ):
+                return row if self.original is None else self.original[row]
         return None
-    ids = inputs["input_ids"][pair][inputs["attention_mask"][pair].bool()].tolist()
-    columns = dataset.select_columns(["prompt_ids", "chosen_ids"])
-    for row, example in enumerate(columns):
-        tokens = example["prompt_ids"] + example["chosen_ids"]  # pyright: ignore
-        if tokens[: len(ids)] == ids or tokens[-len(ids) :] == ids:
-            return row
-    return None
+
+    def _cut(self, ids: list[int]) -> list[int]:
+        if self.max_length is None:
+            return ids
+        return ids[: self.max_length] if self.truncation_mode == "keep_start" else ids[-self.max_length :]
 
 
 def require_finite_parameters(model: torch.nn.Module, accelerator: Accelerator, step: int) -> None:

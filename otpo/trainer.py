@@ -12,7 +12,6 @@ import textwrap
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,37 +23,15 @@ from trl import DPOTrainer
 from trl.trainer.utils import get_config_model_id
 
 from .config import OTPOConfig
-from .data.validation import PairRule, drop_unusable_pairs, require_preference_columns
-from .guards import require_finite_parameters, require_finite_step
+from .data.validation import PairRule, drop_unusable_pairs, is_tokenized, require_preference_columns
+from .guards import RowFinder, require_finite_parameters, require_finite_step, states_not_finite
 from .metrics import reward_metrics, weight_metrics
 from .reference import dataset_key, longest_completion
+from .scoring import Scored, loss_groups
+from .swap import swapped
 from .timing import DeviceTimer
 from .token_rows import pack_rows, unpack_rows
 from .weighting import WEIGHTINGS, PairBatch, TokenWeights, Weighting
-
-# How a loss type takes the weights. Most sum weighted log-ratios. These two divide by the completion's length,
-# so weights of mean one make that a division by the weights' mass. The likelihood term is no preference.
-_LENGTH_NORMALISED = {"ipo", "sigmoid_norm"}
-_UNWEIGHTED = {"sft"}
-
-
-@dataclass
-class _Scored:
-    """What the models said of a micro-batch, before any weight."""
-
-    outputs: Any
-    policy_logps: Tensor
-    reference_logps: Tensor
-    weights: Tensor
-    mask: Tensor
-
-    def weights_for(self, loss_type: str) -> Tensor:
-        if loss_type in _UNWEIGHTED:
-            return torch.ones_like(self.weights)
-        if loss_type in _LENGTH_NORMALISED:
-            mass = (self.weights * self.mask).sum(1, keepdim=True)
-            return self.weights * torch.where(mass > 0, self.mask.sum(1, keepdim=True) / mass, 0.0)
-        return self.weights
 
 
 class OTPOTrainer(DPOTrainer):
@@ -78,8 +55,12 @@ class OTPOTrainer(DPOTrainer):
         model: As in [`trl.DPOTrainer`], and so are all arguments that are not named here.
         ref_model: As in [`trl.DPOTrainer`].
         args: Options; the defaults of [`OTPOConfig`] when None.
-        weighting: A weighting of `otpo.weighting` or your own callable, in place of `args.weighting`.
-        **kwargs: The other arguments of [`trl.DPOTrainer`].
+        data_collator: As in [`trl.DPOTrainer`].
+        train_dataset: As in [`trl.DPOTrainer`].
+        eval_dataset: As in [`trl.DPOTrainer`].
+        *trl_args: The other arguments of [`trl.DPOTrainer`], in its order.
+        weighting: Your own callable (see `otpo.weighting`), in place of `args.weighting`.
+        **trl_kwargs: The other arguments of [`trl.DPOTrainer`], by name.
 
     Raises:
         ValueError: An option or a row of the data can't be trained with; the message names it.
@@ -111,11 +92,12 @@ class OTPOTrainer(DPOTrainer):
         model: Any,
         ref_model: Any = None,
         args: OTPOConfig | None = None,
-        *,
+        data_collator: Any = None,
         train_dataset: Dataset | IterableDataset | None = None,
         eval_dataset: Any = None,
-        weighting: Weighting | str | None = None,
-        **kwargs: Any,
+        *trl_args: Any,
+        weighting: Weighting | None = None,
+        **trl_kwargs: Any,
     ) -> None:
         if args is None:
             name = model if isinstance(model, str) else get_config_model_id(model.config)
@@ -137,8 +119,9 @@ class OTPOTrainer(DPOTrainer):
         self.weighting = weighting or WEIGHTINGS[args.weighting](args)
         self.dropped_pairs: dict[str, Counter[str]] = {}
         self._timers = {"train": DeviceTimer(), "eval": DeviceTimer()}
+        self._kept_rows: dict[str, list[int]] = {}
         self._row_width = 0
-        super().__init__(model, ref_model, args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
+        super().__init__(model, ref_model, args, data_collator, train_dataset, eval_dataset, *trl_args, **trl_kwargs)
         if weighting is None and args.weighting == "ld":
             self.ld_alpha = None  # the weights carry it
 
@@ -160,10 +143,12 @@ class OTPOTrainer(DPOTrainer):
     def _prepare_dataset(self, dataset, processing_class, args: OTPOConfig, dataset_name):
         require_preference_columns(dataset, dataset_name)
         # TRL drops pairs whose prompt fills `max_length` unseen; without the limit it drops none, and we count.
-        with _swapped(args, max_length=None):
-            dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+        if not is_tokenized(dataset):
+            with swapped(args, max_length=None):
+                dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
         rule = PairRule(args.max_length, args.truncation_mode, args.drop_identical_pairs)
-        dataset, self.dropped_pairs[dataset_name] = drop_unusable_pairs(dataset, rule, dataset_name)
+        dataset, dropped, self._kept_rows[dataset_name] = drop_unusable_pairs(dataset, rule, dataset_name)
+        self.dropped_pairs[dataset_name] = dropped
         return dataset
 
     def _precompute_ref_logps(self, dataset, name, batch_size):
@@ -173,8 +158,8 @@ class OTPOTrainer(DPOTrainer):
         args = self.args
         key = dataset_key(dataset, args.max_length, args.truncation_mode, self.accelerator.mixed_precision)
         with (
-            _swapped(dataset, _fingerprint=key),
-            _swapped(self, compute_ref_log_probs=self._compute_ref_rows),
+            swapped(dataset, _fingerprint=key),
+            swapped(self, compute_ref_log_probs=self._compute_ref_rows),
         ):
             return super()._precompute_ref_logps(dataset, name, batch_size)
 
@@ -187,7 +172,7 @@ class OTPOTrainer(DPOTrainer):
 
     def _compute_loss(self, model, inputs, return_outputs):
         inputs = dict(inputs)
-        scored: _Scored | None = None
+        scored: Scored | None = None
 
         def stand_in(**kwargs: Any) -> Any:
             nonlocal scored
@@ -199,39 +184,21 @@ class OTPOTrainer(DPOTrainer):
             inputs["ref_chosen_logps"], inputs["ref_rejected_logps"] = self._summed(
                 scored.reference_logps * weights, inputs
             )
-            return _with_weights(scored, weights)
+            return scored.outputs_with(weights)
 
         result: Any = None
-        for position, (loss_types, coefficients) in enumerate(self._loss_groups()):
-            # The first group carries TRL's metrics, the auxiliary loss and the outputs; the others only a loss.
-            rest = (
-                {}
-                if position == 0
-                else {"aux_loss_enabled": False, "_metrics": _discarded(), "_total_train_tokens": 0}
-            )
-            with _swapped(self, precompute_ref_logps=True, loss_types=loss_types, loss_weights=coefficients, **rest):
+        for position, (loss_types, coefficients) in enumerate(loss_groups(self.loss_types, self.loss_weights)):
+            only: dict[str, Any] = {"loss_types": loss_types, "loss_weights": coefficients}
+            if position > 0:  # TRL's metrics, the auxiliary loss and the outputs are the first group's
+                only.update(aux_loss_enabled=False, _metrics=_discarded(), _total_train_tokens=0)
+            with swapped(self, precompute_ref_logps=True, **only):
                 part = super()._compute_loss(stand_in, inputs, return_outputs and position == 0)
-            if position == 0:
-                result = part
-            elif return_outputs:
-                result = (result[0] + part, result[1])
-            else:
-                result = result + part
+            result = part if position == 0 else _added(result, part)
         assert scored is not None
         self._log_unweighted_rewards(scored)
         return result
 
-    def _loss_groups(self) -> list[tuple[list[str], list[float]]]:
-        """Loss types that take the same weights, with their coefficients; the unweighted ones last."""
-        groups: dict[int, tuple[list[str], list[float]]] = {}
-        for loss_type, coefficient in zip(self.loss_types, self.loss_weights, strict=True):
-            kind = 2 if loss_type in _UNWEIGHTED else 1 if loss_type in _LENGTH_NORMALISED else 0
-            names, coefficients = groups.setdefault(kind, ([], []))
-            names.append(loss_type)
-            coefficients.append(coefficient)
-        return sorted(groups.values(), key=lambda group: group[0][0] in _UNWEIGHTED)
-
-    def _score(self, model: Callable[..., Any], inputs: dict[str, Any], kwargs: dict[str, Any]) -> _Scored:
+    def _score(self, model: Callable[..., Any], inputs: dict[str, Any], kwargs: dict[str, Any]) -> Scored:
         """Runs policy and reference on a micro-batch and solves for its weights."""
         mask = inputs["completion_mask"][:, 1:].bool()
         with self._last_hidden_states() as captured:
@@ -239,12 +206,17 @@ class OTPOTrainer(DPOTrainer):
         # Prompt-learning adapters prepend virtual tokens; the real ones are the last.
         logps = outputs.log_probs[:, -mask.size(1) :]
         device = logps.device
+        if not captured:
+            raise RuntimeError(
+                "The model ran without its backbone's forward hook, so there are no hidden states to weight by. "
+                "A graph that `torch.compile` made earlier in this process does that: call `torch._dynamo.reset()`."
+            )
         states = captured.pop()[:, :-1][:, -mask.size(1) :].to(device)
         mask = mask.to(device)
-        require_finite_step(states, logps, mask, inputs, self.train_dataset, self.state.global_step)
+        self._require_finite(states_not_finite(states, logps, mask), "Hidden states or log-probabilities", inputs)
 
         token_ids = inputs["input_ids"][:, 1:].to(device)
-        batch = PairBatch(mask, token_ids, logps.detach(), states, self.state.global_step)
+        batch = PairBatch(mask, token_ids, logps.detach().clone(), states, self.state.global_step)
         timed = self._timers[self._mode].region(device)
         with torch.no_grad(), torch.autocast(device.type, enabled=False), timed:
             answer = self.token_weights(batch)
@@ -254,14 +226,23 @@ class OTPOTrainer(DPOTrainer):
                 f"The weighting returned weights of shape {tuple(values.shape)}, the batch's mask has "
                 f"{tuple(mask.shape)}: return one weight for each position of `batch.mask`."
             )
-        values = values.detach().to(device=device, dtype=logps.dtype)
+        # What lies outside the mask is nobody's: a NaN there would spoil the sums, even times zero.
+        values = values.detach().to(device=device, dtype=logps.dtype).masked_fill(~mask, 0.0)
         self._append_metrics({**weight_metrics(values, mask), **metrics})
         if "ref_chosen_logps" in inputs:
-            rows = torch.cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])
-            reference = unpack_rows(rows.to(device), mask)
+            stored = torch.cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])
+            reference = unpack_rows(stored.to(device), mask)
         else:
-            reference = self._reference_logps(self.ref_model or self.model, inputs, mask)
-        return _Scored(outputs, logps, reference, values, mask)
+            reference = self._reference_logps(self.model if self.ref_model is None else self.ref_model, inputs, mask)
+        self._require_finite(
+            ~values.isfinite() | (~reference.isfinite() & mask), "Weights or reference log-probabilities", inputs
+        )
+        return Scored(outputs, logps, reference, values, mask)
+
+    def _require_finite(self, bad: Tensor, what: str, inputs: dict[str, Any]) -> None:
+        args = self.args
+        rows = RowFinder(self.train_dataset, self._kept_rows.get("train"), args.max_length, args.truncation_mode)
+        require_finite_step(bad, what, inputs, rows, self.state.global_step)
 
     def _reference_logps(self, model: Callable[..., Any], inputs: dict[str, Any], mask: Tensor) -> Tensor:
         """The reference's log-probability of each token, `(2B, T)`, by TRL's own reference pass."""
@@ -287,7 +268,8 @@ class OTPOTrainer(DPOTrainer):
             causal_lm = causal_lm.get_base_model()
         captured: list[Tensor] = []
         handle = causal_lm.base_model.register_forward_hook(
-            lambda _module, _args, output: captured.append(output.last_hidden_state.detach())
+            # Left out of compiled graphs: a graph would go on filling the list of the step it was traced in.
+            torch.compiler.disable(lambda _module, _args, output: captured.append(output.last_hidden_state.detach()))
         )
         try:
             yield captured
@@ -296,7 +278,7 @@ class OTPOTrainer(DPOTrainer):
 
     # The log and the checkpoints
 
-    def _log_unweighted_rewards(self, scored: _Scored) -> None:
+    def _log_unweighted_rewards(self, scored: Scored) -> None:
         rewards = self.beta * (scored.policy_logps.detach() - scored.reference_logps).sum(1)
         self._append_metrics(reward_metrics(rewards, "_unweighted"))
 
@@ -328,34 +310,10 @@ class OTPOTrainer(DPOTrainer):
         super().save_model(output_dir, _internal_call)
 
 
-def _with_weights(scored: _Scored, weights: Tensor) -> Any:
-    """The policy's outputs with weighted log-probabilities, and WPO's factor as if they were not."""
-    outputs = scored.outputs
-    padding = outputs.log_probs.size(1) - weights.size(1)
-    full = torch.nn.functional.pad(weights, (padding, 0), value=1.0)
-    weighted = outputs.log_probs * full
-    changed: dict[str, Any] = {**outputs, "log_probs": weighted}
-    if outputs.log_sum_sq_probs is not None:
-        changed["log_sum_sq_probs"] = outputs.log_sum_sq_probs + (weighted - outputs.log_probs).detach()
-    return type(outputs)(**changed)
+def _added(result: Any, loss: Tensor) -> Any:
+    """A loss, or a loss with the model's outputs, and another loss."""
+    return (result[0] + loss, result[1]) if isinstance(result, tuple) else result + loss
 
 
 def _discarded() -> dict[str, Any]:
     return {mode: defaultdict(list) for mode in ("train", "eval")}
-
-
-@contextmanager
-def _swapped(target: Any, **values: Any) -> Iterator[None]:
-    """Gives attributes other values for a while; those set on the instance alone are taken off again."""
-    missing = object()
-    saved = {name: vars(target).get(name, missing) for name in values}
-    for name, value in values.items():
-        setattr(target, name, value)
-    try:
-        yield
-    finally:
-        for name, value in saved.items():
-            if value is missing:
-                delattr(target, name)
-            else:
-                setattr(target, name, value)

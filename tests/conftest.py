@@ -1,3 +1,4 @@
+import gc
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may touch the network
@@ -6,7 +7,7 @@ os.environ.setdefault("WANDB_MODE", "offline")
 
 import pytest
 import torch
-from helpers import make_tokenizer, save_model
+from helpers import IMAGE_TEMPLATE, make_tokenizer, save_model
 
 
 @pytest.fixture(autouse=True)
@@ -39,3 +40,118 @@ def model_folder(tokenizer, tmp_path_factory):
         initializer_range=0.2,
     )
     return save_model(Qwen3ForCausalLM(config), tmp_path_factory.mktemp("qwen3"), tokenizer)
+
+
+@pytest.fixture(scope="session")
+def other_model_folder(tokenizer, model_folder, tmp_path_factory):
+    """The model of `model_folder` with other random weights, for a reference that is not the policy."""
+    from transformers import AutoConfig, Qwen3ForCausalLM
+
+    torch.manual_seed(1)
+    model = Qwen3ForCausalLM(AutoConfig.from_pretrained(model_folder))
+    return save_model(model, tmp_path_factory.mktemp("other_qwen3"), tokenizer)
+
+
+@pytest.fixture(scope="session")
+def moe_folder(tokenizer, tmp_path_factory):
+    """A random two-layer Qwen3-MoE of four experts, two of them active."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        moe_intermediate_size=16,
+        num_experts=4,
+        num_experts_per_tok=2,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        router_aux_loss_coef=0.1,
+        output_router_logits=True,
+        tie_word_embeddings=False,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        initializer_range=0.2,
+    )
+    return save_model(Qwen3MoeForCausalLM(config), tmp_path_factory.mktemp("qwen3_moe"), tokenizer)
+
+
+@pytest.fixture(scope="session")
+def vision_folder(tmp_path_factory):
+    """A random Llava: a two-layer CLIP tower of four patches an image before a two-layer Qwen3, and its processor."""
+    from transformers import (
+        CLIPImageProcessorPil,
+        CLIPVisionConfig,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+        LlavaProcessor,
+        Qwen3Config,
+    )
+
+    torch.manual_seed(0)
+    tokenizer = make_tokenizer()  # one of its own: saving a processor marks its tokenizer
+    text = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        tie_word_embeddings=False,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        initializer_range=0.2,
+    )
+    vision = CLIPVisionConfig(
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=28,
+        patch_size=14,
+    )
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    folder = tmp_path_factory.mktemp("llava")
+    save_model(LlavaForConditionalGeneration(config), folder, tokenizer)
+    LlavaProcessor(
+        CLIPImageProcessorPil(size={"height": 28, "width": 28}, do_center_crop=False),
+        tokenizer,
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        chat_template=IMAGE_TEMPLATE,
+        num_additional_image_tokens=1,
+    ).save_pretrained(folder)
+    return str(folder)
+
+
+def pytest_configure(config):
+    # Upstream's own deprecations, from code that is not ours to change.
+    for message in (
+        "`gradient_checkpointing",
+        "`is_gradient_checkpointing` is deprecated",
+        "`return_outputs=True`, and the logits",
+        "The `'keep_end'` truncation mode is deprecated",
+    ):
+        config.addinivalue_line("filterwarnings", f"ignore:{message}:FutureWarning")
+
+
+def pytest_collection_finish(session):
+    # Every `train()` collects garbage, half of a tiny run's time while all imported modules are looked through.
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

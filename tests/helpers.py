@@ -1,10 +1,14 @@
 """Tiny real models, tokenizers and datasets, made on the spot; nothing is downloaded."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from datasets import Dataset
+from datasets import Dataset, Features, List
+from datasets import Image as ImageFeature
+from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -98,3 +102,85 @@ def assert_same_parameters(left: dict[str, torch.Tensor], right: dict[str, torch
 def history(trainer: Any, *names: str) -> list[tuple[float, ...]]:
     """The logged values of `names` at each step that has all of them."""
     return [tuple(entry[name] for name in names) for entry in trainer.state.log_history if set(names) <= set(entry)]
+
+
+TIMING = ("runtime", "per_second", "transport/ms")
+
+
+def without_timing(entry: dict[str, Any]) -> dict[str, Any]:
+    """A log entry without what depends on the clock."""
+    return {name: value for name, value in entry.items() if not any(part in name for part in TIMING)}
+
+
+@dataclass
+class Run:
+    """What a short training left behind."""
+
+    trainer: Any
+    before: dict[str, torch.Tensor]
+    after: dict[str, torch.Tensor]
+    log: list[dict[str, Any]]
+    evaluation: dict[str, float]
+
+    @property
+    def losses(self) -> list[float]:
+        return [entry["loss"] for entry in self.log if "loss" in entry]
+
+
+def train_and_evaluate(trainer: Any, **train: Any) -> Run:
+    """Trains for the steps of the trainer's options, then evaluates where there is an evaluation dataset."""
+    before = parameters(trainer.model)
+    trainer.train(**train)
+    after = parameters(trainer.model)
+    log = [without_timing(entry) for entry in trainer.state.log_history]
+    evaluation = {} if trainer.eval_dataset is None else without_timing(trainer.evaluate())
+    return Run(trainer, before, after, log, evaluation)
+
+
+def moved(run: Run) -> list[str]:
+    """Names of the parameters that training changed."""
+    return [name for name, value in run.after.items() if not torch.equal(value, run.before[name])]
+
+
+def hashed_weights(batch: Any) -> torch.Tensor:
+    """Weights in [0.125, 1.625] that look random and depend on a token and its position alone."""
+    return ((batch.token_ids * 31 + batch.positions * 17) % 7 + 0.5) / 4
+
+
+def collate(trainer: Any, rows: list[int], split: str = "train") -> dict[str, torch.Tensor]:
+    """A batch of the trainer's own, of the given rows of one of its datasets."""
+    dataset = trainer.train_dataset if split == "train" else trainer.eval_dataset
+    return trainer.data_collator([dataset[row] for row in rows])
+
+
+IMAGE_TEMPLATE = (
+    "{% for message in messages %}<|{{ message['role'] }}|>{% if message['content'] is string %}"
+    "{{ message['content'] }}{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
+    "<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def make_plain_pairs(rows: list[tuple[str, str, str]]) -> Dataset:
+    """Plain-text pairs from (prompt, chosen, rejected); TRL ends each completion with the end-of-sequence token."""
+    return Dataset.from_dict(
+        dict(zip(("prompt", "chosen", "rejected"), map(list, zip(*rows, strict=True)), strict=True))
+    )
+
+
+def with_images(pairs: Dataset) -> Dataset:
+    """Adds one small random image to each pair, of uneven sizes."""
+    noise = np.random.default_rng(0)
+    images = [[Image.fromarray(noise.integers(0, 255, (20 + i, 30, 3), np.uint8))] for i in range(len(pairs))]
+    features = Features({**pairs.features, "images": List(ImageFeature())})
+    return Dataset.from_dict({**pairs.to_dict(), "images": images}, features=features)
+
+
+def folder_bytes(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def poison(model: torch.nn.Module, token_id: int) -> None:
+    """Makes the embedding of one token NaN, so that only texts with the token are hit."""
+    with torch.no_grad():
+        model.get_input_embeddings().weight[token_id] = torch.nan

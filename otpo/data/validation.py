@@ -18,8 +18,10 @@ Problem = Literal["empty", "identical"]
 
 def require_preference_columns(dataset: Dataset | IterableDataset, name: str) -> None:
     """Raises a `ValueError` that names the missing columns of the dataset called `name`."""
-    columns = dataset.column_names or list(next(iter(dataset)))
-    if set(_TOKENIZED) <= set(columns):
+    columns = _columns(dataset)
+    if not columns or (isinstance(dataset, Dataset) and len(dataset) == 0):
+        raise ValueError(f"The {name} dataset has no rows.")
+    if is_tokenized(dataset):
         return
     missing = [column for column in ("chosen", "rejected") if column not in columns]
     if missing:
@@ -28,6 +30,16 @@ def require_preference_columns(dataset: Dataset | IterableDataset, name: str) ->
             "'chosen' and 'rejected', and 'prompt' unless both start with it: rename yours with "
             "`dataset.rename_column(old, new)`."
         )
+
+
+def is_tokenized(dataset: Dataset | IterableDataset) -> bool:
+    """Whether the dataset has the columns that TRL's tokenization makes, and no text to make them of."""
+    columns = _columns(dataset)
+    return set(_TOKENIZED) <= set(columns) and not {"chosen", "rejected"} <= set(columns)
+
+
+def _columns(dataset: Dataset | IterableDataset) -> list[str]:
+    return dataset.column_names or list(next(iter(dataset), {}))
 
 
 @dataclass(frozen=True)
@@ -78,7 +90,7 @@ class PairRule:
 
 def drop_unusable_pairs(
     dataset: Dataset | IterableDataset, rule: PairRule, name: str
-) -> tuple[Dataset | IterableDataset, Counter[str]]:
+) -> tuple[Dataset | IterableDataset, Counter[str], list[int]]:
     """Leaves out the pairs of a tokenized dataset that no loss can be computed on.
 
     Args:
@@ -87,15 +99,20 @@ def drop_unusable_pairs(
         name: What the dataset is called in messages.
 
     Returns:
-        The dataset, and how many pairs were dropped by problem (`"empty"`, `"identical"`). A streamed dataset is
-        read only later, so its counts grow while it is read by this process.
+        The dataset; how many pairs were dropped by problem (`"empty"`, `"identical"`); the rows that are left, by
+        their number in the dataset that was passed. A streamed dataset is read only later, so its counts grow
+        while it is read by this process, and no rows are listed.
 
     Raises:
         ValueError: A pair is identical and `rule` refuses it, or no pair is left.
     """
     dropped: Counter[str] = Counter()
     if isinstance(dataset, IterableDataset):
-        return dataset.filter(_StreamFilter(rule, name, dropped), with_indices=True), dropped
+        kept = dataset.filter(_StreamFilter(rule, name, dropped), with_indices=True)
+        if next(iter(kept), None) is None:
+            raise ValueError(_nothing_left(name, rule, dropped, sum(dropped.values())))
+        dropped.clear()  # of this look at its first pair
+        return kept, dropped, []
 
     kept = []
     for row, tokens in enumerate(_token_rows(dataset)):
@@ -107,10 +124,7 @@ def drop_unusable_pairs(
             rule.refuse_identical(row, name)
         dropped[problem] += 1
     if not kept:
-        raise ValueError(
-            f"No pair of the {name} dataset is left: {dict(dropped)} of {len(dataset)}, with "
-            f"max_length={rule.max_length}. Raise `max_length` or shorten the prompts."
-        )
+        raise ValueError(_nothing_left(name, rule, dropped, len(dataset)))
     if dropped:
         logger.warning(
             f"Dropped {sum(dropped.values())} of {len(dataset)} pairs of the {name} dataset: {dropped['empty']} "
@@ -118,7 +132,14 @@ def drop_unusable_pairs(
             f"{dropped['identical']} with identical completions."
         )
         dataset = dataset.select(kept)
-    return dataset, dropped
+    return dataset, dropped, kept
+
+
+def _nothing_left(name: str, rule: PairRule, dropped: Counter[str], size: int) -> str:
+    return (
+        f"No pair of the {name} dataset is left: {dict(dropped)} of {size}, with "
+        f"max_length={rule.max_length}. Raise `max_length` or shorten the prompts."
+    )
 
 
 def _token_rows(dataset: Dataset) -> Iterator[tuple[list[int], list[int], list[int]]]:
