@@ -47,7 +47,7 @@ def load_demo_preferences(
         unknown = [value for value in given if value not in allowed]
         if unknown:
             raise ValueError(f"`{name}` must be among {list(allowed)}, got {unknown}.")
-    lines = gzip.decompress(files(__package__).joinpath(_FILE).read_bytes()).decode().splitlines()
+    lines = gzip.decompress(files("otpo.data").joinpath(_FILE).read_bytes()).decode().splitlines()
     rows = [json.loads(line) for line in lines]
     kept = [r for r in rows if r.pop("split") == split and r["language"] in languages and r["kind"] in kinds]
     return Dataset.from_list(kept)

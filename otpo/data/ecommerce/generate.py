@@ -29,7 +29,8 @@ def make_rows() -> list[dict[str, Any]]:
             for length in LENGTHS:
                 for place, split in enumerate(_SPLITS):
                     template = HELD_OUT_TEMPLATE if split == "test_templates" else place % HELD_OUT_TEMPLATE
-                    rows.append({**make_pair(code, kind, length, template, balances[split], draw), "split": split})
+                    pair = make_pair(code, kind, length, template, len(rows), balances[split], draw)
+                    rows.append({**pair, "split": split})
     random.Random("otpo e-commerce preferences, order").shuffle(rows)
     return rows
 

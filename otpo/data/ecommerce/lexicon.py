@@ -41,5 +41,5 @@ class Lexicon:
 @cache
 def lexicon(code: str) -> Lexicon:
     """The lexicon of a language of [`LANGUAGES`]."""
-    text = files(__package__).joinpath("lexicon", f"{code}.yaml").read_text(encoding="utf-8")
+    text = files("otpo.data.ecommerce").joinpath("lexicon", f"{code}.yaml").read_text(encoding="utf-8")
     return Lexicon(code, **yaml.safe_load(text))

@@ -56,7 +56,7 @@ def _sign(number: int) -> int:
 
 
 def make_pair(
-    code: str, kind: str, length: str, template: int, balance: Balance, draw: random.Random
+    code: str, kind: str, length: str, template: int, number: int, balance: Balance, draw: random.Random
 ) -> dict[str, Any]:
     """A pair as a row of the bundled file, without its split.
 
@@ -65,11 +65,12 @@ def make_pair(
         kind: What is wrong with the rejected answer, one of [`KINDS`].
         length: One of [`LENGTHS`].
         template: Which wording of question and answer.
+        number: Of the product, one of its own for each pair.
         balance: Of the pairs of this language and kind so far; updated.
         draw: Source of all randomness.
     """
     words = lexicon(code)
-    product = draw_product(draw, words)
+    product = draw_product(draw, words, number)
     question, chosen, wrong, answer = _MAKERS[kind](words, product, length, template, draw)
     rejected = balance.nearest(chosen, wrong)
     return {
@@ -81,7 +82,7 @@ def make_pair(
         "language": code,
         "kind": kind,
         "length": length,
-        "product_id": f"{code}-{kind}-{product.name.replace(' ', '-')}",
+        "product_id": product.name,
         "template_id": f"{code}-{kind}-{template}",
         "answer": {
             "attribute": "",
