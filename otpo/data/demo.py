@@ -23,8 +23,9 @@ def load_demo_preferences(
     Args:
         split: `"train"` (1,512 pairs), `"test"` (252, products that are not in train) or `"test_templates"` (252,
             products and wordings that are not in train).
-        languages: Some of en, id, th, vi, ms, fil, pt; None for all.
-        kinds: What is wrong with the rejected answers, some of attribute, price, language, format; None for all.
+        languages: One or more of en, id, th, vi, ms, fil, pt; None for all.
+        kinds: What is wrong with the rejected answers, one or more of attribute, price, language, format; None
+            for all.
 
     Returns:
         Rows in TRL's conversational format (`prompt`, `chosen`, `rejected`), with `chosen_spans` and
@@ -34,18 +35,19 @@ def load_demo_preferences(
         json) and its number of `items`. Chosen and rejected answers are as long as each other on average.
 
     Raises:
-        ValueError: An argument names something that is not there.
+        ValueError: An argument names something that is not there, or nothing.
     """
     from datasets import Dataset
 
-    languages, kinds = languages or _LANGUAGES, kinds or _KINDS
+    languages = _LANGUAGES if languages is None else languages
+    kinds = _KINDS if kinds is None else kinds
     for name, given, allowed in (
         ("split", [split], _SPLITS),
         ("languages", languages, _LANGUAGES),
         ("kinds", kinds, _KINDS),
     ):
         unknown = [value for value in given if value not in allowed]
-        if unknown:
+        if unknown or not given:
             raise ValueError(f"`{name}` must be among {list(allowed)}, got {unknown}.")
     lines = gzip.decompress(files("otpo.data").joinpath(_FILE).read_bytes()).decode().splitlines()
     rows = [json.loads(line) for line in lines]

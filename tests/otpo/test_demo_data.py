@@ -1,4 +1,5 @@
 import gzip
+import sys
 from collections import Counter
 
 import pytest
@@ -7,7 +8,7 @@ from trl.data_utils import is_conversational
 from otpo.data import load_demo_preferences
 from otpo.data.checks import check_answer, likely_languages
 from otpo.data.ecommerce import formats
-from otpo.data.ecommerce.generate import BUNDLED, make_rows, to_bytes
+from otpo.data.ecommerce.generate import BUNDLED, main, make_rows, to_bytes
 from otpo.data.ecommerce.lexicon import LANGUAGES, lexicon
 from otpo.data.ecommerce.pairs import KINDS, LENGTHS
 
@@ -34,6 +35,22 @@ def test_the_generator_makes_the_bundled_file():
     assert gzip.decompress(first) == gzip.decompress(BUNDLED.read_bytes())
 
 
+def test_the_command_writes_the_file_and_finds_one_that_differs(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "pairs.jsonl.gz"
+    monkeypatch.setattr(sys, "argv", ["generate", "--output", str(path)])
+    assert main() == 0
+    written = path.read_bytes()
+    assert gzip.decompress(written) == gzip.decompress(BUNDLED.read_bytes())
+
+    monkeypatch.setattr(sys, "argv", ["generate", "--check", "--output", str(path)])
+    assert main() == 0
+    changed = gzip.compress(gzip.decompress(written)[:-1])
+    path.write_bytes(changed)
+    assert main() == 1
+    assert "not what the generator makes" in capsys.readouterr().err
+    assert path.read_bytes() == changed
+
+
 def test_every_cell_is_equally_full(splits):
     assert {split: len(rows) for split, rows in splits.items()} == SPLITS
     for split, rows in splits.items():
@@ -56,10 +73,11 @@ def test_rows_are_conversational_and_unique(rows):
     assert all(90 <= len(row["prompt"][0]["content"]) <= 450 for row in rows)
 
 
+@pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("group", ["all", *KINDS, *LANGUAGES])
-def test_length_tells_nothing(splits, group):
-    """In the training split: the chosen answer is the longer one as often as not, and by nothing on average."""
-    rows = [row for row in splits["train"] if group in ("all", row["kind"], row["language"])]
+def test_length_tells_nothing(splits, split, group):
+    """The chosen answer is the longer one as often as not, and by nothing on average."""
+    rows = [row for row in splits[split] if group in ("all", row["kind"], row["language"])]
     sizes = [tuple(map(len, texts(row))) for row in rows]
     longer = sum((chosen > rejected) + 0.5 * (chosen == rejected) for chosen, rejected in sizes) / len(sizes)
     assert 0.45 <= longer <= 0.55
@@ -157,6 +175,7 @@ def test_formats_are_told_apart(name, items):
         ({"split": "dev"}, "`split` must be among .*'train'.* got \\['dev'\\]"),
         ({"languages": ["en", "de"]}, "`languages` must be among .* got \\['de'\\]"),
         ({"kinds": ["length"]}, "`kinds` must be among .* got \\['length'\\]"),
+        ({"languages": []}, "`languages` must be among .* got \\[\\]"),
     ],
 )
 def test_unknown_names_are_refused(arguments, message):

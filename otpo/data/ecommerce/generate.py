@@ -1,6 +1,7 @@
 """Writes the bundled preference pairs: `python -m otpo.data.ecommerce.generate [--check]`.
 
-2,016 pairs: 7 languages x 4 kinds of error x 3 lengths x 24. The same bytes on every machine.
+2,016 pairs: 7 languages x 4 kinds of error x 3 lengths x 24. The same lines on every machine; how gzip packs
+them is up to the zlib of that Python.
 """
 
 import argparse
@@ -9,6 +10,7 @@ import io
 import json
 import random
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ _SPLITS = ["train"] * 18 + ["test"] * 3 + ["test_templates"] * 3
 def make_rows() -> list[dict[str, Any]]:
     """All pairs, in an order that mixes languages, kinds and lengths."""
     rows = []
+    turns: Counter[tuple[str, str]] = Counter()
     for code in LANGUAGES:
         for kind in KINDS:
             balances = {split: Balance() for split in _SPLITS}
@@ -29,7 +32,9 @@ def make_rows() -> list[dict[str, Any]]:
             for length in LENGTHS:
                 for place, split in enumerate(_SPLITS):
                     template = HELD_OUT_TEMPLATE if split == "test_templates" else place % HELD_OUT_TEMPLATE
-                    pair = make_pair(code, kind, length, template, len(rows), balances[split], draw)
+                    turn = turns[kind, split]
+                    pair = make_pair(code, kind, length, template, len(rows), turn, balances[split], draw)
+                    turns[kind, split] += 1
                     rows.append({**pair, "split": split})
     random.Random("otpo e-commerce preferences, order").shuffle(rows)
     return rows

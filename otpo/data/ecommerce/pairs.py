@@ -1,13 +1,14 @@
 """One preference pair of each kind of error, with the spans that make the difference.
 
-Length must not tell right from wrong. Every kind has several wrong answers to choose from, and takes the one that
+Length must not tell right from wrong. Where there are several wrong answers to choose from, a pair takes the one that
 brings the running balance of its language nearest to zero: how often the chosen answer is the longer one, and by
-how much.
+how much. Formats take turns instead: JSON is longer than all others, so a free choice would always pair it alike.
 """
 
 import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any
 
 from . import formats
@@ -20,6 +21,8 @@ _FILLERS = {"short": 0, "medium": 2, "long": 5}
 _ITEMS = {"short": 2, "medium": 4, "long": 6}
 _ITEM_ORDER = ("colour", "price", "material", "origin", "weight", "size")
 HELD_OUT_TEMPLATE = 3
+# Each pair of formats, right and wrong, is followed by its reverse, so that lengths cancel within any run of pairs.
+_FORMAT_TURNS = [turn for a, b in combinations(formats.FORMATS, 2) for turn in ((a, b), (b, a))]
 
 
 @dataclass
@@ -56,7 +59,14 @@ def _sign(number: int) -> int:
 
 
 def make_pair(
-    code: str, kind: str, length: str, template: int, number: int, balance: Balance, draw: random.Random
+    code: str,
+    kind: str,
+    length: str,
+    template: int,
+    number: int,
+    turn: int,
+    balance: Balance,
+    draw: random.Random,
 ) -> dict[str, Any]:
     """A pair as a row of the bundled file, without its split.
 
@@ -66,12 +76,13 @@ def make_pair(
         length: One of [`LENGTHS`].
         template: Which wording of question and answer.
         number: Of the product, one of its own for each pair.
+        turn: How many pairs of this kind its split has so far, in all languages.
         balance: Of the pairs of this language and kind so far; updated.
         draw: Source of all randomness.
     """
     words = lexicon(code)
     product = draw_product(draw, words, number)
-    question, chosen, wrong, answer = _MAKERS[kind](words, product, length, template, draw)
+    question, chosen, wrong, answer = _MAKERS[kind](words, product, length, template, turn, draw)
     rejected = balance.nearest(chosen, wrong)
     return {
         "prompt": [{"role": "user", "content": f"{product.listing(words)}\n\n{question}"}],
@@ -113,7 +124,7 @@ def _layout(words: Lexicon, length: str, draw: random.Random, more: int = 0) -> 
     return fillers, draw.randrange(len(fillers) + 1)
 
 
-def _attribute(words: Lexicon, product: Product, length: str, template: int, draw: random.Random):
+def _attribute(words: Lexicon, product: Product, length: str, template: int, turn: int, draw: random.Random):
     attribute = draw.choice(WORD_ATTRIBUTES)
     slots = {"label": words.label(attribute), "name": product.name}
     fillers, at = _layout(words, length, draw)
@@ -127,7 +138,7 @@ def _attribute(words: Lexicon, product: Product, length: str, template: int, dra
     return question, chosen, wrong, {"attribute": attribute, "value": right}
 
 
-def _price(words: Lexicon, product: Product, length: str, template: int, draw: random.Random):
+def _price(words: Lexicon, product: Product, length: str, template: int, turn: int, draw: random.Random):
     slots = {"name": product.name}
     fillers, at = _layout(words, length, draw)
     right = words.price(product.price)
@@ -139,7 +150,7 @@ def _price(words: Lexicon, product: Product, length: str, template: int, draw: r
     return question, chosen, wrong, {"price": right}
 
 
-def _language(words: Lexicon, product: Product, length: str, template: int, draw: random.Random):
+def _language(words: Lexicon, product: Product, length: str, template: int, turn: int, draw: random.Random):
     attribute = draw.choice(WORD_ATTRIBUTES)
     ask = words.questions["attribute"][template].format(label=words.label(attribute), noun=words.nouns[product.noun])
     fillers, at = _layout(words, length, draw)
@@ -162,18 +173,20 @@ def _language(words: Lexicon, product: Product, length: str, template: int, draw
     return f"{ask} {words.questions['language'][template]}", chosen, wrong, {"attribute": attribute, "value": right}
 
 
-def _format(words: Lexicon, product: Product, length: str, template: int, draw: random.Random):
+def _format(words: Lexicon, product: Product, length: str, template: int, turn: int, draw: random.Random):
     items = _ITEM_ORDER[: _ITEMS[length]]
     facts = {words.labels[item]: product.value(item, words) for item in items}
-    asked = draw.choice(formats.FORMATS)
-    texts = {name: formats.write(name, facts) for name in formats.FORMATS}
-    answers = {name: Answer(text, ((0, len(text)),)) for name, text in texts.items()}
+    # One further in each round: wordings take turns too, and 12 is a multiple of their number.
+    asked, given = _FORMAT_TURNS[(turn + turn // len(_FORMAT_TURNS)) % len(_FORMAT_TURNS)]
+    chosen, wrong = (
+        Answer(text, ((0, len(text)),)) for text in (formats.write(asked, facts), formats.write(given, facts))
+    )
     question = words.questions["format"][template].format(
         items=", ".join(words.label(item) for item in items), format=words.formats[asked]
     )
-    wrong = [answers[name] for name in formats.FORMATS if name != asked]
-    return question, answers[asked], wrong, {"price": words.price(product.price), "format": asked, "items": len(items)}
+    answer = {"price": words.price(product.price), "format": asked, "items": len(items)}
+    return question, chosen, [wrong], answer
 
 
-_Maker = Callable[[Lexicon, Product, str, int, random.Random], tuple[str, Answer, list[Answer], dict[str, Any]]]
+_Maker = Callable[[Lexicon, Product, str, int, int, random.Random], tuple[str, Answer, list[Answer], dict[str, Any]]]
 _MAKERS: dict[str, _Maker] = {"attribute": _attribute, "price": _price, "language": _language, "format": _format}
