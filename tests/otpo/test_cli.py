@@ -161,7 +161,7 @@ def test_env_checks_the_supported_ranges():
 
 
 @pytest.mark.parametrize("name", OFFICIAL)
-def test_official_recipes(name, monkeypatch):
+def test_official_recipes(name):
     reg, reg_m, beta, accumulation, gpus, model_name, dataset = OFFICIAL[name]
     path = RECIPES / f"{name}.yaml"
     parser = make_parser()
@@ -195,8 +195,9 @@ def test_bundled_configurations(name, engine, monkeypatch):
     config = load_config_from_file(path)
     assert config.distributed_type.value == engine
     assert config.mixed_precision == "bf16"
-    args = parse_launch(["--num_processes", "3", "--accelerate_config", name], ["--ot_reg", "0.1"])
-    assert (args.num_processes, args.config_file) == (3, path)
+    processes = 1 if engine == "NO" else 3
+    args = parse_launch(["--num_processes", str(processes), "--accelerate_config", name], ["--ot_reg", "0.1"])
+    assert (args.num_processes, args.config_file) == (processes, path)
     assert (args.module, args.training_script) == (True, "otpo.cli.align")
     assert args.training_script_args == ["--ot_reg", "0.1"]
     assert parse_launch([f"--accelerate-config={name}"], []).num_processes in (None, 1)
@@ -233,6 +234,8 @@ def test_processes_on_a_machine_without_gpus():
     assert parse_launch(["--num_processes", "2"], []).multi_gpu
     with pytest.raises(ValueError, match=r"`--cpu` with `--num_processes 2` starts one process.*`--use_cpu`"):
         parse_launch(["--num_processes", "2", "--cpu"], [])
+    with pytest.raises(ValueError, match="`num_processes=2` with `accelerate_config=single_gpu`, which starts one"):
+        parse_launch(["--num_processes", "2", "--accelerate_config", "single_gpu"], [])
 
 
 # The engine that was asked for is the engine that runs
@@ -244,7 +247,7 @@ def test_sharding_on_the_cpu_is_an_error_that_names_both_options():
     with pytest.raises(ValueError, match=r"`deepspeed=zero3.json` asks for DEEPSPEED and `use_cpu=True`"):
         require_accelerator(engines, cpu_request(True, {}))
     engines = requested_engines(None, None, {"ACCELERATE_USE_FSDP": "true"})
-    with pytest.raises(ValueError, match="ACCELERATE_USE_FSDP.*asks for FSDP and ACCELERATE_USE_CPU"):
+    with pytest.raises(ValueError, match=r"ACCELERATE_USE_FSDP.*asks for FSDP and ACCELERATE_USE_CPU"):
         require_accelerator(engines, cpu_request(False, {"ACCELERATE_USE_CPU": "True"}))
 
 
@@ -352,6 +355,12 @@ def test_typos_in_a_recipe_are_refused(capsys, model_folder, pairs_file, tmp_pat
     assert "--ot_rge" in refusal(capsys, argv)
 
 
+def test_the_trace_of_a_refusal_can_be_asked_for(monkeypatch, pairs_file, tmp_path):
+    monkeypatch.setenv("OTPO_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="there is no such folder"):
+        align.main(arguments("/nowhere", pairs_file, tmp_path))
+
+
 def test_a_fault_in_training_keeps_its_trace(monkeypatch, model_folder, pairs_file, tmp_path):
     def fail(*_args, **_kwargs):
         raise ValueError("not an option's fault")
@@ -387,28 +396,25 @@ def test_a_run_in_a_process_of_its_own(model_folder, pairs_file, tmp_path):
 
 
 def test_adapters(model_folder, pairs_file, tmp_path, capsys):
-    argv = arguments(model_folder, pairs_file, tmp_path, use_peft=True, lora_target_modules="q_proj")
+    argv = arguments(model_folder, pairs_file, tmp_path, use_peft=True, lora_r=1, lora_target_modules="all-linear")
     assert align.main(argv) == 0
     line = re.search(r"([\d,]+) parameters, ([\d,]+) trainable", capsys.readouterr().out)
     total, trainable = (int(number.replace(",", "")) for number in line.groups())
-    assert 0 < trainable < total / 10
+    assert 0 < trainable < total / 5
     assert (tmp_path / "adapter_model.safetensors").is_file()
     AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
 def test_resuming(model_folder, pairs_file, tmp_path, capsys):
     saving = {"save_strategy": "steps", "save_steps": 1, "max_steps": 3}
-    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    straight, other = tmp_path / "straight", tmp_path / "other"
     assert align.main(arguments(model_folder, pairs_file, straight, **saving)) == 0
-    assert align.main(arguments(model_folder, pairs_file, broken, **{**saving, "save_total_limit": 1})) == 0
-    for gone in ("checkpoint-2", "checkpoint-3"):
-        assert not (broken / "checkpoint-2").exists() or gone
     capsys.readouterr()
     last = straight / "checkpoint-2"
-    argv = arguments(model_folder, pairs_file, broken, **saving, resume_from_checkpoint=last)
+    argv = arguments(model_folder, pairs_file, other, **saving, resume_from_checkpoint=last)
     assert align.main(argv) == 0
     assert f"resuming   from {last}" in capsys.readouterr().out
-    weights = [AutoModelForCausalLM.from_pretrained(folder).lm_head.weight for folder in (straight, broken)]
+    weights = [AutoModelForCausalLM.from_pretrained(folder).lm_head.weight for folder in (straight, other)]
     assert weights[0].equal(weights[1])
     argv = arguments(model_folder, pairs_file, straight, **{**saving, "max_steps": 4}, resume_from_checkpoint=True)
     assert align.main(argv) == 0
@@ -420,9 +426,7 @@ def test_two_processes_under_accelerate(model_folder, pairs_file, tmp_path):
     recipe.write_text("num_processes: 7\nweighting: otpo\n")  # the launcher's line stands back
     launch = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
     launch += ["--dynamo_backend", "no", "--main_process_port", "0", "-m", "otpo.cli.align", "--config", str(recipe)]
-    done = python(
-        "-m", "accelerate.commands.launch", *launch, *arguments(model_folder, pairs_file, tmp_path / "out")
-    )
+    done = python("-m", "accelerate.commands.launch", *launch, *arguments(model_folder, pairs_file, tmp_path / "out"))
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("engine     MULTI_CPU, 2 processes") == 1
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")

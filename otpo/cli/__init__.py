@@ -1,0 +1,1 @@
+"""The console script `otpo` and its commands; see `otpo.cli.main`."""

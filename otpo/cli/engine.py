@@ -1,0 +1,113 @@
+"""Which engine a run asked for, which one accelerate really runs, and what else runs."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+ENGINES = ("DEEPSPEED", "FSDP")
+
+
+def requested_engines(
+    deepspeed: object = None, fsdp: object = None, environ: Mapping[str, str] | None = None
+) -> dict[str, str]:
+    """The sharded engines that were asked for, each with what asked for it.
+
+    Args:
+        deepspeed: The training option of that name.
+        fsdp: The training option of that name.
+        environ: The environment that `accelerate launch` prepared.
+    """
+    environ = environ or {}
+    requested = {}
+    if _is_on(environ.get("ACCELERATE_USE_DEEPSPEED")):
+        requested["DEEPSPEED"] = "the accelerate config (ACCELERATE_USE_DEEPSPEED)"
+    if _is_on(environ.get("ACCELERATE_USE_FSDP")):
+        requested["FSDP"] = "the accelerate config (ACCELERATE_USE_FSDP)"
+    if deepspeed:
+        requested["DEEPSPEED"] = f"`deepspeed={deepspeed}`"
+    if fsdp:
+        requested["FSDP"] = f"`fsdp={fsdp}`"
+    return requested
+
+
+def require_accelerator(requested: Mapping[str, str], on_cpu: str | None) -> None:
+    """Raises a `ValueError` when a sharded engine and the CPU are both asked for.
+
+    On the CPU accelerate leaves DeepSpeed and FSDP out without a word, and each process trains a whole copy.
+
+    Args:
+        requested: Engines and what asked for them, of [`requested_engines`].
+        on_cpu: What asked for the CPU, None if nothing did.
+    """
+    if on_cpu is None:
+        return
+    for engine, source in requested.items():
+        raise ValueError(
+            f"{source} asks for {engine} and {on_cpu} for the CPU, where accelerate would leave {engine} out and "
+            "train a whole copy in each process. Remove one of the two."
+        )
+
+
+def require_deepspeed(requested: Mapping[str, str], installed: bool) -> None:
+    """Raises a `ValueError` when DeepSpeed was asked for and is not `installed`."""
+    if "DEEPSPEED" in requested and not installed:
+        raise ValueError(f"{requested['DEEPSPEED']} needs DeepSpeed: `pip install 'otpo[deepspeed]'`.")
+
+
+def require_engine(requested: Mapping[str, str], running: str, processes: int) -> None:
+    """Raises a `ValueError` when an engine was asked for and another one runs.
+
+    Args:
+        requested: Engines and what asked for them, of [`requested_engines`].
+        running: Name of accelerate's distributed type, such as `"NO"` or `"FSDP"`.
+        processes: Number of processes.
+    """
+    for engine, source in requested.items():
+        if running != engine:
+            raise ValueError(
+                f"{source} asks for {engine}, but accelerate runs {running} with {processes} process(es). Start the "
+                f"processes with `otpo align --accelerate_config {'zero3' if engine == 'DEEPSPEED' else 'fsdp2'}` or "
+                "`accelerate launch`."
+            )
+
+
+def cpu_request(use_cpu: bool, environ: Mapping[str, str]) -> str | None:
+    """What asks for the CPU: the training option or accelerate's environment; None if neither does."""
+    if use_cpu:
+        return "`use_cpu=True`"
+    return "ACCELERATE_USE_CPU" if _is_on(environ.get("ACCELERATE_USE_CPU")) else None
+
+
+def describe_engine(accelerator: Any) -> str:
+    """Accelerate's distributed type, with the ZeRO stage or the version of FSDP, and the number of processes."""
+    name = accelerator.distributed_type.value
+    if name == "DEEPSPEED":
+        name += f" ZeRO-{accelerator.state.deepspeed_plugin.zero_stage}"
+    elif name == "FSDP":
+        name += f" {accelerator.state.fsdp_plugin.fsdp_version}"
+    return f"{name}, {accelerator.num_processes} process{'es' if accelerator.num_processes > 1 else ''}"
+
+
+def describe_device(device: torch.device) -> str:
+    """Name of a device, with the memory of a GPU in GiB."""
+    if device.type != "cuda":
+        return device.type
+    properties = torch.cuda.get_device_properties(device)
+    return f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
+
+
+def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
+    """Parameters and trainable ones, whole even where ZeRO-3 holds a shard; 4-bit weights count two a byte."""
+    total = trainable = 0
+    for parameter in model.parameters():
+        count = int(getattr(parameter, "ds_numel", parameter.numel()))  # ZeRO-3 leaves `numel` at zero
+        if type(parameter).__name__ == "Params4bit":
+            count *= 2 * parameter.element_size()
+        total += count
+        trainable += count if parameter.requires_grad else 0
+    return total, trainable
+
+
+def _is_on(value: str | None) -> bool:
+    return (value or "").lower() in {"1", "true", "yes", "y", "on"}

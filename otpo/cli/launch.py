@@ -1,0 +1,137 @@
+"""Starting `otpo align` in several processes through accelerate's own launcher."""
+
+import argparse
+import os
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from importlib.util import find_spec
+from pathlib import Path
+from subprocess import CalledProcessError
+from typing import Any
+
+import torch
+from accelerate.commands.config import default_config_file, load_config_from_file
+from accelerate.commands.config.config_args import ClusterConfig
+from accelerate.commands.launch import launch_command, launch_command_parser
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from trl.cli.accelerate_config import resolve_accelerate_config_argument
+
+from .engine import ENGINES, require_accelerator, require_deepspeed
+
+MODULE = "otpo.cli.align"
+_SIGNAL_BASE = 128  # a shell's exit code for a process that a signal ended
+
+
+def bundled_configs() -> dict[str, Path]:
+    """Names and files of the accelerate configurations that come with otpo."""
+    folder = Path(str(files("otpo.cli").joinpath("accelerate_configs")))
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def resolve_config(name: str) -> str:
+    """The path of the accelerate configuration of that path, or of that name among otpo's and then TRL's.
+
+    Raises:
+        ValueError: There is none; the message lists otpo's names.
+    """
+    if Path(name).is_file():
+        return name
+    if name in bundled_configs():
+        return str(bundled_configs()[name])
+    try:
+        return resolve_accelerate_config_argument(["--accelerate_config", name])[1]
+    except ValueError as error:
+        raise ValueError(
+            f"`accelerate_config={name!r}` is neither a file nor a name among {sorted(bundled_configs())} and those "
+            "of TRL."
+        ) from error
+
+
+def is_launched(environ: Mapping[str, str]) -> bool:
+    """Whether accelerate or torchrun started this process."""
+    return "LOCAL_RANK" in environ or "ACCELERATE_DYNAMO_BACKEND" in environ
+
+
+def check_options(options: Sequence[str]) -> list[str]:
+    """The options as accelerate's own, `--accelerate_config` as its `--config_file`.
+
+    Raises:
+        ValueError: An option is unknown, or there is no such configuration.
+    """
+    parser = argparse.ArgumentParser(prog="otpo align", add_help=False, allow_abbrev=False)
+    parser.add_argument("--accelerate_config", "--accelerate-config")
+    found, kept = parser.parse_known_args(list(options))
+    # A value without its option would be taken for the script.
+    args, unknown = launch_command_parser().parse_known_args([*kept, MODULE])
+    if unknown or args.training_script != MODULE or args.training_script_args:
+        raise ValueError(
+            f"Unknown option among {kept}. `otpo align --help` lists the options of the alignment, `accelerate launch "
+            "--help` those of the launcher."
+        )
+    name = found.accelerate_config
+    return kept if name is None else [*kept, "--config_file", resolve_config(name)]
+
+
+def parse_launch(options: Sequence[str], script_args: Sequence[str], use_cpu: bool = False) -> Any:
+    """Accelerate's launch arguments for our options.
+
+    Args:
+        options: Options of `accelerate launch`, and `--accelerate_config NAME_OR_PATH`.
+        script_args: Arguments of the training module.
+        use_cpu: Whether the training options ask for the CPU.
+
+    Raises:
+        ValueError: An option is unknown, there is no such configuration, or accelerate would start something else
+            than was asked for.
+    """
+    options = check_options(options)
+    args = launch_command_parser().parse_args([*options, "--module", MODULE, *script_args])
+
+    config = load_config_from_file(args.config_file) if args.config_file else None
+    has_default = os.path.isfile(default_config_file)
+    engine = getattr(config, "distributed_type", None)
+    kinds = {"DEEPSPEED": args.use_deepspeed, "FSDP": args.use_fsdp}
+    asked = {name: f"`--use_{name.lower()}`" for name in ENGINES if kinds[name]}
+    if engine is not None and engine.value in ENGINES and not asked:
+        asked = {engine.value: f"`accelerate_config={Path(args.config_file).stem}`"}
+    on_cpu = "`--cpu`" if args.cpu else "`use_cpu=True`" if use_cpu else None
+    require_accelerator(asked, on_cpu)
+    require_deepspeed(asked, find_spec("deepspeed") is not None)
+
+    if args.num_processes is None and isinstance(config, ClusterConfig) and config.num_processes == -1:
+        args.num_processes = max(1, torch.accelerator.device_count())
+    # A plain launch takes several processes for granted on several GPUs alone, and starts one otherwise.
+    plural = (args.num_processes or 1) > 1
+    if plural and args.cpu and args.mpirun_hostfile is None:
+        raise ValueError(
+            f"`--cpu` with `--num_processes {args.num_processes}` starts one process in accelerate, unless "
+            "`--mpirun_hostfile` is set. Use `--use_cpu` in place of `--cpu`."
+        )
+    if plural and engine is not None and engine.value == "NO" and not (asked or args.multi_gpu):
+        raise ValueError(
+            f"`num_processes={args.num_processes}` with `accelerate_config={Path(args.config_file).stem}`, which "
+            "starts one process. Set `--num_processes 1`, or `--accelerate_config ddp`."
+        )
+    if config is None and not has_default:
+        args.multi_gpu = args.multi_gpu or (plural and not asked and not args.cpu)
+        # Accelerate's own defaults, which it warns of; the training options set the precision.
+        args.num_machines = args.num_machines or 1
+        args.mixed_precision = args.mixed_precision or "no"
+        args.dynamo_backend = args.dynamo_backend or "no"
+    return args
+
+
+def launch(options: Sequence[str], script_args: Sequence[str], use_cpu: bool = False) -> int:
+    """Runs `python -m otpo.cli.align` under accelerate and returns the exit code of the process that failed first."""
+    args = parse_launch(options, script_args, use_cpu)
+    try:
+        launch_command(args)
+    except CalledProcessError as error:
+        return _exit_code(error.returncode)
+    except ChildFailedError as error:
+        return _exit_code(error.get_first_failure()[1].exitcode)
+    return 0
+
+
+def _exit_code(code: int) -> int:
+    return code if code >= 0 else _SIGNAL_BASE - code

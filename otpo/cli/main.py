@@ -1,0 +1,53 @@
+"""The console script `otpo`: a table of commands, each imported when it is run."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import NamedTuple
+
+from otpo import __version__
+
+
+class Command(NamedTuple):
+    """A command: its line in the help, and the module whose `main(argv) -> int` runs it."""
+
+    help: str
+    module: str
+
+
+COMMANDS = {
+    "align": Command("Align a model on preference pairs, on one device or many.", "otpo.cli.align"),
+    "env": Command("Print versions, devices and folders, to be pasted into an issue.", "otpo.cli.env"),
+}
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of the first word; the command's own parser reads the rest."""
+    parser = argparse.ArgumentParser(
+        prog="otpo",
+        usage="otpo [--version] COMMAND [options]",
+        description="Align language models on preference pairs with token weights from optimal transport.",
+        epilog="`otpo COMMAND --help` lists the options of a command.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"otpo {__version__}")
+    commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND")
+    for name, command in COMMANDS.items():
+        commands.add_parser(name, help=command.help, add_help=False)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns its exit code; 2 for a command or an option that does not exist."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = make_parser()
+    command = parser.parse_args(argv[:1]).command
+    if command is None:
+        parser.print_help()
+        return 0
+    return import_module(COMMANDS[command].module).main(argv[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
