@@ -154,7 +154,7 @@ def main() -> None:
         "--languages", nargs="+", default=["en", "id", "pt"], help="of en id th vi ms fil pt (default: en id pt)"
     )
     parser.add_argument("--fit-steps", type=int, default=100)
-    parser.add_argument("--align-steps", type=int, default=60)
+    parser.add_argument("--align-steps", type=int, default=100)
     args = parser.parse_args()
     begin = time.monotonic()
     set_seed(0)
@@ -172,7 +172,7 @@ def main() -> None:
         max_steps=args.align_steps,
         per_device_train_batch_size=16,
         per_device_eval_batch_size=32,
-        learning_rate=1.5e-4,
+        learning_rate=2e-4,
         warmup_steps=5,
         logging_steps=5,
         **CPU,

@@ -1,9 +1,10 @@
-"""Keys and sizes of the precomputed, per-token reference log-probabilities."""
+"""Keys, sizes and places of the precomputed, per-token reference log-probabilities."""
 
 import hashlib
+from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, config
 
 _TOKENS = ("prompt_ids", "chosen_ids", "rejected_ids")
 _ROWS_AT_ONCE = 1000
@@ -35,3 +36,13 @@ def dataset_key(dataset: Dataset, *settings: Any) -> str:
             digest.update(lists.value_lengths().to_numpy(zero_copy_only=False).tobytes())
             digest.update(lists.flatten().to_numpy(zero_copy_only=False).tobytes())
     return digest.hexdigest()
+
+
+def shared_cache_file(fingerprint: str) -> str:
+    """Where the rows of a dataset that lives in memory are kept.
+
+    `datasets` gives such a dataset a folder of its own in each process, where no other process looks.
+    """
+    folder = Path(config.HF_DATASETS_CACHE) / "otpo"
+    folder.mkdir(parents=True, exist_ok=True)
+    return str(folder / f"cache-{fingerprint}.arrow")

@@ -24,9 +24,15 @@ from trl.trainer.utils import get_config_model_id
 
 from .config import OTPOConfig
 from .data.validation import PairRule, drop_unusable_pairs, is_tokenized, require_preference_columns
-from .guards import RowFinder, require_finite_parameters, require_finite_step, states_not_finite
+from .guards import (
+    RowFinder,
+    require_finite_parameters,
+    require_finite_step,
+    require_same_start,
+    states_not_finite,
+)
 from .metrics import reward_metrics, weight_metrics
-from .reference import dataset_key, longest_completion
+from .reference import dataset_key, longest_completion, shared_cache_file
 from .scoring import Scored, loss_groups
 from .swap import swapped
 from .timing import DeviceTimer
@@ -122,6 +128,7 @@ class OTPOTrainer(DPOTrainer):
         self._kept_rows: dict[str, list[int]] = {}
         self._row_width = 0
         super().__init__(model, ref_model, args, data_collator, train_dataset, eval_dataset, *trl_args, **trl_kwargs)
+        self._reference_is_copy = ref_model is None and not is_peft_model(self.model)
         if weighting is None and args.weighting == "ld":
             self.ld_alpha = None  # the weights carry it
 
@@ -152,13 +159,16 @@ class OTPOTrainer(DPOTrainer):
         return dataset
 
     def _precompute_ref_logps(self, dataset, name, batch_size):
+        if isinstance(dataset, IterableDataset):
+            return super()._precompute_ref_logps(dataset, name, batch_size)  # which says that it can't
         # TRL stores whatever `compute_ref_log_probs` returns, under a key made of the model and the dataset's
         # fingerprint. Rows must not share a key with TRL's sums, nor with rows of another truncation.
         self._row_width = longest_completion(dataset, self.args.max_length)
         args = self.args
         key = dataset_key(dataset, args.max_length, args.truncation_mode, self.accelerator.mixed_precision)
+        place = {} if dataset.cache_files else {"_get_cache_file_path": shared_cache_file}
         with (
-            swapped(dataset, _fingerprint=key),
+            swapped(dataset, _fingerprint=key, **place),
             swapped(self, compute_ref_log_probs=self._compute_ref_rows),
         ):
             return super()._precompute_ref_logps(dataset, name, batch_size)
@@ -237,6 +247,8 @@ class OTPOTrainer(DPOTrainer):
         self._require_finite(
             ~values.isfinite() | (~reference.isfinite() & mask), "Weights or reference log-probabilities", inputs
         )
+        if self._reference_is_copy and self._mode == "train" and self.state.global_step == 0:
+            require_same_start(logps, reference, mask)
         return Scored(outputs, logps, reference, values, mask)
 
     def _require_finite(self, bad: Tensor, what: str, inputs: dict[str, Any]) -> None:

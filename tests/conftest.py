@@ -1,9 +1,11 @@
 import gc
 import os
+import tempfile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may touch the network
 os.environ.setdefault("TQDM_DISABLE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp()  # what one run caches must not be there in the next
 
 import pytest
 import torch

@@ -455,3 +455,37 @@ def test_empty_sides_of_images(loss_type, vision_folder, tmp_path):
     assert math.isfinite(loss) and finite
     run = train_and_evaluate(trainer)
     assert all(math.isfinite(loss) for loss in run.losses)
+
+
+# The reference
+
+
+def test_a_reference_that_is_not_the_policys_copy_stops_before_the_first_step(model_folder, tmp_path):
+    """A model changed in memory: its copy is loaded from the folder, without the change."""
+    model = AutoModelForCausalLM.from_pretrained(model_folder)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(3.0)
+    before = parameters(model)
+    trainer = make(model, tmp_path, make_pairs())
+    with pytest.raises(RuntimeError, match=r"differ from the policy's by .* nats a token.* pass `ref_model`"):
+        trainer.train()
+    assert bits(parameters(trainer.model)) == bits(before)
+
+
+def test_a_reference_of_ones_own_may_be_another_model(model_folder, other_model_folder, tmp_path):
+    other = AutoModelForCausalLM.from_pretrained(other_model_folder)
+    trainer = OTPOTrainer(model_folder, other, options(tmp_path, max_steps=1), train_dataset=make_pairs())
+    trainer.train()
+    assert trainer.state.global_step == 1
+
+
+def test_precomputed_rows_of_data_in_memory_lie_where_every_process_looks(model_folder, tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    pairs = make_pairs()
+    assert not pairs.cache_files
+    for _ in range(2):
+        trainer = make(model_folder, tmp_path / "out", pairs, precompute_ref_log_probs=True)
+        assert "ref_chosen_logps" in trainer.train_dataset.column_names
+        assert len(list((tmp_path / "cache/otpo").glob("cache-*.arrow"))) == 1
