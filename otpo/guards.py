@@ -1,4 +1,4 @@
-"""Stops for numbers that are not finite, before they reach an update or a checkpoint."""
+"""Stops for numbers that can't be right, before they reach an update or a checkpoint."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -8,6 +8,8 @@ from accelerate import Accelerator
 from datasets import Dataset
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+
+from .data.validation import PairRule, token_lists
 
 # Nats a token. Half precision and another kernel make less than a tenth of it; another model makes far more.
 _LARGEST_START_GAP = 0.1
@@ -63,8 +65,7 @@ def require_same_start(policy_logps: Tensor, reference_logps: Tensor, mask: Tens
         raise RuntimeError(
             f"Before the first step the reference's log-probabilities differ from the policy's by {gap:.3f} nats a "
             "token, though it should be a copy of it. It is loaded from the path in `model.config`: if your model was "
-            "changed in memory, pass `ref_model`; under FSDP, use DeepSpeed ZeRO, LoRA, or "
-            "`precompute_ref_log_probs=True`."
+            "changed in memory, pass `ref_model`; under FSDP, train an adapter, which needs no second model."
         )
 
 
@@ -75,13 +76,12 @@ class RowFinder:
     Attributes:
         dataset: The dataset that batches are made of.
         original: The row in the user's dataset of each of its rows, None where they are the same.
-        max_length: As in `trl.DPOConfig`, and so is `truncation_mode`.
+        rule: How sequences are truncated.
     """
 
     dataset: Any
     original: list[int] | None
-    max_length: int | None
-    truncation_mode: str
+    rule: PairRule
 
     def find(self, inputs: dict[str, Any], pair: int) -> int | None:
         """The row whose two sequences are the pair's; None if it can't be told."""
@@ -90,19 +90,10 @@ class RowFinder:
         ids, mask = inputs["input_ids"], inputs["attention_mask"].bool()
         other = pair + len(ids) // 2
         chosen, rejected = ids[pair][mask[pair]].tolist(), ids[other][mask[other]].tolist()
-        for row, example in enumerate(self.dataset.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"])):
-            prompt = example["prompt_ids"]  # pyright: ignore
-            if (
-                self._cut(prompt + example["chosen_ids"]) == chosen  # pyright: ignore
-                and self._cut(prompt + example["rejected_ids"]) == rejected  # pyright: ignore
-            ):
+        for row, (prompt, *completions) in enumerate(token_lists(self.dataset)):
+            if [self.rule.truncate(prompt + completion) for completion in completions] == [chosen, rejected]:
                 return row if self.original is None else self.original[row]
         return None
-
-    def _cut(self, ids: list[int]) -> list[int]:
-        if self.max_length is None:
-            return ids
-        return ids[: self.max_length] if self.truncation_mode == "keep_start" else ids[-self.max_length :]
 
 
 def require_finite_parameters(model: torch.nn.Module, accelerator: Accelerator, step: int) -> None:

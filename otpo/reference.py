@@ -1,24 +1,19 @@
 """Keys, sizes and places of the precomputed, per-token reference log-probabilities."""
 
 import hashlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from datasets import Dataset, config
 
-_TOKENS = ("prompt_ids", "chosen_ids", "rejected_ids")
-_ROWS_AT_ONCE = 1000
+from .data.validation import ROWS_AT_ONCE, TOKEN_COLUMNS
 
 
 def longest_completion(dataset: Dataset, max_length: int | None) -> int:
     """Tokens of the longest completion that can be left after truncation to `max_length`."""
-    lengths = (
-        len(ids)
-        for batch in dataset.select_columns(["chosen_ids", "rejected_ids"]).iter(_ROWS_AT_ONCE)
-        for column in ("chosen_ids", "rejected_ids")
-        for ids in batch[column]  # pyright: ignore
-    )
-    longest = max(lengths)
+    longest = max(int(lengths.max()) for lengths, _ in _columns(dataset, ("chosen_ids", "rejected_ids")))
     return longest if max_length is None else min(longest, max_length)
 
 
@@ -30,12 +25,19 @@ def dataset_key(dataset: Dataset, *settings: Any) -> str:
     """
     digest = hashlib.blake2b(b"otpo: reference log-probabilities per token", digest_size=16)
     digest.update(repr(settings).encode())
-    for batch in dataset.select_columns(list(_TOKENS)).with_format("arrow").iter(_ROWS_AT_ONCE):
-        for column in _TOKENS:
-            lists = batch[column].combine_chunks()  # pyright: ignore
-            digest.update(lists.value_lengths().to_numpy(zero_copy_only=False).tobytes())
-            digest.update(lists.flatten().to_numpy(zero_copy_only=False).tobytes())
+    for lengths, tokens in _columns(dataset, TOKEN_COLUMNS):
+        digest.update(lengths.tobytes())
+        digest.update(tokens.tobytes())
     return digest.hexdigest()
+
+
+def _columns(dataset: Dataset, names: Sequence[str]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The lengths of a column's lists, and their tokens one after another, for each batch and column."""
+    for batch in dataset.select_columns(list(names)).with_format("arrow").iter(ROWS_AT_ONCE):
+        for name in names:
+            lists = batch[name].combine_chunks()  # pyright: ignore
+            lengths, tokens = lists.value_lengths(), lists.flatten()
+            yield lengths.to_numpy(zero_copy_only=False), tokens.to_numpy(zero_copy_only=False)
 
 
 def shared_cache_file(fingerprint: str) -> str:

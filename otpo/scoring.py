@@ -27,6 +27,7 @@ class Scored:
         reference_logps: `(2B, T)`.
         weights: `(2B, T)`, zero outside the mask.
         mask: `(2B, T)` bool, true at completion tokens.
+        metrics: Numbers to log about the weights.
     """
 
     outputs: Any
@@ -34,6 +35,7 @@ class Scored:
     reference_logps: Tensor
     weights: Tensor
     mask: Tensor
+    metrics: dict[str, float | Tensor]
 
     def weights_for(self, loss_type: str) -> Tensor:
         """The weights as the loss type takes them, `(2B, T)`."""

@@ -153,8 +153,7 @@ class OTPOTrainer(DPOTrainer):
         if not is_tokenized(dataset):
             with swapped(args, max_length=None):
                 dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
-        rule = PairRule(args.max_length, args.truncation_mode, args.drop_identical_pairs)
-        dataset, dropped, self._kept_rows[dataset_name] = drop_unusable_pairs(dataset, rule, dataset_name)
+        dataset, dropped, self._kept_rows[dataset_name] = drop_unusable_pairs(dataset, _pair_rule(args), dataset_name)
         self.dropped_pairs[dataset_name] = dropped
         return dataset
 
@@ -205,7 +204,8 @@ class OTPOTrainer(DPOTrainer):
                 part = super()._compute_loss(stand_in, inputs, return_outputs and position == 0)
             result = part if position == 0 else _added(result, part)
         assert scored is not None
-        self._log_unweighted_rewards(scored)
+        rewards = self.beta * (scored.policy_logps.detach() - scored.reference_logps).sum(1)
+        self._append_metrics({**scored.metrics, **reward_metrics(rewards, "_unweighted")})
         return result
 
     def _score(self, model: Callable[..., Any], inputs: dict[str, Any], kwargs: dict[str, Any]) -> Scored:
@@ -238,7 +238,6 @@ class OTPOTrainer(DPOTrainer):
             )
         # What lies outside the mask is nobody's: a NaN there would spoil the sums, even times zero.
         values = values.detach().to(device=device, dtype=logps.dtype).masked_fill(~mask, 0.0)
-        self._append_metrics({**weight_metrics(values, mask), **metrics})
         if "ref_chosen_logps" in inputs:
             stored = torch.cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])
             reference = unpack_rows(stored.to(device), mask)
@@ -249,11 +248,10 @@ class OTPOTrainer(DPOTrainer):
         )
         if self._reference_is_copy and self._mode == "train" and self.state.global_step == 0:
             require_same_start(logps, reference, mask)
-        return Scored(outputs, logps, reference, values, mask)
+        return Scored(outputs, logps, reference, values, mask, {**weight_metrics(values, mask), **metrics})
 
     def _require_finite(self, bad: Tensor, what: str, inputs: dict[str, Any]) -> None:
-        args = self.args
-        rows = RowFinder(self.train_dataset, self._kept_rows.get("train"), args.max_length, args.truncation_mode)
+        rows = RowFinder(self.train_dataset, self._kept_rows.get("train"), _pair_rule(self.args))
         require_finite_step(bad, what, inputs, rows, self.state.global_step)
 
     def _reference_logps(self, model: Callable[..., Any], inputs: dict[str, Any], mask: Tensor) -> Tensor:
@@ -290,10 +288,6 @@ class OTPOTrainer(DPOTrainer):
 
     # The log and the checkpoints
 
-    def _log_unweighted_rewards(self, scored: Scored) -> None:
-        rewards = self.beta * (scored.policy_logps.detach() - scored.reference_logps).sum(1)
-        self._append_metrics(reward_metrics(rewards, "_unweighted"))
-
     @property
     def _mode(self) -> str:
         return "train" if self.model.training else "eval"
@@ -320,6 +314,10 @@ class OTPOTrainer(DPOTrainer):
         """Saves the model, unless a parameter is not finite: a bad step must not take a good checkpoint's place."""
         require_finite_parameters(self.model, self.accelerator, self.state.global_step)
         super().save_model(output_dir, _internal_call)
+
+
+def _pair_rule(args: OTPOConfig) -> PairRule:
+    return PairRule(args.max_length, args.truncation_mode, args.drop_identical_pairs)
 
 
 def _added(result: Any, loss: Tensor) -> Any:

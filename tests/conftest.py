@@ -22,25 +22,30 @@ def tokenizer():
     return make_tokenizer()
 
 
+def tiny_sizes(tokenizer):
+    """The shape of the text model in each of the tiny models; its weights are large enough to tell tokens apart."""
+    return {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "tie_word_embeddings": False,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "initializer_range": 0.2,
+    }
+
+
 @pytest.fixture(scope="session")
 def model_folder(tokenizer, tmp_path_factory):
     """A random two-layer Qwen3 with its tokenizer, as a folder that `from_pretrained` reads."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        tie_word_embeddings=False,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        initializer_range=0.2,
-    )
+    config = Qwen3Config(**tiny_sizes(tokenizer))
     return save_model(Qwen3ForCausalLM(config), tmp_path_factory.mktemp("qwen3"), tokenizer)
 
 
@@ -61,22 +66,12 @@ def moe_folder(tokenizer, tmp_path_factory):
 
     torch.manual_seed(0)
     config = Qwen3MoeConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
+        **tiny_sizes(tokenizer),
         moe_intermediate_size=16,
         num_experts=4,
         num_experts_per_tok=2,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
         router_aux_loss_coef=0.1,
         output_router_logits=True,
-        tie_word_embeddings=False,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        initializer_range=0.2,
     )
     return save_model(Qwen3MoeForCausalLM(config), tmp_path_factory.mktemp("qwen3_moe"), tokenizer)
 
@@ -95,19 +90,7 @@ def vision_folder(tmp_path_factory):
 
     torch.manual_seed(0)
     tokenizer = make_tokenizer()  # one of its own: saving a processor marks its tokenizer
-    text = Qwen3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        tie_word_embeddings=False,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        initializer_range=0.2,
-    )
+    text = Qwen3Config(**tiny_sizes(tokenizer))
     vision = CLIPVisionConfig(
         hidden_size=16,
         intermediate_size=32,

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from importlib.resources import files
 from typing import TYPE_CHECKING
 
+from .ecommerce.lexicon import LANGUAGES
+from .ecommerce.pairs import KINDS
+
 if TYPE_CHECKING:
     from datasets import Dataset
 
 _FILE = "ecommerce_preferences.jsonl.gz"
-_LANGUAGES = ("en", "id", "th", "vi", "ms", "fil", "pt")
-_KINDS = ("attribute", "price", "language", "format")
 _SPLITS = ("train", "test", "test_templates")
 
 
@@ -39,12 +40,12 @@ def load_demo_preferences(
     """
     from datasets import Dataset
 
-    languages = _LANGUAGES if languages is None else languages
-    kinds = _KINDS if kinds is None else kinds
+    languages = LANGUAGES if languages is None else languages
+    kinds = KINDS if kinds is None else kinds
     for name, given, allowed in (
         ("split", [split], _SPLITS),
-        ("languages", languages, _LANGUAGES),
-        ("kinds", kinds, _KINDS),
+        ("languages", languages, LANGUAGES),
+        ("kinds", kinds, KINDS),
     ):
         unknown = [value for value in given if value not in allowed]
         if unknown or not given:

@@ -10,8 +10,10 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-_TOKENIZED = ("prompt_ids", "chosen_ids", "rejected_ids")
-_ROWS_AT_ONCE = 1000
+TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
+"""What TRL's tokenization of a pair makes."""
+ROWS_AT_ONCE = 1000
+"""Rows read together in a pass over a dataset."""
 
 Problem = Literal["empty", "identical"]
 
@@ -35,7 +37,7 @@ def require_preference_columns(dataset: Dataset | IterableDataset, name: str) ->
 def is_tokenized(dataset: Dataset | IterableDataset) -> bool:
     """Whether the dataset has the columns that TRL's tokenization makes, and no text to make them of."""
     columns = _columns(dataset)
-    return set(_TOKENIZED) <= set(columns) and not {"chosen", "rejected"} <= set(columns)
+    return set(TOKEN_COLUMNS) <= set(columns) and not {"chosen", "rejected"} <= set(columns)
 
 
 def _columns(dataset: Dataset | IterableDataset) -> list[str]:
@@ -68,14 +70,16 @@ class PairRule:
 
     def _scored(self, prompt_ids: Sequence[int], completion_ids: Sequence[int]) -> Sequence[int]:
         """Completion tokens that are left and have a token before them to predict them."""
-        prompt_length, limit = len(prompt_ids), self.max_length
-        if limit is not None and self.truncation_mode == "keep_end":
-            cut = max(0, prompt_length + len(completion_ids) - limit)
-            completion_ids = completion_ids[max(0, cut - prompt_length) :]
-            prompt_length = max(0, prompt_length - cut)
-        elif limit is not None:
-            completion_ids = completion_ids[: max(0, limit - prompt_length)]
-        return completion_ids if prompt_length > 0 else completion_ids[1:]
+        sequence = [*prompt_ids, *completion_ids]
+        kept = self.truncate(sequence)
+        lost_in_front = len(sequence) - len(kept) if self.truncation_mode == "keep_end" else 0
+        return kept[max(1, len(prompt_ids) - lost_in_front) :]
+
+    def truncate(self, sequence: list[int]) -> list[int]:
+        """What the collator leaves of a prompt with its completion."""
+        if self.max_length is None:
+            return sequence
+        return sequence[: self.max_length] if self.truncation_mode == "keep_start" else sequence[-self.max_length :]
 
     def refuse_identical(self, row: int, name: str) -> None:
         """Raises a `ValueError` for an identical pair, unless such pairs are dropped."""
@@ -115,7 +119,7 @@ def drop_unusable_pairs(
         return kept, dropped, []
 
     kept = []
-    for row, tokens in enumerate(_token_rows(dataset)):
+    for row, tokens in enumerate(token_lists(dataset)):
         problem = rule.problem(*tokens)
         if problem is None:
             kept.append(row)
@@ -142,10 +146,11 @@ def _nothing_left(name: str, rule: PairRule, dropped: Counter[str], size: int) -
     )
 
 
-def _token_rows(dataset: Dataset) -> Iterator[tuple[list[int], list[int], list[int]]]:
-    tokens = dataset.select_columns(list(_TOKENIZED))
-    for batch in tokens.iter(_ROWS_AT_ONCE):
-        yield from zip(*(batch[column] for column in _TOKENIZED), strict=True)  # pyright: ignore
+def token_lists(dataset: Dataset) -> Iterator[tuple[list[int], list[int], list[int]]]:
+    """The prompt, chosen and rejected tokens of each row of a tokenized dataset."""
+    tokens = dataset.select_columns(list(TOKEN_COLUMNS))
+    for batch in tokens.iter(ROWS_AT_ONCE):
+        yield from zip(*(batch[column] for column in TOKEN_COLUMNS), strict=True)  # pyright: ignore
 
 
 class _StreamFilter:
@@ -155,7 +160,7 @@ class _StreamFilter:
         self.rule, self.name, self.dropped = rule, name, dropped
 
     def __call__(self, example: dict[str, Any], row: int) -> bool:
-        problem = self.rule.problem(*(example[column] for column in _TOKENIZED))
+        problem = self.rule.problem(*(example[column] for column in TOKEN_COLUMNS))
         if problem == "identical":
             self.rule.refuse_identical(row, self.name)
         if problem is not None:
