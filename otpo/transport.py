@@ -24,35 +24,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .sinkhorn import unbalanced_sinkhorn
+
 CostScale = Literal["release", "pairwise"]
 
-# Iterations between two looks at the residual on an accelerator: each look waits for the device.
-_CHECK_EVERY = 10
 
 
-@dataclass(frozen=True)
-class Transport:
-    """A solved batch of transport problems.
-
-    Attributes:
-        chosen_marginal: Mass that leaves each chosen token, `G 1` `(B, M)`; zero outside the mask.
-        rejected_marginal: Mass that reaches each rejected token, `G^T 1` `(B, N)`; zero outside the mask.
-        chosen_potential: Dual potential over `reg`, `(B, M)`; `-inf` outside the mask.
-        rejected_potential: Dual potential over `reg`, `(B, N)`; `-inf` outside the mask.
-        residual: Largest relative violation of the optimality condition of a marginal, `(B,)`.
-        iterations: Full sweeps that were run, the same for every pair of the batch.
-    """
-
-    chosen_marginal: Tensor
-    rejected_marginal: Tensor
-    chosen_potential: Tensor
-    rejected_potential: Tensor
-    residual: Tensor
-    iterations: int
-
-    def plan(self, cost: Tensor, reg: float) -> Tensor:
-        """The transport plan `G`, `(B, M, N)`, for the `cost` and `reg` that were solved."""
-        return (self.chosen_potential.unsqueeze(2) + self.rejected_potential.unsqueeze(1) - cost / reg).exp()
 
 
 @dataclass(frozen=True)
@@ -69,7 +46,7 @@ class TransportWeights:
     chosen: Tensor
     rejected: Tensor
     residual: Tensor
-    iterations: int
+    iterations: Tensor
 
 
 @torch.no_grad()
@@ -119,89 +96,6 @@ def pairwise_cost(
         # and the budget scales it back.
         largest = largest + 1e-6
     return cost / largest.clamp(min=1.0)[:, None, None]
-
-
-@torch.no_grad()
-def unbalanced_sinkhorn(
-    cost: Tensor,
-    chosen_mask: Tensor,
-    rejected_mask: Tensor,
-    *,
-    reg: float,
-    reg_m: float,
-    tolerance: float = 1e-6,
-    max_iterations: int = 1000,
-) -> Transport:
-    """Solves the unbalanced transport problem of every pair at once.
-
-    One sweep, with `a = f / reg`, `b = g / reg` and `phi = reg_m / (reg_m + reg)`:
-
-        a_i = -phi * logsumexp_j(b_j - C_ij / reg),   b_j = -phi * logsumexp_i(a_i - C_ij / reg),
-
-    and before each half step the exact shift `a + s, b - s` that maximises the dual over translations
-    (arXiv 2201.00730, section 4). On an accelerator the residual is looked at every tenth sweep, so the loop
-    waits for the device that often and no oftener.
-
-    Args:
-        cost: `(B, M, N)`, non-negative, finite, float64 or float32; the dtype of the work and the result.
-        chosen_mask: `(B, M)` bool.
-        rejected_mask: `(B, N)` bool. A pair with an empty side gets no mass and residual zero.
-        reg: Weight of the entropy term, > 0; down to 0.01 for costs in [0, 1].
-        reg_m: Weight of the two marginal terms, > 0.
-        tolerance: Stop when every pair's residual is at most this.
-        max_iterations: Sweeps at most; the residual says what was reached.
-
-    Raises:
-        ValueError: `reg` or `reg_m` is not a positive finite number.
-    """
-    for name, value in (("reg", reg), ("reg_m", reg_m)):
-        if not 0.0 < value < float("inf"):
-            raise ValueError(f"`{name}` must be a positive finite number, got {value}.")
-    phi = reg_m / (reg_m + reg)
-    ratio = reg / reg_m
-    kernel = cost / -reg
-    rows = chosen_mask & rejected_mask.any(1, keepdim=True)
-    columns = rejected_mask & chosen_mask.any(1, keepdim=True)
-    a = torch.zeros_like(kernel[:, :, 0]).masked_fill(~rows, -torch.inf)
-    b = torch.zeros_like(kernel[:, 0, :]).masked_fill(~columns, -torch.inf)
-
-    check_every = 1 if cost.device.type == "cpu" else _CHECK_EVERY
-    residual = torch.full_like(kernel[:, 0, 0], torch.inf)
-    iteration = 0
-    while iteration < max_iterations:
-        iteration += 1
-        shift = _mass_shift(a, b, rows, columns, ratio)
-        b = b - shift
-        updated = -phi * _lse_rows(kernel, b, rows)
-        residual = ((updated - a - shift) / phi).masked_fill(~rows, 0.0).abs().amax(1)
-        a = updated.masked_fill(~rows, -torch.inf)
-        a = a + _mass_shift(a, b, rows, columns, ratio)
-        b = (-phi * _lse_columns(kernel, a, columns)).masked_fill(~columns, -torch.inf)
-        if iteration % check_every == 0 and bool((residual <= tolerance).all()):
-            break
-    return Transport(
-        chosen_marginal=(a + _lse_rows(kernel, b, rows)).exp(),
-        rejected_marginal=(b + _lse_columns(kernel, a, columns)).exp(),
-        chosen_potential=a,
-        rejected_potential=b,
-        residual=residual,
-        iterations=iteration,
-    )
-
-
-def _lse_rows(kernel: Tensor, b: Tensor, rows: Tensor) -> Tensor:
-    return torch.logsumexp(kernel + b.unsqueeze(1), 2).masked_fill(~rows, 0.0)
-
-
-def _lse_columns(kernel: Tensor, a: Tensor, columns: Tensor) -> Tensor:
-    return torch.logsumexp(kernel + a.unsqueeze(2), 1).masked_fill(~columns, 0.0)
-
-
-def _mass_shift(a: Tensor, b: Tensor, rows: Tensor, columns: Tensor, ratio: float) -> Tensor:
-    """The translation of `a` (and of `b`, negated) that is optimal for the dual, `(B, 1)`."""
-    mass_a = torch.logsumexp((a * -ratio).masked_fill(~rows, -torch.inf), 1, keepdim=True)
-    mass_b = torch.logsumexp((b * -ratio).masked_fill(~columns, -torch.inf), 1, keepdim=True)
-    return torch.where(rows.any(1, keepdim=True), (mass_a - mass_b) / (2.0 * ratio), 0.0)
 
 
 @torch.no_grad()

@@ -96,7 +96,7 @@ def otpo(
     )
     return TokenWeights(
         torch.cat([solved.chosen, solved.rejected]),
-        {"transport/residual": solved.residual.max(), "transport/iterations": float(solved.iterations)},
+        {"transport/residual": solved.residual.max(), "transport/iterations": solved.iterations.max()},
     )
 
 

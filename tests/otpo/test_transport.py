@@ -6,7 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from otpo.transport import pairwise_cost, transport_weights, unbalanced_sinkhorn
+from otpo.sinkhorn import unbalanced_sinkhorn
+from otpo.transport import pairwise_cost, transport_weights
 
 GOLDEN = np.load(Path(__file__).with_name("golden_otpo_weights.npz"))
 CASES = sorted({key.split("/")[0] for key in GOLDEN})
@@ -55,7 +56,7 @@ def test_golden_weights(case, dtype, tolerance, rtol):
 def test_few_iterations_suffice(case):
     """The shift removes the slow mode: plain Sinkhorn takes up to 79 sweeps on these."""
     inputs, regs, _ = golden(case, torch.float64)
-    assert transport_weights(*inputs, **regs).iterations <= 20
+    assert transport_weights(*inputs, **regs).iterations.max() <= 20
 
 
 @settings(max_examples=60, deadline=None)
@@ -199,7 +200,7 @@ def test_pairwise_scale_keeps_more_contrast_than_release_on_offset_states():
 def test_iteration_limit_is_kept_and_residual_says_so():
     inputs, regs, _ = golden("case18", torch.float32)
     got = transport_weights(*inputs, **regs, max_iterations=3)
-    assert got.iterations == 3
+    assert got.iterations.max() == 3
     assert got.residual.max() > 1e-4
 
 
