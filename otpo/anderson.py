@@ -61,7 +61,8 @@ class Anderson:
         diagonal = gram.diagonal(dim1=1, dim2=2)
         scale = torch.where(diagonal > 0, diagonal, torch.inf).rsqrt()
         # An empty slot has scale zero: its row is the ridge alone and its share is zero.
-        matrix = gram * scale[:, :, None] * scale[:, None, :] + RIDGE * torch.eye(MEMORY, dtype=f.dtype, device=f.device)
+        ridge = RIDGE * torch.eye(MEMORY, dtype=f.dtype, device=f.device)
+        matrix = gram * scale[:, :, None] * scale[:, None, :] + ridge
         right = torch.einsum("bkn,bn->bk", self._df, f) * scale
         solution, _ = torch.linalg.solve_ex(matrix, right.unsqueeze(2))
         return solution.squeeze(2) * scale

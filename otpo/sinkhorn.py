@@ -113,7 +113,7 @@ def unbalanced_sinkhorn(
         lse = _masked_logsumexp(kernel, a.masked_fill(~rows, -torch.inf).unsqueeze(2), 1, columns)
         residual = (lse + b / phi).abs().amax(1)
         iterations += active
-        active = ~(residual <= tolerance)
+        active = residual > tolerance  # no more of a pair that holds a NaN
         if iteration == max_iterations or (iteration % check_every == 0 and not active.any()):
             break
         shift = _mass_shift(a, b, rows, columns, ratio)

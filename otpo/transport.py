@@ -1,35 +1,29 @@
-"""Unbalanced optimal transport between the tokens of two responses, batched over pairs.
+"""OTPO's token weights: the marginals of unbalanced optimal transport between two responses' hidden states.
 
 Shapes: B pairs, M tokens of the chosen response, N tokens of the rejected one, D hidden size.
 
-For each pair the plan G solves (OTPO, arXiv 2505.18720, section 3)
-
-    min_G  <G, C> + reg * KL(G | 1 1^T) + reg_m * (KL(G 1 | 1) + KL(G^T 1 | 1))
-
-whose targets are vectors of ones, one unit of mass for each token, not probabilities. The solver works
-on the dual potentials in the log domain, so that `reg` may go down to 0.01, and uses the
-translation-invariant updates of Sejourne et al. 2022 (arXiv 2201.00730): the slow mode of unbalanced
-Sinkhorn is the total mass, and one exact shift of the potentials before each half step removes it.
+`transport_weights` is the whole way from hidden states to weights. It runs in the Triton kernels of
+`otpo_kernels.sinkhorn` or, as their reference, here and in `otpo.sinkhorn`, in plain torch. The torch way
+works in float64 (float32 on devices without it): in float32 the residual of stiff problems stalls near
+1e-5, and nearly equal hidden states come out 1e-4 of their norm apart.
 
 Padding is masked, never replaced by zero vectors: rows and columns outside the masks carry no mass.
 Nothing here is differentiable; the weights are constants of the loss.
-
-The work is done in float64 (float32 on devices without it): in float32 the residual of stiff problems
-stalls near 1e-5, and nearly equal hidden states come out 1e-4 of their norm apart.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from .sinkhorn import unbalanced_sinkhorn
+from .sinkhorn import check_regularisation, unbalanced_sinkhorn
+from .solver_choice import Solver, choose_solver
 
 CostScale = Literal["release", "pairwise"]
 
-
-
+# Matrices of float64 that the torch way holds of every pair at its peak: the cost, the kernel and two sums.
+_MATRICES = 4
 
 
 @dataclass(frozen=True)
@@ -41,12 +35,20 @@ class TransportWeights:
         rejected: `(B, N)`, likewise, with the same sum.
         residual: As in [`Transport`], `(B,)`.
         iterations: As in [`Transport`].
+        solver: What has run, `"triton"` or `"torch"`.
     """
 
     chosen: Tensor
     rejected: Tensor
     residual: Tensor
     iterations: Tensor
+    solver: Literal["triton", "torch"]
+
+
+def check_cost_scale(scale: str, name: str = "cost_scale") -> None:
+    """Raises a `ValueError` that names the option unless `scale` is one of `CostScale`."""
+    if scale not in get_args(CostScale):
+        raise ValueError(f"`{name}` must be 'release' or 'pairwise', got {scale!r}.")
 
 
 @torch.no_grad()
@@ -78,8 +80,7 @@ def pairwise_cost(
     Raises:
         ValueError: `scale` is unknown.
     """
-    if scale not in ("release", "pairwise"):
-        raise ValueError(f"cost scale must be 'release' or 'pairwise', got {scale!r}.")
+    check_cost_scale(scale)
     wide = torch.float32 if chosen.device.type == "mps" else torch.float64
     by_product = chosen.dtype != wide and wide == torch.float64
     mode = "use_mm_for_euclid_dist" if by_product else "donot_use_mm_for_euclid_dist"
@@ -110,13 +111,15 @@ def transport_weights(
     cost_scale: CostScale = "release",
     tolerance: float = 1e-6,
     max_iterations: int = 1000,
+    solver: Solver = "auto",
+    memory_budget: int = 1 << 30,
 ) -> TransportWeights:
     """OTPO's token weights: the plan's marginals, scaled to the budget `tau = min(|y_c|, |y_r|)`.
 
         w_c = G 1 * tau / |G|,   w_r = G^T 1 * tau / |G|   (arXiv 2505.18720, section 3)
 
-    Only real tokens enter the problem: each pair's states are first gathered to the left, so prompts and
-    padding cost nothing. That needs the longest completion's length, one wait for the device.
+    Only real tokens enter the problem, so prompts and padding cost nothing. The two solvers agree to 1e-4 of a
+    weight, usually to 1e-6; the Triton one never waits for the device.
 
     Args:
         chosen: Hidden states that predict the chosen tokens, `(B, M, D)`, any floating dtype.
@@ -128,29 +131,52 @@ def transport_weights(
         cost_scale: See [`pairwise_cost`].
         tolerance: See [`unbalanced_sinkhorn`].
         max_iterations: See [`unbalanced_sinkhorn`].
+        solver: See [`otpo.solver_choice.choose_solver`]; the result says what ran.
+        memory_budget: Bytes of matrices between tokens that are held at a time, at least one pair's: pairs
+            beyond that go through in chunks.
 
     Returns:
         Weights in float64 for float64 states and in float32 otherwise.
+
+    Raises:
+        ValueError: An option is outside its range, or the kernels were asked for and cannot run.
     """
+    check_regularisation(reg, reg_m)
+    check_cost_scale(cost_scale)
+    tensors = (chosen, rejected, chosen_mask, rejected_mask)
+    settings = {"reg": reg, "reg_m": reg_m, "tolerance": tolerance, "max_iterations": max_iterations}
+    if choose_solver(solver, chosen, rejected, reg=reg, reg_m=reg_m, tolerance=tolerance) == "triton":
+        from otpo_kernels.sinkhorn import token_transport
+
+        release = cost_scale == "release"
+        solved = token_transport(*tensors, **settings, release_scale=release, memory_budget=memory_budget)
+        return TransportWeights(*solved, solver="triton")
+    size = max(1, memory_budget // max(1, 8 * _MATRICES * chosen.size(1) * rejected.size(1)))
+    chunks = zip(*(tensor.split(size) for tensor in tensors), strict=True)
+    solved = [_torch_weights(*chunk, cost_scale, settings) for chunk in chunks]
+    return TransportWeights(*(torch.cat(parts) for parts in zip(*solved, strict=True)), solver="torch")
+
+
+def _torch_weights(
+    chosen: Tensor,
+    rejected: Tensor,
+    chosen_mask: Tensor,
+    rejected_mask: Tensor,
+    cost_scale: CostScale,
+    settings: dict[str, Any],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Chosen and rejected weights, residual and iterations; finding the longest completion waits for the device."""
     dtype = torch.promote_types(chosen.dtype, torch.float32)
     chosen, chosen_index, chosen_valid = _gather_left(chosen, chosen_mask)
     rejected, rejected_index, rejected_valid = _gather_left(rejected, rejected_mask)
     cost = pairwise_cost(chosen, rejected, chosen_valid, rejected_valid, scale=cost_scale)
-    solved = unbalanced_sinkhorn(
-        cost,
-        chosen_valid,
-        rejected_valid,
-        reg=reg,
-        reg_m=reg_m,
-        tolerance=tolerance,
-        max_iterations=max_iterations,
-    )
+    solved = unbalanced_sinkhorn(cost, chosen_valid, rejected_valid, **settings)
     budget = torch.minimum(chosen_mask.sum(1), rejected_mask.sum(1)).to(cost.dtype)
-    return TransportWeights(
-        chosen=_scatter_back(solved.chosen_marginal, budget, chosen_index, chosen_mask).to(dtype),
-        rejected=_scatter_back(solved.rejected_marginal, budget, rejected_index, rejected_mask).to(dtype),
-        residual=solved.residual.to(dtype),
-        iterations=solved.iterations,
+    return (
+        _scatter_back(solved.chosen_marginal, budget, chosen_index, chosen_mask).to(dtype),
+        _scatter_back(solved.rejected_marginal, budget, rejected_index, rejected_mask).to(dtype),
+        solved.residual.to(dtype),
+        solved.iterations,
     )
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from .solver_choice import Solver
 from .transport import CostScale, transport_weights
 
 if TYPE_CHECKING:
@@ -76,6 +77,7 @@ def otpo(
     cost_scale: CostScale = "release",
     tolerance: float = 1e-6,
     max_iterations: int = 1000,
+    solver: Solver = "auto",
 ) -> TokenWeights:
     """Marginals of the unbalanced transport plan between the two responses' hidden states.
 
@@ -93,6 +95,7 @@ def otpo(
         cost_scale=cost_scale,
         tolerance=tolerance,
         max_iterations=max_iterations,
+        solver=solver,
     )
     return TokenWeights(
         torch.cat([solved.chosen, solved.rejected]),
@@ -148,6 +151,7 @@ def _otpo_from(args: "OTPOConfig") -> Weighting:
         cost_scale=args.ot_cost_scale,
         tolerance=args.ot_tolerance,
         max_iterations=args.ot_max_iterations,
+        solver=args.ot_solver,
     )
 
 

@@ -11,6 +11,9 @@ import pytest
 import torch
 from helpers import IMAGE_TEMPLATE, make_tokenizer, save_model
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton: its kernels run on the CPU
+
 
 @pytest.fixture(autouse=True)
 def _seeded():

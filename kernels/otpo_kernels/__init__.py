@@ -1,1 +1,1 @@
-"""Triton kernels of otpo. This release holds their place; the kernels are not in it yet."""
+"""Triton kernels of otpo: the transport between two responses' tokens. Importing this package imports no Triton."""

@@ -31,8 +31,8 @@ class ValidTokens(NamedTuple):
         index: `(2, B, L)` int32, positions of the valid tokens in order; undefined past the count.
         squared: `(2, B, L)` float32, their squared norms.
         count: `(2, B)` int32.
-        largest: `(2, B)` int32, the bits of two non-negative float32: the largest norm of a pair's states, and
-            the largest distance between them, zero until `distances` has run.
+        largest: `(2, B)` int32, the bits of two non-negative float32: the largest norm of a pair's states, infinite
+            if one of them is not finite, and the largest distance between them, zero until `distances` has run.
     """
 
     index: Tensor
@@ -79,8 +79,9 @@ def _valid_tokens_kernel(
     place = pair * index_stride_b + position
     tl.store(index_ptr + place, token, mask=valid > 0)
     tl.store(squared_ptr + place, total, mask=valid > 0)
-    # Non-negative floats order as their bits, and a maximum of bits does not depend on the order.
-    tl.atomic_max(largest_ptr + pair, tl.sqrt_rn(tl.max(total, 0)).to(tl.int32, bitcast=True))
+    # Non-negative floats order as their bits, and a maximum of bits does not depend on the order. NaN counts as inf.
+    norm = tl.where(total < float("inf"), tl.sqrt_rn(total), float("inf"))
+    tl.atomic_max(largest_ptr + pair, tl.max(norm, 0).to(tl.int32, bitcast=True))
     if block == tl.num_programs(0) - 1:
         tl.store(count_ptr + pair, before + tl.sum(valid, 0))
 
@@ -173,7 +174,7 @@ def _distance_kernel(
             here = close & (tl.arange(0, BLOCK_N)[None, :] == pick[:, None])
             squared = tl.where(here, exact[:, None], squared)
             close = close & ~here
-        distance = tl.sqrt_rn(tl.where(valid, tl.maximum(squared, 0.0, propagate_nan=tl.PropagateNan.ALL), 0.0))
+        distance = tl.sqrt_rn(tl.where(valid, tl.maximum(squared, 0.0), 0.0))
         out = distance_ptr + slot * distance_stride_b + rows[:, None].to(tl.int64) * columns + cols[None, :]
         tl.store(out, distance, mask=valid)
         tl.atomic_max(largest_ptr + pairs + pair, tl.max(tl.max(distance, 1), 0).to(tl.int32, bitcast=True))
@@ -230,7 +231,7 @@ def distances(chosen: Tensor, rejected: Tensor, tokens: ValidTokens, out: Tensor
     """
     pairs, hidden = len(chosen), chosen.size(2)
     _, rows, columns = out.shape
-    tile = _tile()
+    tile = _tile(chosen.device)
     grid = (triton.cdiv(rows, tile["BLOCK_M"]) * triton.cdiv(columns, tile["BLOCK_N"]), len(out))
     _distance_kernel[grid](
         chosen,
@@ -262,8 +263,13 @@ _TOKENS = 16
 _HIDDEN = 512
 
 
-def _tile() -> dict[str, int]:
+_SHARED_MEMORY = 160 << 10  # bytes that the large tile may take
+
+
+def _tile(device: torch.device) -> dict[str, int]:
     if INTERPRETED:
         return {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 16}
+    if torch.cuda.get_device_properties(device).shared_memory_per_block_optin < _SHARED_MEMORY:
+        return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}
     # The best of eleven tiles on an H100, for all dtypes.
     return {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 4}

@@ -32,6 +32,12 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SMALLEST_REG = 0.01
 """Below this `reg`, exponents of costs in [0, 1] leave float32's range."""
 
+SMALLEST_REG_M = 0.02
+"""Below this `reg_m`, masses, which span exp(-1 / reg_m) for costs in [0, 1], leave float32's range."""
+
+SMALLEST_TOLERANCE = 1e-6
+"""Rounding of float32 matrices leaves residuals of 1e-7 to 7e-7."""
+
 LONGEST = 32768
 """Positions of a response that one program's row of distances can hold."""
 
@@ -79,7 +85,7 @@ def _solve(matrix, right, SIZE: tl.constexpr):
 
 @triton.jit
 def _log2(x):
-    """The logarithm of positive normal float32 as float64, right to 1e-7; the hardware's is right to 2e-7 of its value."""
+    """The logarithm of positive normal float32 as float64, right to 1e-7; the hardware's errs by 2e-7 of its value."""
     bits = x.to(tl.int32, bitcast=True)
     exponent = (bits - 0x3F3504F3) >> 23  # so that the remaining factor is within [0.707, 1.414)
     factor = (bits - (exponent << 23)).to(tl.float32, bitcast=True)
@@ -209,8 +215,10 @@ def _sinkhorn_kernel(
         n = tl.load(count_ptr + pairs + pair)
         if (m > 0) & (n > 0):
             largest = tl.load(largest_ptr + pairs + pair).to(tl.float32, bitcast=True)
+            norm = tl.load(largest_ptr + pair).to(tl.float32, bitcast=True)
+            # NaN where a state is not finite: sums and maxima of the sweeps would hide it.
+            spoiled = tl.where(norm < float("inf"), 0.0, float("nan")).to(tl.float64)
             if RELEASE:
-                norm = tl.load(largest_ptr + pair).to(tl.float32, bitcast=True)
                 largest = tl.maximum(largest, norm) + 1e-6
             scale = 1.4426950408889634 / (reg * tl.maximum(largest, 1.0))
             row0 = tl.minimum(rank * tl.cdiv(m, PROGRAMS), m)
@@ -243,9 +251,7 @@ def _sinkhorn_kernel(
                 last_a = a_ptr + (iteration + 1) % 2 * rows
                 state = state_ptr + iteration % 2 * 2 * columns
                 last_state = state_ptr + (iteration + 1) % 2 * 2 * columns
-                part = _rows_pass(
-                    matrix_ptr, this_a, last_a, b_ptr, row0, row1, n, columns, scale, phi, WIDTH, ROWS
-                )
+                part = _rows_pass(matrix_ptr, this_a, last_a, b_ptr, row0, row1, n, columns, scale, phi, WIDTH, ROWS)
                 cols = tl.arange(0, WIDTH)
                 tl.store(column_mass_ptr + rank * columns + cols, part, mask=cols < n)
                 tl.debug_barrier()
@@ -275,7 +281,7 @@ def _sinkhorn_kernel(
                     column_mass = tl.maximum(tl.sum(parts.to(tl.float64), 0), 1e-38)
                     b = tl.load(b_ptr + at, mask=inside, other=0.0, cache_modifier=".cg")
                     lse = tl.log2(column_mass) - b
-                    worst = tl.where(inside, tl.maximum(worst, tl.abs(lse + b / phi), tl.PropagateNan.ALL), worst)
+                    worst = tl.where(inside, tl.maximum(worst, tl.abs(lse + b / phi)), worst)
                     x = b - shift
                     f = tl.where(inside, -phi * (lse + shift) - x, 0.0)
                     dx = x - tl.load(last_state + at, mask=inside, other=0.0)
@@ -298,15 +304,15 @@ def _sinkhorn_kernel(
                 arrived = _meet(counter_ptr, arrived, PROGRAMS)
 
                 residuals = tl.load(theirs_ptr + 2 * MEMORY, mask=all_ranks, other=0.0, cache_modifier=".cg")
-                residual = tl.max(residuals, 0) / 1.4426950408889634
-                running = (iteration < max_iterations) & ~(residual <= tolerance)
+                residual = tl.max(residuals, 0) / 1.4426950408889634 + spoiled
+                running = (iteration < max_iterations) & (residual > tolerance)
                 if running:
                     products_at = theirs_ptr[:, None] + k[None, :]
                     products = tl.load(products_at, mask=all_ranks[:, None], other=0.0, cache_modifier=".cg")
                     newest_row = tl.sum(products, 0)
                     products = tl.load(products_at + MEMORY, mask=all_ranks[:, None], other=0.0, cache_modifier=".cg")
                     right = tl.sum(products, 0)
-                    if ~(residual <= RESTART * best):
+                    if residual > RESTART * best:
                         remembered *= 0
                     best = tl.minimum(best, residual)
                     if iteration > 1:
@@ -336,7 +342,7 @@ def _sinkhorn_kernel(
                     tl.store(mine_ptr + 2 * MEMORY + 2, tl.sum(column_mass, 0))
                     arrived = _meet(counter_ptr, arrived, PROGRAMS)
 
-            budget = tl.minimum(m, n).to(tl.float64) / mass
+            budget = tl.minimum(m, n).to(tl.float64) / mass + spoiled
             index_at = index_ptr + pair * index_stride_b
             for start in range(row0, row1, SLICE):
                 at = start + tl.arange(0, SLICE)
@@ -377,26 +383,32 @@ def token_transport(
     1e-6. Nothing waits for the device.
 
     Args:
-        chosen: Hidden states `(B, M, D)` in one of `DTYPES`, norms below 1e18.
+        chosen: Hidden states `(B, M, D)` in one of `DTYPES`, norms below 1e18. A pair with a state that is not
+            finite, or larger, gets NaN weights and a NaN residual.
         rejected: `(B, N, D)` of the same dtype.
         chosen_mask: `(B, M)` bool, true at real tokens; any pattern.
         rejected_mask: `(B, N)` bool.
         reg: Weight of the entropy term, at least `SMALLEST_REG`.
-        reg_m: Weight of the marginal terms, > 0.
+        reg_m: Weight of the marginal terms, at least `SMALLEST_REG_M`.
         release_scale: Divide the costs by the maximum over distances and norms, not over distances alone.
-        tolerance: A pair is done when its residual is at most this; float32 matrices allow about 3e-7.
+        tolerance: A pair is done when its residual is at most this, at least `SMALLEST_TOLERANCE`.
         max_iterations: Sweeps at most.
         memory_budget: Bytes of distances held at a time, at least one pair's: pairs go through in chunks.
 
     Raises:
-        ValueError: A dtype, a length or `reg` is outside what the kernels take.
+        ValueError: A dtype, a length or an option is outside what the kernels take.
     """
     if chosen.dtype not in DTYPES or rejected.dtype != chosen.dtype:
         raise ValueError(f"hidden states must share a dtype of {DTYPES}, got {chosen.dtype} and {rejected.dtype}.")
     if max(chosen.size(1), rejected.size(1)) > LONGEST:
         raise ValueError(f"responses may have {LONGEST} positions, got {chosen.size(1)} and {rejected.size(1)}.")
-    if reg < SMALLEST_REG:
-        raise ValueError(f"`reg` must be at least {SMALLEST_REG} for the kernels, got {reg}.")
+    for name, value, least in (
+        ("reg", reg, SMALLEST_REG),
+        ("reg_m", reg_m, SMALLEST_REG_M),
+        ("tolerance", tolerance, SMALLEST_TOLERANCE),
+    ):
+        if not least <= value < float("inf"):
+            raise ValueError(f"`{name}` must be finite and at least {least:g} for the kernels, got {value}.")
     pairs, rows, _ = chosen.shape
     columns = rejected.size(1)
     device = chosen.device
@@ -482,7 +494,7 @@ def launch_plan(pairs: int, rows: int, columns: int, device: torch.device) -> La
     """
     width = max(16, triton.next_power_of_2(columns))
     if INTERPRETED:
-        return LaunchPlan(groups=min(pairs, 2), programs=1, width=width, rows=4, slice=16, warps=4)
+        return LaunchPlan(groups=min(pairs, 2), programs=1, width=width, rows=16, slice=32, warps=4)
     resident = 2 * torch.cuda.get_device_properties(device).multi_processor_count
     groups = min(pairs, resident)
     tile_rows = max(1, min(16, 4096 // width))

@@ -162,6 +162,7 @@ def describe_run(options: Options, trainer: OTPOTrainer) -> dict[str, str]:
     weighting = args.weighting
     if weighting == "otpo":
         weighting += f", ot_reg {args.ot_reg:g}, ot_reg_m {args.ot_reg_m:g}, ot_cost_scale {args.ot_cost_scale}"
+        weighting += f", ot_solver {args.ot_solver}"
     elif weighting == "ld":
         weighting += f", ld_alpha {args.ld_alpha:g}"
     batch = args.train_batch_size * args.gradient_accumulation_steps * trainer.accelerator.num_processes

@@ -1,34 +1,12 @@
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
+from golden_cases import CASES, GOLDEN, golden, problem, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from otpo.sinkhorn import unbalanced_sinkhorn
 from otpo.transport import pairwise_cost, transport_weights
-
-GOLDEN = np.load(Path(__file__).with_name("golden_otpo_weights.npz"))
-CASES = sorted({key.split("/")[0] for key in GOLDEN})
-
-
-def golden(case: str, dtype: torch.dtype) -> tuple[list[torch.Tensor], dict[str, float], list[torch.Tensor]]:
-    tensors = {key.split("/")[1]: torch.from_numpy(GOLDEN[key]) for key in GOLDEN if key.startswith(case)}
-    states = [tensors["chosen_hidden"].to(dtype), tensors["rejected_hidden"].to(dtype)]
-    masks = [tensors["chosen_mask"], tensors["rejected_mask"]]
-    regs = {name: float(tensors[name]) for name in ("reg", "reg_m")}
-    return states + masks, regs, [tensors["chosen_weights"], tensors["rejected_weights"]]
-
-
-def relative_error(got: torch.Tensor, want: torch.Tensor, mask: torch.Tensor) -> float:
-    return ((got.double() - want).abs() / want)[mask].max().item()
-
-
-def problem(generator: torch.Generator, b: int, m: int, n: int, d: int = 8, scale: float = 3.0):
-    chosen = scale * torch.randn(b, m, d, generator=generator, dtype=torch.float64)
-    rejected = scale * torch.randn(b, n, d, generator=generator, dtype=torch.float64)
-    return chosen, rejected
 
 
 def test_there_are_25_golden_cases():
@@ -52,11 +30,12 @@ def test_golden_weights(case, dtype, tolerance, rtol):
     assert got.residual.shape == (3,)
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if float(GOLDEN[f"{case}/reg_m"]) <= 1])
+@pytest.mark.parametrize("case", CASES)
 def test_few_iterations_suffice(case):
-    """The shift removes the slow mode: plain Sinkhorn takes up to 79 sweeps on these."""
+    """Plain Sinkhorn takes up to 79 sweeps where `reg_m` is at most 1 and up to 1468 on the stiff cases."""
     inputs, regs, _ = golden(case, torch.float64)
-    assert transport_weights(*inputs, **regs).iterations.max() <= 20
+    limit = 12 if float(GOLDEN[f"{case}/reg_m"]) <= 1 else 40
+    assert transport_weights(*inputs, **regs).iterations.max() <= limit
 
 
 @settings(max_examples=60, deadline=None)
@@ -204,6 +183,24 @@ def test_iteration_limit_is_kept_and_residual_says_so():
     assert got.residual.max() > 1e-4
 
 
+def test_a_state_that_is_not_finite_spoils_its_own_pair_at_once():
+    states = torch.randn(2, 3, 9, 8)
+    mask = torch.ones(3, 9, dtype=torch.bool)
+    states[0, 1, 4, 2] = torch.nan
+    got = transport_weights(*states, mask, mask)
+    assert got.chosen[1].isnan().all() and got.residual[1].isnan() and got.iterations[1] == 1
+    assert got.chosen[[0, 2]].isfinite().all() and got.rejected[[0, 2]].isfinite().all()
+
+
+def test_chunks_of_pairs_change_nothing():
+    inputs, regs, _ = golden("case01", torch.float32)
+    whole = transport_weights(*inputs, **regs)
+    one_by_one = transport_weights(*inputs, **regs, memory_budget=1)
+    for name in ("chosen", "rejected"):
+        torch.testing.assert_close(getattr(one_by_one, name), getattr(whole, name), rtol=1e-6, atol=0)
+    assert one_by_one.iterations.equal(whole.iterations)
+
+
 def test_weights_carry_no_gradient():
     states = torch.randn(1, 5, 4, requires_grad=True)
     mask = torch.ones(1, 5, dtype=torch.bool)
@@ -221,7 +218,7 @@ def test_bad_regularisation_is_refused_by_name(name, value):
 
 def test_unknown_cost_scale_is_refused():
     mask = torch.ones(1, 3, dtype=torch.bool)
-    with pytest.raises(ValueError, match="'release' or 'pairwise', got 'max'"):
+    with pytest.raises(ValueError, match="`cost_scale` must be 'release' or 'pairwise', got 'max'"):
         pairwise_cost(torch.zeros(1, 3, 2), torch.zeros(1, 3, 2), mask, mask, scale="max")
 
 
@@ -235,21 +232,23 @@ def test_all_pairs_empty():
 @pytest.mark.parametrize("case", CASES)
 def test_golden_weights_on_cuda(case):
     inputs, regs, want = golden(case, torch.float32)
-    got = transport_weights(*(tensor.cuda() for tensor in inputs), **regs)
+    got = transport_weights(*(tensor.cuda() for tensor in inputs), **regs, solver="torch")
+    assert got.solver == "torch"
     assert relative_error(got.chosen.cpu(), want[0], inputs[2]) < 1e-5
     assert relative_error(got.rejected.cpu(), want[1], inputs[3]) < 1e-5
 
 
 @pytest.mark.gpu
-def test_the_loop_waits_for_the_device_every_tenth_sweep_only():
+def test_the_loop_waits_for_the_device_every_fifth_sweep_only():
     inputs, regs, _ = golden("case18", torch.float32)
     chosen, rejected, chosen_mask, rejected_mask = (tensor.cuda() for tensor in inputs)
     cost = pairwise_cost(chosen, rejected, chosen_mask, rejected_mask)
+    unbalanced_sinkhorn(cost, chosen_mask, rejected_mask, **regs, max_iterations=4)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        unbalanced_sinkhorn(cost, chosen_mask, rejected_mask, **regs, max_iterations=9)
+        unbalanced_sinkhorn(cost, chosen_mask, rejected_mask, **regs, max_iterations=4)
         with pytest.raises(RuntimeError, match="synchroniz"):
-            unbalanced_sinkhorn(cost, chosen_mask, rejected_mask, **regs, max_iterations=10)
+            unbalanced_sinkhorn(cost, chosen_mask, rejected_mask, **regs, max_iterations=6)
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -1,0 +1,95 @@
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from otpo import OTPOConfig
+from otpo.solver_choice import choose_solver
+from otpo.transport import transport_weights
+
+SETTINGS = {"reg": 1.0, "reg_m": 0.2, "tolerance": 1e-6}
+MASK = torch.ones(2, 5, dtype=torch.bool)
+
+
+def states(dtype=torch.float32, length=5):
+    return torch.randn(2, length, 4).to(dtype), torch.randn(2, length, 4).to(dtype)
+
+
+def test_auto_is_torch_on_the_cpu_and_the_result_says_so():
+    assert transport_weights(*states(), MASK, MASK).solver == "torch"
+
+
+def test_the_kernels_run_when_they_are_asked_for():
+    pytest.importorskip("triton", reason="triton is made for Linux")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tensors = [tensor.to(device) for tensor in (*states(), MASK, MASK)]
+    got = transport_weights(*tensors, solver="triton")
+    want = transport_weights(*tensors, solver="torch")
+    assert (got.solver, want.solver) == ("triton", "torch")
+    torch.testing.assert_close(got.chosen, want.chosen, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "changes", "message"),
+    [
+        (torch.float64, {}, "hidden states of torch.float64"),
+        (torch.float32, {"reg": 0.001}, "`reg` 0.001 is below 0.01"),
+        (torch.float32, {"reg_m": 0.001}, "`reg_m` 0.001 is below 0.02"),
+        (torch.float32, {"tolerance": 1e-9}, "`tolerance` 1e-09 is below 1e-06"),
+    ],
+)
+def test_asking_for_the_kernels_where_they_cannot_run_is_an_error(dtype, changes, message):
+    pytest.importorskip("triton", reason="triton is made for Linux")
+    with pytest.raises(ValueError, match=rf"`solver='triton'` cannot run: {message}.*'auto' or 'torch'"):
+        choose_solver("triton", *states(dtype), **(SETTINGS | changes))
+
+
+def test_rows_beyond_the_kernels_are_refused():
+    pytest.importorskip("triton", reason="triton is made for Linux")
+    long = torch.empty(1, 40_000, 0)
+    with pytest.raises(ValueError, match="a row of 40000 positions is longer than 32768"):
+        choose_solver("triton", long, long, **SETTINGS)
+
+
+def test_without_a_gpu_the_kernels_are_refused():
+    """In a process of its own: Triton decides at import whether it interprets."""
+    code = (
+        "import torch; from otpo.transport import transport_weights as w;"
+        "m = torch.ones(1, 2, dtype=torch.bool); w(torch.ones(1, 2, 3), torch.ones(1, 2, 3), m, m, solver='triton')"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=_environment(TRITON_INTERPRET="0")
+    )
+    assert "`solver='triton'` cannot run" in run.stderr and run.returncode == 1
+
+
+def test_importing_the_library_does_not_import_triton():
+    code = "import sys, otpo, otpo.transport, otpo_kernels; assert 'otpo_kernels.sinkhorn' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, env=_environment())
+
+
+@pytest.mark.parametrize("name", ["cuda", "Triton", ""])
+def test_an_unknown_solver_is_refused_by_name(name, tmp_path):
+    with pytest.raises(ValueError, match=f"`solver` must be 'auto', 'triton' or 'torch', got '{name}'"):
+        transport_weights(*states(), MASK, MASK, solver=name)
+    with pytest.raises(ValueError, match=f"`ot_solver` must be 'auto', 'triton' or 'torch', got '{name}'"):
+        OTPOConfig(output_dir=str(tmp_path), ot_solver=name, use_cpu=True, bf16=False)
+
+
+@pytest.mark.gpu
+def test_auto_on_a_gpu_is_the_kernels_or_says_why_not(monkeypatch):
+    warnings = []
+    monkeypatch.setattr("otpo.solver_choice.logger.warning_once", warnings.append)
+    tensors = [tensor.cuda() for tensor in states()]
+    assert choose_solver("auto", *tensors, **SETTINGS) == "triton" and not warnings
+    assert choose_solver("auto", *tensors, **(SETTINGS | {"reg": 0.001})) == "torch"
+    assert warnings == [
+        "Transport runs in plain torch, not in Triton: `reg` 0.001 is below 0.01, the least that float32 matrices "
+        "serve."
+    ]
+
+
+def _environment(**changes):
+    return os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)} | changes
