@@ -121,7 +121,7 @@ def unbalanced_sinkhorn(
         step = (-phi * (lse + shift) - shifted).masked_fill(~columns, 0.0)
         b = torch.where(active.unsqueeze(1), memory.next(shifted, step, residual), b)
     return Transport(
-        chosen_marginal=(a * -ratio).exp().masked_fill(~rows, 0.0),
+        chosen_marginal=a.mul(-ratio).exp().masked_fill(~rows, 0.0),
         rejected_marginal=(b + lse).exp().masked_fill(~columns, 0.0),
         chosen_potential=a.masked_fill(~rows, -torch.inf),
         rejected_potential=b.masked_fill(~columns, -torch.inf),

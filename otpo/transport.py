@@ -153,8 +153,9 @@ def transport_weights(
         return TransportWeights(*solved, solver="triton")
     size = max(1, memory_budget // max(1, 8 * _MATRICES * chosen.size(1) * rejected.size(1)))
     chunks = zip(*(tensor.split(size) for tensor in tensors), strict=True)
-    solved = [_torch_weights(*chunk, cost_scale, settings) for chunk in chunks]
-    return TransportWeights(*(torch.cat(parts) for parts in zip(*solved, strict=True)), solver="torch")
+    solved = [_torch_weights(*chunk, cost_scale=cost_scale, settings=settings) for chunk in chunks]
+    weights = [torch.cat(parts) for parts in zip(*solved, strict=True)]
+    return TransportWeights(*weights, solver="torch")
 
 
 def _torch_weights(
@@ -162,6 +163,7 @@ def _torch_weights(
     rejected: Tensor,
     chosen_mask: Tensor,
     rejected_mask: Tensor,
+    *,
     cost_scale: CostScale,
     settings: dict[str, Any],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -10,6 +10,9 @@ two states are nearly equal that form cancels, as it does at every token of a sh
 below `NEAR` of the norms are computed again from the differences.
 """
 
+# Triton's language is typed as Python, not as what `jit` makes of it.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportOperatorIssue=false
+
 from typing import NamedTuple
 
 import torch
