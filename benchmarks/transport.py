@@ -156,7 +156,10 @@ def run_one(name: str, problem: Problem, regs: tuple[float, float], want: Soluti
     return row | {"note": ""}
 
 
-def run(sizes: list[tuple[int, int, int]], methods: list[str], deadline: float, console: Console) -> list[dict]:
+def run(
+    sizes: list[tuple[int, int, int]], methods: list[str], deadline: float, output: Path, console: Console
+) -> list[dict]:
+    """Measures every size and writes what there is after each, so that a killed run keeps its rows."""
     step_ms = dpo_step_ms()
     torch.cuda.empty_cache()
     console.print(f"DPO step of a 1.7B model, {PAIRS} pairs of {LENGTH} tokens: {step_ms:.0f} ms")
@@ -175,6 +178,7 @@ def run(sizes: list[tuple[int, int, int]], methods: list[str], deadline: float, 
                     rows.append(run_one(name, problem, regs, want, step_ms) | machine)
                     console.print(*(f"{rows[-1][key]}" for key in COLUMNS))
                 torch.cuda.empty_cache()
+            write_rows(output, rows)
     return rows
 
 
@@ -236,8 +240,7 @@ def main() -> None:
         parser.error("this benchmark needs a GPU; on the CPU, see tests/otpo_kernels")
     warnings.filterwarnings("ignore", module="ot")
     sizes = [(b, n, d) for d, n, b in product(args.hidden, args.length, args.pairs)]
-    rows = run(sizes, args.methods, time.monotonic() + 60 * args.minutes, console)
-    write_rows(args.output, rows)
+    rows = run(sizes, args.methods, time.monotonic() + 60 * args.minutes, args.output, console)
     print_table(rows, console)
     console.print(f"{args.output}")
 

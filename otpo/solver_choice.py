@@ -3,6 +3,7 @@
 This module decides; it imports Triton only when it is about to be used.
 """
 
+from functools import cache
 from importlib.util import find_spec
 from typing import Literal, get_args
 
@@ -46,7 +47,7 @@ def choose_solver(
 
 
 def _triton_obstacle(chosen: Tensor, rejected: Tensor, *, reg: float, reg_m: float, tolerance: float) -> str | None:
-    if find_spec("triton") is None:
+    if not _triton_is_installed():
         return "triton is not installed (pip install 'otpo[triton]')"
     from otpo_kernels import sinkhorn as kernels
 
@@ -68,3 +69,8 @@ def _triton_obstacle(chosen: Tensor, rejected: Tensor, *, reg: float, reg_m: flo
         if value < least:
             return f"`{name}` {value:g} is below {least:g}, the least that float32 matrices serve"
     return None
+
+
+@cache
+def _triton_is_installed() -> bool:
+    return find_spec("triton") is not None

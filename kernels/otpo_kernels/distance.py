@@ -44,7 +44,10 @@ class ValidTokens(NamedTuple):
     largest: Tensor
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["tokens", "mask_stride_b", "index_stride_b"],
+    do_not_specialize_on_alignment=["mask_ptr", "index_ptr", "squared_ptr", "count_ptr"],
+)
 def _valid_tokens_kernel(
     states_ptr,
     mask_ptr,
@@ -89,7 +92,7 @@ def _valid_tokens_kernel(
         tl.store(count_ptr + pair, before + tl.sum(valid, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first", "pairs", "index_stride_side", "index_stride_b"])
 def _distance_kernel(
     chosen_ptr,
     rejected_ptr,
@@ -193,8 +196,8 @@ def valid_tokens(chosen: Tensor, rejected: Tensor, chosen_mask: Tensor, rejected
         rejected_mask: `(B, N)` bool, likewise.
     """
     pairs, length = len(chosen), max(chosen.size(1), rejected.size(1))
-    index = torch.empty(2, pairs, length, dtype=torch.int32, device=chosen.device)
-    squared = torch.empty(2, pairs, length, dtype=torch.float32, device=chosen.device)
+    lists = torch.empty(2, 2, pairs, length, dtype=torch.int32, device=chosen.device)
+    index, squared = lists[0], lists[1].view(torch.float32)
     count = torch.empty(2, pairs, dtype=torch.int32, device=chosen.device)
     largest = torch.zeros(2, pairs, dtype=torch.int32, device=chosen.device)
     for side, (states, mask) in enumerate(((chosen, chosen_mask), (rejected, rejected_mask))):
@@ -228,8 +231,8 @@ def distances(chosen: Tensor, rejected: Tensor, tokens: ValidTokens, out: Tensor
         chosen: `(B, M, D)`, see [`valid_tokens`].
         rejected: `(B, N, D)`.
         tokens: The lists of the same states.
-        out: `(P, M, N)` float32, contiguous; entry `[p, i, j]` belongs to the i-th valid chosen and the j-th valid
-            rejected token of pair `first + p`. Entries past the counts are not written.
+        out: `(P, M, W)` float32, contiguous, W at least N, best a multiple of 16; entry `[p, i, j]` belongs to the i-th
+            valid chosen and the j-th valid rejected token of pair `first + p`. Entries past the counts are not written.
         first: Index of the first pair.
     """
     pairs, hidden = len(chosen), chosen.size(2)

@@ -92,12 +92,18 @@ def token_transport(
             raise ValueError(f"`{name}` must be finite and at least {least:g} for the kernels, got {value}.")
     pairs, rows, _ = chosen.shape
     columns = rejected.size(1)
+    stride = 16 * triton.cdiv(columns, 16)  # of a row of distances, so that every row begins with a whole vector
     device = chosen.device
+    chunk = max(1, min(pairs, memory_budget // max(1, 4 * rows * stride)))
+    plan = launch_plan(chunk, rows, columns, device)
+    # One allocation and one fill for all that starts at zero: each costs as much host time as a kernel's launch.
+    sizes = (pairs * rows, pairs * columns, pairs, pairs, triton.cdiv(pairs, chunk) * plan.groups)
+    weights, other_weights, residual, iterations, counter = torch.zeros(
+        sum(sizes), dtype=torch.float32, device=device
+    ).split(sizes)
+    counter = counter.view(torch.int32)
     result = TokenTransport(
-        torch.zeros(pairs, rows, dtype=torch.float32, device=device),
-        torch.zeros(pairs, columns, dtype=torch.float32, device=device),
-        torch.zeros(pairs, dtype=torch.float32, device=device),
-        torch.zeros(pairs, dtype=torch.int32, device=device),
+        weights.view(pairs, rows), other_weights.view(pairs, columns), residual, iterations.view(torch.int32)
     )
     if pairs * rows * columns == 0:
         return result
@@ -106,15 +112,11 @@ def token_transport(
         for tensor in (chosen, rejected, chosen_mask, rejected_mask)
     )
     tokens = valid_tokens(chosen, rejected, chosen_mask, rejected_mask)
-    chunk = max(1, min(pairs, memory_budget // (4 * rows * columns)))
-    distance = torch.empty(chunk, rows, columns, dtype=torch.float32, device=device)
-    plan = launch_plan(chunk, rows, columns, device)
-    float64 = {"dtype": torch.float64, "device": device}
-    a = torch.empty(plan.groups, 2, rows, **float64)
-    b = torch.empty(plan.groups, columns, **float64)
-    history = torch.empty(plan.groups, 2 * _MEMORY + 5, columns, **float64)
-    column_mass = torch.empty(plan.groups, plan.programs, columns, dtype=torch.float32, device=device)
-    sums = torch.empty(plan.groups, plan.programs, 2 * _MEMORY + 3, **float64)
+    distance = torch.empty(chunk, rows, stride, dtype=torch.float32, device=device)
+    column_mass = torch.empty(plan.groups * plan.programs * stride, dtype=torch.float32, device=device)
+    sizes = (2 * rows, stride, (2 * _MEMORY + 5) * stride, plan.programs * (2 * _MEMORY + 3))
+    scratch = torch.empty(plan.groups * sum(sizes), dtype=torch.float64, device=device)
+    a, b, history, sums = scratch.split([plan.groups * size for size in sizes])
     for first in range(0, pairs, chunk):
         slots = min(chunk, pairs - first)
         distances(chosen, rejected, tokens, distance[:slots], first)
@@ -129,11 +131,12 @@ def token_transport(
             history,
             column_mass,
             sums,
-            torch.zeros(plan.groups, dtype=torch.int32, device=device),
+            counter[first // chunk * plan.groups :],
             first,
             slots,
             pairs,
             rows,
+            stride,
             columns,
             tokens.index.stride(0),
             tokens.index.stride(1),
@@ -171,7 +174,8 @@ class LaunchPlan(NamedTuple):
 def launch_plan(pairs: int, rows: int, columns: int, device: torch.device) -> LaunchPlan:
     """All pairs at a time, the programs that fit the device shared among them.
 
-    Two programs of four warps fit a multiprocessor however many registers they take.
+    Two programs of four warps fit a multiprocessor however many registers they take. Short responses take a power of
+    two of programs, so that not every length is compiled anew.
     """
     width = max(16, triton.next_power_of_2(columns))
     if INTERPRETED:
@@ -179,5 +183,5 @@ def launch_plan(pairs: int, rows: int, columns: int, device: torch.device) -> La
     resident = 2 * torch.cuda.get_device_properties(device).multi_processor_count
     groups = min(pairs, resident)
     tile_rows = max(1, min(16, 4096 // width))
-    programs = max(1, min(resident // groups, triton.cdiv(rows, tile_rows)))
+    programs = max(1, min(resident // groups, triton.next_power_of_2(triton.cdiv(rows, tile_rows))))
     return LaunchPlan(groups, programs, width, tile_rows, slice=32, warps=4)

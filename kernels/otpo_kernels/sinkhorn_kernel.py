@@ -89,8 +89,8 @@ def _rows_pass(
     """Updates the potentials of the rows `begin` to `end` and returns their part of the columns' masses."""
     cols = tl.arange(0, WIDTH)
     live = cols < n
-    # Whole vectors are loaded; what lies past the count is never used.
-    loaded = (cols < tl.multiple_of(tl.cdiv(n, 16) * 16, 16)) & (cols < columns)
+    # Whole vectors are loaded, a row is as long as whole vectors; what lies past the count is never used.
+    loaded = cols < tl.multiple_of(tl.cdiv(n, 16) * 16, 16)
     b = tl.load(b_ptr + cols, mask=live, other=0.0, cache_modifier=".cg")
     b_whole = tl.floor(b + 0.5)
     b_factor = _exp2((b - b_whole).to(tl.float32))
@@ -114,7 +114,11 @@ def _rows_pass(
     return column_mass
 
 
-@triton.jit
+# Another length or number of pairs must not mean another compilation.
+@triton.jit(
+    do_not_specialize=["first", "slots", "pairs", "rows", "rejected_stride_b", "index_stride_side", "index_stride_b"],
+    do_not_specialize_on_alignment=["chosen_ptr", "rejected_ptr", "residual_ptr", "iterations_ptr", "counter_ptr"],
+)
 def sinkhorn_kernel(
     distance_ptr,
     largest_ptr,
@@ -135,6 +139,7 @@ def sinkhorn_kernel(
     pairs,
     rows,
     columns,
+    rejected_stride_b,
     index_stride_side,
     index_stride_b,
     reg,
@@ -153,11 +158,11 @@ def sinkhorn_kernel(
 ):
     """Solves the pairs `first` to `first + slots`; `num_programs / PROGRAMS` groups share them.
 
-    Inputs: distances `(slots, rows, columns)` float32; of `distance.ValidTokens`, `largest` `(2, B)`, `index`
-    `(2, B, L)` and `count` `(2, B)`. Outputs: weights `(B, rows)` and `(B, columns)` float32, written at valid
-    tokens, residual `(B,)` float32, iterations `(B,)` int32. Scratch: a `(groups, 2, rows)`, b `(groups, columns)`,
-    history `(groups, 2 * MEMORY + 5, columns)` and sums `(groups, PROGRAMS, 2 * MEMORY + 3)` float64, column mass
-    `(groups, PROGRAMS, columns)` float32, counter `(groups,)` int32, zero.
+    Inputs: distances `(slots, rows, columns)` float32, `columns` a multiple of 16 from N; of `distance.ValidTokens`,
+    `largest` `(2, B)`, `index` `(2, B, L)` and `count` `(2, B)`. Outputs: weights `(B, M)` and `(B, N)` float32,
+    written at valid tokens, residual `(B,)` float32, iterations `(B,)` int32. Scratch: a `(groups, 2, rows)`,
+    b `(groups, columns)`, history `(groups, 2 * MEMORY + 5, columns)` and sums `(groups, PROGRAMS, 2 * MEMORY + 3)`
+    float64, column mass `(groups, PROGRAMS, columns)` float32, counter `(groups,)` int32, zero.
 
     A program reads the distances ROWS by WIDTH at a time, WIDTH being a power of two from `columns`, and treats
     vectors SLICE tokens at a time. RELEASE: the cost scale is taken over norms too.
@@ -335,7 +340,7 @@ def sinkhorn_kernel(
                 token = tl.load(index_at + index_stride_side + at, mask=inside, other=0)
                 column_mass = tl.load(final_ptr + at, mask=inside, other=0.0)
                 weight = column_mass * budget
-                tl.store(rejected_ptr + pair * columns + token, weight.to(tl.float32), mask=inside)
+                tl.store(rejected_ptr + pair * rejected_stride_b + token, weight.to(tl.float32), mask=inside)
             if rank == 0:
                 tl.store(residual_ptr + pair, residual.to(tl.float32))
                 tl.store(iterations_ptr + pair, iteration)

@@ -12,6 +12,8 @@ pytest.importorskip("triton", reason="triton is made for Linux")
 from otpo_kernels.distance import distances, valid_tokens
 from otpo_kernels.sinkhorn import token_transport
 
+# The interpreter computes, in numpy, entries that are masked afterwards.
+pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -144,7 +146,6 @@ def test_the_iteration_limit_is_kept_and_the_residual_says_so():
     assert got.iterations.eq(3).all() and got.residual.max() > 1e-4
 
 
-@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # numpy's, in the interpreter
 @pytest.mark.parametrize("value", [torch.nan, -torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("side", [0, 1])
 def test_a_state_that_is_not_finite_spoils_its_own_pair_only(value, side):
@@ -214,6 +215,21 @@ def test_results_repeat_bit_by_bit(dtype):
         assert all(
             torch.equal(*pair) for pair in zip(token_transport(*inputs, reg=0.1, reg_m=1.0), first, strict=True)
         )
+
+
+@pytest.mark.gpu
+def test_another_length_compiles_nothing_anew():
+    from otpo_kernels.sinkhorn_kernel import sinkhorn_kernel
+
+    def compiled():
+        return sum(len(caches[0]) for caches in sinkhorn_kernel.device_caches.values())
+
+    for length in (600, 1024):
+        token_transport(*gpu_problem(8, length, 128, torch.bfloat16), reg=0.1, reg_m=1.0)
+    before = compiled()
+    for length in (601, 777, 960, 1001):
+        token_transport(*gpu_problem(8, length, 128, torch.bfloat16), reg=0.3, reg_m=0.5)
+    assert compiled() == before > 0
 
 
 @pytest.mark.gpu
