@@ -231,8 +231,9 @@ def distances(chosen: Tensor, rejected: Tensor, tokens: ValidTokens, out: Tensor
         chosen: `(B, M, D)`, see [`valid_tokens`].
         rejected: `(B, N, D)`.
         tokens: The lists of the same states.
-        out: `(P, M, W)` float32, contiguous, W at least N, best a multiple of 16; entry `[p, i, j]` belongs to the i-th
-            valid chosen and the j-th valid rejected token of pair `first + p`. Entries past the counts are not written.
+        out: `(P, M, W)` float32, contiguous, W at least N, best a multiple of 16; entry `[p, i, j]` belongs to the
+            i-th valid chosen and the j-th valid rejected token of pair `first + p`. Entries past the counts are not
+            written.
         first: Index of the first pair.
     """
     pairs, hidden = len(chosen), chosen.size(2)
