@@ -10,6 +10,7 @@ float32 ones that keep a shared prefix at distance zero. `gb_per_s` counts the b
 """
 
 import argparse
+import os
 import time
 import warnings
 from collections.abc import Callable
@@ -62,6 +63,8 @@ def make_problem(pairs: int, length: int, hidden: int) -> Problem:
 
 def pot(problem: Problem, reg: float, reg_m: float, details: bool) -> Solution:
     """POT's `sinkhorn_unbalanced` on the GPU, one pair after the other, cropped to its valid tokens, float32."""
+    for backend in ("JAX", "CUPY", "TENSORFLOW"):
+        os.environ[f"POT_BACKEND_DISABLE_{backend}"] = "1"  # JAX would take three quarters of the GPU
     import ot
 
     chosen, rejected = (torch.zeros(x.shape, device=x.device) for x in (problem.chosen_mask, problem.rejected_mask))
@@ -201,21 +204,23 @@ def draw(path: Path) -> Path:
     import matplotlib.pyplot as plt
 
     rows = [row for row in read_rows(path) if row["ms"] and (row["pairs"], row["hidden"]) == ("8", "4096")]
-    figure, panels = plt.subplots(1, len(REGS), figsize=(11, 3.8), sharey=True, layout="constrained")
+    figure, panels = plt.subplots(1, len(REGS), figsize=(11, 4.2), sharey=True, layout="constrained")
     for panel, (reg, reg_m) in zip(panels, REGS, strict=True):
         here = [row for row in rows if (float(row["reg"]), float(row["reg_m"])) == (reg, reg_m)]
         for name in METHODS:
             points = sorted((int(row["length"]), float(row["ms"])) for row in here if row["method"] == name)
             if points:
                 panel.plot(*zip(*points, strict=True), marker="o", label=name)
-        panel.axhline(0.005 * float(rows[0]["dpo_step_ms"]), color="gray", linestyle=":", label="0.5% of a DPO step")
+        panel.axhline(
+            0.005 * float(rows[0]["dpo_step_ms"]), color="gray", linestyle=":", label="0.5% of a DPO step at 1024"
+        )
         panel.set(xscale="log", yscale="log", title=f"reg {reg:g}, reg_m {reg_m:g}", xlabel="tokens of a response")
         lengths = sorted({int(row["length"]) for row in rows})
         panel.set_xticks(lengths, [str(length) for length in lengths])
         panel.minorticks_off()
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("ms for the weights of 8 pairs, D 4096")
-    panels[-1].legend(fontsize="small")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(METHODS) + 1)
     figure.suptitle(f"{rows[0]['gpu']}, torch {rows[0]['torch']}, triton {rows[0]['triton']}, {rows[0]['date']}")
     target = path.with_suffix(".png")
     figure.savefig(target, dpi=130)
