@@ -9,10 +9,11 @@ os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp()  # what one run caches must
 
 import pytest
 import torch
-from helpers import IMAGE_TEMPLATE, make_tokenizer, save_model
 
 if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton: its kernels run on the CPU
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before `helpers` imports Triton: its kernels run on the CPU
+
+from helpers import IMAGE_TEMPLATE, make_tokenizer, save_model
 
 
 @pytest.fixture(autouse=True)

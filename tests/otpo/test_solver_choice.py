@@ -4,8 +4,9 @@ import sys
 
 import pytest
 import torch
+from helpers import history, make_pairs, option_dict
 
-from otpo import OTPOConfig
+from otpo import OTPOConfig, OTPOTrainer
 from otpo.solver_choice import choose_solver
 from otpo.transport import transport_weights
 
@@ -29,6 +30,18 @@ def test_the_kernels_run_when_they_are_asked_for():
     want = transport_weights(*tensors, solver="torch")
     assert (got.solver, want.solver) == ("triton", "torch")
     torch.testing.assert_close(got.chosen, want.chosen, rtol=1e-5, atol=0)
+
+
+def test_the_trainer_learns_the_same_with_either_solver(model_folder, tmp_path):
+    pytest.importorskip("triton", reason="triton is made for Linux")
+    losses = {}
+    for solver in ("triton", "torch"):
+        args = OTPOConfig(**option_dict(tmp_path / solver, ot_solver=solver, ot_reg=0.1, max_steps=3))
+        trainer = OTPOTrainer(model_folder, args=args, train_dataset=make_pairs())
+        trainer.train()
+        losses[solver] = history(trainer, "loss", "weights/ess")
+    assert len(losses["triton"]) == 3
+    torch.testing.assert_close(losses["triton"], losses["torch"], rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize(
