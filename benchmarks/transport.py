@@ -30,6 +30,9 @@ from otpo.transport import pairwise_cost, transport_weights
 
 REGS = ((1.0, 0.2), (0.1, 1.0), (0.02, 0.2))
 GATE = 1e-4
+PROBLEM = ("pairs", "length", "hidden", "reg", "reg_m", "method")
+MEASURED = ("ms", "iterations", "residual", "error", "gb_per_s", "peak_mib", "step_share", "note")
+COLUMNS = PROBLEM + MEASURED
 
 
 class Problem(NamedTuple):
@@ -140,9 +143,8 @@ def gigabytes(problem: Problem, iterations: int) -> float:
 
 def run_one(name: str, problem: Problem, regs: tuple[float, float], want: Solution, step_ms: float) -> dict[str, Any]:
     pairs, length, hidden = problem.chosen.shape
-    row: dict[str, Any] = {"pairs": pairs, "length": length, "hidden": hidden}
-    row |= {"reg": regs[0], "reg_m": regs[1], "method": name}
-    row |= dict.fromkeys(("ms", "iterations", "residual", "error", "gb_per_s", "peak_mib", "step_share"), "")
+    row: dict[str, Any] = dict(zip(PROBLEM, (pairs, length, hidden, *regs, name), strict=True))
+    row |= dict.fromkeys(MEASURED, "")
     try:
         got = METHODS[name](problem, *regs, True)
     except torch.OutOfMemoryError:
@@ -156,7 +158,7 @@ def run_one(name: str, problem: Problem, regs: tuple[float, float], want: Soluti
     row["peak_mib"] = f"{peak:.0f}"
     if (pairs, length) == (PAIRS, LENGTH):
         row["step_share"] = f"{ms / step_ms:.4%}"
-    return row | {"note": ""}
+    return row
 
 
 def run(
@@ -183,10 +185,6 @@ def run(
                 torch.cuda.empty_cache()
             write_rows(output, rows)
     return rows
-
-
-COLUMNS = ("pairs", "length", "hidden", "reg", "reg_m", "method", "ms", "iterations", "residual", "error")
-COLUMNS += ("gb_per_s", "peak_mib", "step_share", "note")
 
 
 def print_table(rows: list[dict], console: Console) -> None:

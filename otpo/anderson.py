@@ -1,7 +1,7 @@
 """Anderson acceleration of a batch of fixed-point iterations.
 
 Source: type II of Walker and Ni 2011 (SIAM J. Numer. Anal. 49), with the normal equations scaled to a unit
-diagonal. The memory of 8 is our choice: on stiff transport problems 8 takes two thirds of the sweeps of 4.
+diagonal. The settings are those of the solver in Triton.
 
 Shapes: B problems, N unknowns, K remembered steps.
 """
@@ -9,14 +9,7 @@ Shapes: B problems, N unknowns, K remembered steps.
 import torch
 from torch import Tensor
 
-MEMORY = 8
-"""Steps remembered. The Triton solver remembers as many."""
-
-RIDGE = 1e-10
-"""Added to the unit diagonal of the normal equations."""
-
-RESTART = 10.0
-"""The memory is dropped when the residual exceeds the best one so far by this factor."""
+from otpo_kernels.acceleration import MEMORY, RESTART, RIDGE
 
 
 class Anderson:

@@ -5,6 +5,7 @@ from typing import Literal
 
 from trl import DPOConfig
 
+from .sinkhorn import check_positive
 from .solver_choice import Solver, check_solver
 from .transport import check_cost_scale
 from .weighting import WEIGHTINGS
@@ -90,10 +91,7 @@ class OTPOConfig(DPOConfig):
                 f"`weighting` must be one of {sorted(WEIGHTINGS)}, got {self.weighting!r}. To use your own "
                 "weighting, pass a callable as the trainer's argument `weighting`."
             )
-        for name in ("ot_reg", "ot_reg_m", "ot_tolerance"):
-            value = getattr(self, name)
-            if not 0.0 < value < float("inf"):
-                raise ValueError(f"`{name}` must be a positive finite number, got {value}.")
+        check_positive(ot_reg=self.ot_reg, ot_reg_m=self.ot_reg_m, ot_tolerance=self.ot_tolerance)
         check_cost_scale(self.ot_cost_scale, "ot_cost_scale")
         check_solver(self.ot_solver, "ot_solver")
         if self.ot_max_iterations < 1:

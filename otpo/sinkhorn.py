@@ -52,9 +52,9 @@ class Transport:
         return (self.chosen_potential.unsqueeze(2) + self.rejected_potential.unsqueeze(1) - cost / reg).exp()
 
 
-def check_regularisation(reg: float, reg_m: float) -> None:
-    """Raises a `ValueError` that names the option unless both are positive and finite."""
-    for name, value in (("reg", reg), ("reg_m", reg_m)):
+def check_positive(**options: float) -> None:
+    """Raises a `ValueError` that names the option unless all are positive and finite."""
+    for name, value in options.items():
         if not 0.0 < value < float("inf"):
             raise ValueError(f"`{name}` must be a positive finite number, got {value}.")
 
@@ -96,7 +96,7 @@ def unbalanced_sinkhorn(
     Raises:
         ValueError: `reg` or `reg_m` is not a positive finite number.
     """
-    check_regularisation(reg, reg_m)
+    check_positive(reg=reg, reg_m=reg_m)
     phi = reg_m / (reg_m + reg)
     ratio = reg / reg_m
     kernel = cost / -reg

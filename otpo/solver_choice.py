@@ -61,11 +61,7 @@ def _triton_obstacle(chosen: Tensor, rejected: Tensor, *, reg: float, reg_m: flo
     longest = max(chosen.size(1), rejected.size(1))
     if longest > kernels.LONGEST:
         return f"a row of {longest} positions is longer than {kernels.LONGEST}"
-    for name, value, least in (
-        ("reg", reg, kernels.SMALLEST_REG),
-        ("reg_m", reg_m, kernels.SMALLEST_REG_M),
-        ("tolerance", tolerance, kernels.SMALLEST_TOLERANCE),
-    ):
+    for (name, least), value in zip(kernels.SMALLEST.items(), (reg, reg_m, tolerance), strict=True):
         if value < least:
             return f"`{name}` {value:g} is below {least:g}, the least that float32 matrices serve"
     return None

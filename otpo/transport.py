@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from .sinkhorn import check_regularisation, unbalanced_sinkhorn
+from .sinkhorn import check_positive, unbalanced_sinkhorn
 from .solver_choice import Solver, choose_solver
 
 CostScale = Literal["release", "pairwise"]
@@ -141,7 +141,7 @@ def transport_weights(
     Raises:
         ValueError: An option is outside its range, or the kernels were asked for and cannot run.
     """
-    check_regularisation(reg, reg_m)
+    check_positive(reg=reg, reg_m=reg_m)
     check_cost_scale(cost_scale)
     tensors = (chosen, rejected, chosen_mask, rejected_mask)
     settings = {"reg": reg, "reg_m": reg_m, "tolerance": tolerance, "max_iterations": max_iterations}

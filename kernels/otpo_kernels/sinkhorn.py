@@ -12,27 +12,19 @@ import torch
 import triton
 from torch import Tensor
 
+from .acceleration import MEMORY, RESTART, RIDGE
 from .distance import INTERPRETED, distances, valid_tokens
 from .sinkhorn_kernel import sinkhorn_kernel
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 """Dtypes of hidden states that the kernels take."""
 
-SMALLEST_REG = 0.01
-"""Below this `reg`, exponents of costs in [0, 1] leave float32's range."""
-
-SMALLEST_REG_M = 0.02
-"""Below this `reg_m`, masses, which span exp(-1 / reg_m) for costs in [0, 1], leave float32's range."""
-
-SMALLEST_TOLERANCE = 1e-6
-"""Rounding of float32 matrices leaves residuals of 1e-7 to 7e-7."""
+SMALLEST = {"reg": 0.01, "reg_m": 0.02, "tolerance": 1e-6}
+"""Least values of options, for costs in [0, 1]. Below this `reg`, exponents leave float32's range; below this `reg_m`,
+masses do, which span exp(-1 / reg_m); and rounding of float32 matrices leaves residuals of 1e-7 to 7e-7."""
 
 LONGEST = 32768
 """Positions of a response that one program's row of distances can hold."""
-
-_MEMORY = 8
-_RIDGE = 1e-10
-_RESTART = 10.0
 
 
 class TokenTransport(NamedTuple):
@@ -69,10 +61,10 @@ def token_transport(
         rejected: `(B, N, D)` of the same dtype.
         chosen_mask: `(B, M)` bool, true at real tokens; any pattern.
         rejected_mask: `(B, N)` bool.
-        reg: Weight of the entropy term, at least `SMALLEST_REG`.
-        reg_m: Weight of the marginal terms, at least `SMALLEST_REG_M`.
+        reg: Weight of the entropy term, at least 0.01.
+        reg_m: Weight of the marginal terms, at least 0.02.
         release_scale: Divide the costs by the maximum over distances and norms, not over distances alone.
-        tolerance: A pair is done when its residual is at most this, at least `SMALLEST_TOLERANCE`.
+        tolerance: A pair is done when its residual is at most this, at least 1e-6.
         max_iterations: Sweeps at most.
         memory_budget: Bytes of distances held at a time, at least one pair's: pairs go through in chunks.
 
@@ -83,11 +75,7 @@ def token_transport(
         raise ValueError(f"hidden states must share a dtype of {DTYPES}, got {chosen.dtype} and {rejected.dtype}.")
     if max(chosen.size(1), rejected.size(1)) > LONGEST:
         raise ValueError(f"responses may have {LONGEST} positions, got {chosen.size(1)} and {rejected.size(1)}.")
-    for name, value, least in (
-        ("reg", reg, SMALLEST_REG),
-        ("reg_m", reg_m, SMALLEST_REG_M),
-        ("tolerance", tolerance, SMALLEST_TOLERANCE),
-    ):
+    for (name, least), value in zip(SMALLEST.items(), (reg, reg_m, tolerance), strict=True):
         if not least <= value < float("inf"):
             raise ValueError(f"`{name}` must be finite and at least {least:g} for the kernels, got {value}.")
     pairs, rows, _ = chosen.shape
@@ -114,7 +102,7 @@ def token_transport(
     tokens = valid_tokens(chosen, rejected, chosen_mask, rejected_mask)
     distance = torch.empty(chunk, rows, stride, dtype=torch.float32, device=device)
     column_mass = torch.empty(plan.groups * plan.programs * stride, dtype=torch.float32, device=device)
-    sizes = (2 * rows, stride, (2 * _MEMORY + 5) * stride, plan.programs * (2 * _MEMORY + 3))
+    sizes = (2 * rows, stride, (2 * MEMORY + 5) * stride, plan.programs * (2 * MEMORY + 3))
     scratch = torch.empty(plan.groups * sum(sizes), dtype=torch.float64, device=device)
     a, b, history, sums = scratch.split([plan.groups * size for size in sizes])
     for first in range(0, pairs, chunk):
@@ -150,9 +138,9 @@ def token_transport(
             WIDTH=plan.width,
             ROWS=plan.rows,
             SLICE=plan.slice,
-            MEMORY=_MEMORY,
-            RIDGE=_RIDGE,
-            RESTART=_RESTART,
+            MEMORY=MEMORY,
+            RIDGE=RIDGE,
+            RESTART=RESTART,
             num_warps=plan.warps,  # pyright: ignore[reportCallIssue]
             # The programs wait for each other: all of them must be on the device at once.
             launch_cooperative_grid=plan.programs > 1,  # pyright: ignore[reportCallIssue]
