@@ -1,1 +1,23 @@
-"""The Compass Mixture-of-Experts backbone. This release holds its place; the model is not in it yet."""
+"""The Compass Mixture-of-Experts backbone, native to transformers.
+
+Importing this package registers the models with `AutoConfig`, `AutoModel`, `AutoModelForCausalLM` and
+`AutoModelForSequenceClassification`, and their checkpoint layout, which has a key for each expert.
+"""
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+
+from .configuration_compass import CompassConfig as CompassConfig
+from .modeling_compass import CompassForCausalLM as CompassForCausalLM
+from .modeling_compass import CompassForSequenceClassification as CompassForSequenceClassification
+from .modeling_compass import CompassModel as CompassModel
+from .presets import PRESETS as PRESETS
+from .presets import preset as preset
+
+AutoConfig.register(CompassConfig.model_type, CompassConfig, exist_ok=True)
+AutoModel.register(CompassConfig, CompassModel, exist_ok=True)
+AutoModelForCausalLM.register(CompassConfig, CompassForCausalLM, exist_ok=True)
+AutoModelForSequenceClassification.register(CompassConfig, CompassForSequenceClassification, exist_ok=True)
+register_checkpoint_conversion_mapping(
+    CompassConfig.model_type, get_checkpoint_conversion_mapping("qwen2_moe") or [], overwrite=True
+)

@@ -1,0 +1,492 @@
+"""The Compass models, in reading order: experts, MoE block, decoder layer, MTP layer, decoder, causal LM.
+
+Attention, norms and rotary positions are those of transformers' Qwen3-MoE, masks and caches transformers' own.
+Shapes: B rows, L tokens of a row, T = B * L, E experts, K experts that a token takes, H hidden size, I expert width.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.integrations import use_experts_implementation
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers.models.qwen3_moe.modeling_qwen3_moe import (
+    Qwen3MoeAttention,
+    Qwen3MoeMLP,
+    Qwen3MoeRMSNorm,
+    Qwen3MoeRotaryEmbedding,
+)
+from transformers.utils import ModelOutput, can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .configuration_compass import CompassConfig
+from .mtp import IGNORED, LiveMtpCandidateGenerator, mtp_labels, shift_left
+from .router import CompassRouter, expert_load, load_balancing_loss, router_z_loss
+
+
+@dataclass
+class CompassModelOutput(MoeModelOutputWithPast):
+    """Adds `expert_indices`: the experts that each layer's tokens took, a tensor `[T, K]` a layer."""
+
+    expert_indices: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class CompassMtpOutput(ModelOutput):
+    """States of the MTP layers, `[B, L, H]` each, and what their routers did."""
+
+    states: tuple[Tensor, ...] = ()
+    router_logits: tuple[Tensor, ...] | None = None
+    expert_indices: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class CompassCausalLMOutput(MoeCausalLMOutputWithPast):
+    """Adds the parts of the loss, and the load of the experts.
+
+    Attributes:
+        lm_loss: Loss of the next token.
+        mtp_loss: Mean of the MTP layers' losses, in training.
+        z_loss: The router's z-loss, wherever `aux_loss` is.
+        expert_load: Tokens of each expert, `[layers, E]`, wherever `aux_loss` is; MTP layers come last.
+    """
+
+    lm_loss: Tensor | None = None
+    mtp_loss: Tensor | None = None
+    z_loss: Tensor | None = None
+    expert_load: Tensor | None = None
+
+
+@use_experts_implementation
+class CompassExperts(nn.Module):
+    """SwiGLU experts in two tensors; transformers runs them by `experts_implementation`, "eager" being `forward`."""
+
+    def __init__(self, config: CompassConfig):
+        super().__init__()
+        self.num_experts = config.num_experts
+        width = config.moe_intermediate_size
+        self.gate_up_proj = nn.Parameter(torch.empty(config.num_experts, 2 * width, config.hidden_size))
+        self.down_proj = nn.Parameter(torch.empty(config.num_experts, config.hidden_size, width))
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Weighted sum over a token's experts.
+
+        Args:
+            hidden_states: `[T, H]`.
+            top_k_index: Experts `[T, K]`; `num_experts` stands for one that another process holds.
+            top_k_weights: `[T, K]`.
+        """
+        output = torch.zeros_like(hidden_states)
+        for expert in top_k_index.unique().tolist():
+            if expert == self.num_experts:
+                continue
+            token, slot = torch.where(top_k_index == expert)
+            gate, up = F.linear(hidden_states[token], self.gate_up_proj[expert]).chunk(2, dim=-1)
+            row = F.linear(self.act_fn(gate) * up, self.down_proj[expert])
+            output.index_add_(0, token, (row * top_k_weights[token, slot, None]).to(output.dtype))
+        return output
+
+
+class CompassMoeBlock(nn.Module):
+    """Router, routed experts, and the shared expert where there is one."""
+
+    def __init__(self, config: CompassConfig):
+        super().__init__()
+        self.gate = CompassRouter(config)
+        self.experts = CompassExperts(config)
+        shared = config.num_shared_experts * config.moe_intermediate_size
+        self.shared_expert = Qwen3MoeMLP(config, intermediate_size=shared) if shared else None
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """`[B, L, H]` to `[B, L, H]`."""
+        tokens = hidden_states.reshape(-1, hidden_states.size(-1))
+        _, weights, experts = self.gate(tokens)
+        output = self.experts(tokens, experts, weights)
+        if self.shared_expert is not None:
+            output = output + self.shared_expert(tokens)
+        return output.view_as(hidden_states)
+
+
+class CompassDecoderLayer(GradientCheckpointingLayer):
+    """Attention and MoE block, each behind a norm and added to the residual stream."""
+
+    def __init__(self, config: CompassConfig, layer_idx: int):
+        super().__init__()
+        self.self_attn = Qwen3MoeAttention(config, layer_idx)  # pyright: ignore - it reads what both configurations have
+        self.mlp = CompassMoeBlock(config)
+        self.input_layernorm = Qwen3MoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = Qwen3MoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(
+        self, hidden_states: Tensor, position_embeddings: Any, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> Tensor:
+        """`[B, L, H]` to `[B, L, H]`; `kwargs` go to the attention."""
+        attended, _ = self.self_attn(
+            self.input_layernorm(hidden_states),
+            position_embeddings=position_embeddings,
+            attention_mask=attention_mask,
+            **kwargs,
+        )
+        hidden_states = hidden_states + attended
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+class CompassMtpLayer(CompassDecoderLayer):
+    """A decoder layer whose input is projected from a token's embedding and the state that predicted the token.
+
+    It has a cache of its own, so `layer_idx` counts from 0 again. Names are those of transformers' `MtpLayer`, and so
+    are those of its weights on disk: `model.layers.{num_hidden_layers + layer_idx}.*`.
+    """
+
+    def __init__(self, config: CompassConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.enorm = Qwen3MoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.hnorm = Qwen3MoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.eh_proj = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
+        self.post_norm = Qwen3MoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(self, inputs_embeds: Tensor, previous_hidden_state: Tensor, **kwargs: Any) -> Tensor:
+        """Both inputs and the result `[B, L, H]`; `kwargs` as in a decoder layer."""
+        joined = torch.cat([self.enorm(inputs_embeds), self.hnorm(previous_hidden_state)], dim=-1)
+        return self.post_norm(super().forward(self.eh_proj(joined), **kwargs))
+
+
+class CompassPreTrainedModel(PreTrainedModel):
+    """What the models share: initialisation, what they can record, and what transformers may do with them."""
+
+    config: CompassConfig
+    config_class = CompassConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["CompassDecoderLayer", "CompassMtpLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _keep_in_fp32_modules_strict = ["e_score_correction_bias"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _can_compile_fullgraph = True
+    _supports_attention_backend = True
+    _can_record_outputs = {
+        "router_logits": OutputRecorder(CompassRouter, index=0),
+        "expert_indices": OutputRecorder(CompassRouter, index=2),
+        "hidden_states": CompassDecoderLayer,
+        "attentions": Qwen3MoeAttention,
+    }
+
+    def __init__(self, config: CompassConfig, *args: Any, **kwargs: Any):
+        config.check()  # `from_pretrained` sets options on a configuration that is there
+        super().__init__(config, *args, **kwargs)
+        # A checkpoint's MTP layers that this configuration leaves out.
+        first = config.num_hidden_layers + config.num_mtp_layers
+        dropped = "|".join(str(first + extra) for extra in range(8))
+        self._keys_to_ignore_on_load_unexpected = [rf"(^|\.)layers\.({dropped})\."]
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers, which makes every parameter that it loads trainable; see `mtp_loss_coef`."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model.freeze_idle_layers()
+        return loaded
+
+    def freeze_idle_layers(self) -> None:
+        """Freezes MTP layers whose loss weighs nothing, since no gradient ever reaches them."""
+        if not self.config.effective_mtp_loss_coef:
+            for module in self.modules():
+                if isinstance(module, CompassMtpLayer):
+                    module.requires_grad_(False)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        std = self.config.initializer_range
+        if isinstance(module, CompassExperts | CompassRouter):
+            for parameter in module.parameters(recurse=False):
+                init.normal_(parameter, mean=0.0, std=std)
+        if isinstance(module, CompassRouter) and module.e_score_correction_bias is not None:
+            init.zeros_(module.e_score_correction_bias)
+
+
+class CompassModel(CompassPreTrainedModel):
+    """Embeddings, decoder layers and norm; the MTP layers stand after the decoder layers and run when asked for."""
+
+    def __init__(self, config: CompassConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        decoder = [CompassDecoderLayer(config, index) for index in range(config.num_hidden_layers)]
+        mtp = [CompassMtpLayer(config, index) for index in range(config.num_mtp_layers)]
+        self.layers = nn.ModuleList(decoder + mtp)
+        self.norm = Qwen3MoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = Qwen3MoeRotaryEmbedding(config=config)  # pyright: ignore
+        self.gradient_checkpointing = False
+        self.post_init()
+        self.freeze_idle_layers()
+
+    @property
+    def mtp_layers(self) -> list[CompassMtpLayer]:
+        """The MTP layers, the one that predicts the token after the next first."""
+        return [layer for layer in self.layers if isinstance(layer, CompassMtpLayer)]
+
+    @property
+    def routers(self) -> list[CompassRouter]:
+        """The routers of all layers, MTP layers last."""
+        return [module for module in self.modules() if isinstance(module, CompassRouter)]
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> CompassModelOutput:
+        """Last hidden states, after the norm.
+
+        Args:
+            input_ids: `[B, L]`, or `inputs_embeds` in its place.
+            attention_mask: `[B, past + L]`, 0 at padding; None where there is none.
+            position_ids: `[B, L]`. Without `attention_mask` and cache, a row whose positions start anew holds several
+                documents, which do not see each other.
+            past_key_values: Keys and values of earlier tokens.
+            inputs_embeds: `[B, L, H]`.
+            use_cache: Whether to make a cache when there is none.
+            kwargs: `output_router_logits`, `output_expert_indices`, `output_hidden_states`, `output_attentions`, and
+                what an attention implementation takes.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
+        inputs_embeds = inputs_embeds if input_ids is None else self.embed_tokens(input_ids)
+        assert inputs_embeds is not None
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        position_ids, causal_mask = self._positions(inputs_embeds, attention_mask, position_ids, past_key_values)
+        position_embeddings = self.rotary_emb(inputs_embeds, position_ids=position_ids)
+        hidden_states = inputs_embeds
+        for layer in self.layers[: self.config.num_hidden_layers]:
+            hidden_states = layer(
+                hidden_states,
+                position_embeddings=position_embeddings,
+                attention_mask=causal_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                **kwargs,
+            )
+        return CompassModelOutput(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+    @capture_outputs
+    def predict_ahead(
+        self,
+        last_hidden_state: Tensor,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        **kwargs: Any,
+    ) -> CompassMtpOutput:
+        """States of the MTP layers over a whole row, as training needs them.
+
+        Depth d pairs the state at t with the embedding of token t + d. What stands at a document's last d places
+        pairs with the next document; nothing of the document attends to it, and [`mtp_labels`] leaves it out.
+        """
+        position_ids, causal_mask = self._positions(inputs_embeds, attention_mask, position_ids, None)
+        states, state = [], last_hidden_state
+        for depth, layer in enumerate(self.mtp_layers, start=1):
+            state = layer(
+                shift_left(inputs_embeds, depth, 0.0),
+                state,
+                position_embeddings=self.rotary_emb(state, position_ids=position_ids + depth),
+                attention_mask=causal_mask,
+                position_ids=position_ids,
+                past_key_values=None,
+                **kwargs,
+            )
+            states.append(state)
+        return CompassMtpOutput(states=tuple(states))
+
+    def _positions(
+        self,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        past_key_values: Cache | None,
+    ) -> tuple[Tensor, Any]:
+        if position_ids is None:
+            past = 0 if past_key_values is None else past_key_values.get_seq_length()
+            position_ids = (torch.arange(inputs_embeds.size(1), device=inputs_embeds.device) + past).unsqueeze(0)
+        mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        return position_ids, mask
+
+
+class CompassForCausalLM(CompassPreTrainedModel, GenerationMixin):
+    """The decoder with a head.
+
+    Its loss is `L_LM + mtp_loss_coef L_MTP + router_aux_loss_coef L_aux + router_z_loss_coef L_z`: Compass-v2's with
+    MTP added in the form of arXiv 2412.19437, eq. 24 and 25.
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}  # pyright: ignore - as in transformers' own models
+
+    def __init__(self, config: CompassConfig):
+        super().__init__(config)
+        self.model = CompassModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_router_logits: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> CompassCausalLMOutput:
+        """Logits, and with `labels` the loss.
+
+        Args:
+            input_ids: See [`CompassModel.forward`], also for the arguments up to `inputs_embeds`.
+            attention_mask: 0 at padding, which neither is routed for the losses nor counts in the load.
+            position_ids: Positions.
+            past_key_values: Keys and values of earlier tokens.
+            inputs_embeds: Embeddings in place of `input_ids`.
+            labels: Token ids or -100, `[B, L]`, not shifted. The first token of each document of a packed row is to
+                be -100.
+            use_cache: Whether to make a cache.
+            output_router_logits: Whether the output carries router logits; None for the configuration's.
+            logits_to_keep: As in transformers.
+            num_items_in_batch: Labels of the whole step that are not -100, over micro-batches and processes. The loss
+                is then this batch's share of the step's, and so are the router's terms.
+            kwargs: See [`CompassModel.forward`].
+        """
+        config = self.config
+        if output_router_logits is None:
+            output_router_logits = config.output_router_logits
+        learning = labels is not None and self.training
+        with_mtp = learning and bool(config.effective_mtp_loss_coef)
+        record = output_router_logits or (learning and bool(config.router_aux_loss_coef or config.router_z_loss_coef))
+        recording = {"output_router_logits": record, "output_expert_indices": record}
+        if with_mtp and input_ids is not None:
+            input_ids, inputs_embeds = None, self.model.embed_tokens(input_ids)
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **recording,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(hidden_states[:, kept])
+        router_logits, experts = outputs.router_logits, outputs.expert_indices
+
+        loss = lm_loss = mtp_loss = aux_loss = z_loss = load = None
+        if labels is not None:
+            lm_loss = self.loss_function(
+                logits, labels, self.vocab_size, num_items_in_batch=num_items_in_batch, **kwargs
+            )
+            loss = lm_loss
+            if with_mtp and inputs_embeds is not None:
+                ahead = self.model.predict_ahead(
+                    hidden_states.detach() if config.mtp_detach_trunk else hidden_states,
+                    inputs_embeds.detach() if config.mtp_detach_head else inputs_embeds,
+                    attention_mask,
+                    position_ids,
+                    **recording,
+                    **kwargs,
+                )
+                mtp_loss = self._mtp_loss(ahead.states, labels, position_ids, num_items_in_batch)
+                loss = loss + config.effective_mtp_loss_coef * mtp_loss
+                if record:
+                    router_logits, experts = router_logits + ahead.router_logits, experts + ahead.expert_indices
+        if record:
+            mask = None if attention_mask is None else attention_mask[:, -hidden_states.size(1) :]
+            aux_loss = load_balancing_loss(router_logits, experts, mask)
+            z_loss = router_z_loss(router_logits, mask)
+            load = expert_load(experts, config.num_experts, mask)
+            if labels is not None and loss is not None:
+                share = 1.0
+                if num_items_in_batch is not None:
+                    share = (labels[:, 1:] != IGNORED).sum() / num_items_in_batch
+                regulariser = config.router_aux_loss_coef * aux_loss + config.router_z_loss_coef * z_loss
+                loss = loss + (share * regulariser).to(loss)
+
+        return CompassCausalLMOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=router_logits if output_router_logits else None,
+            aux_loss=aux_loss,
+            z_loss=z_loss,
+            lm_loss=lm_loss,
+            mtp_loss=mtp_loss,
+            expert_load=load,
+        )
+
+    def _mtp_loss(
+        self,
+        states: tuple[Tensor, ...],
+        labels: Tensor,
+        position_ids: Tensor | None,
+        num_items_in_batch: Tensor | int | None,
+    ) -> Tensor:
+        """Mean of the MTP layers' losses, by the shared head."""
+        head = self.lm_head.weight.detach() if self.config.mtp_detach_head else self.lm_head.weight
+        if position_ids is None:
+            position_ids = torch.arange(labels.size(1), device=labels.device).unsqueeze(0)
+        losses = [
+            self.loss_function(
+                F.linear(state, head),
+                labels,
+                self.vocab_size,
+                num_items_in_batch=num_items_in_batch,
+                shift_labels=mtp_labels(labels, position_ids, depth),
+            )
+            for depth, state in enumerate(states, start=1)
+        ]
+        return torch.stack(losses).mean()
+
+    def _get_candidate_generator(self, generation_config: Any, **kwargs: Any) -> Any:
+        if not generation_config.use_mtp:
+            return super()._get_candidate_generator(  # pyright: ignore - transformers' own protocol of models
+                generation_config=generation_config, **kwargs
+            )
+        return LiveMtpCandidateGenerator(
+            self, generation_config, kwargs["model_kwargs"], logits_processor=kwargs["logits_processor"]
+        )
+
+
+class CompassForSequenceClassification(GenericForSequenceClassification, CompassPreTrainedModel):
+    """The decoder with a score for each row, for reward models."""

@@ -1,0 +1,83 @@
+"""Multi-token prediction (MTP): what its layers are trained on, and drafting with them in `generate`.
+
+MTP layer d, from 1 on, reads at position t the state that predicts token t + d and the embedding of that token, and
+predicts token t + d + 1 with the model's own head. The layout is that of DeepSeek-V3 (arXiv 2412.19437, section 2.2),
+which transformers follows; Compass-v3 publishes that its layers share embeddings and head, not more.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import MtpCache
+from transformers.generation.candidate_generator import MTPCandidateGenerator
+from transformers.modeling_layers import MtpModel
+
+IGNORED = -100
+"""Label of a token that no loss is computed on, as in transformers."""
+
+
+def shift_left(values: Tensor, steps: int, fill: float) -> Tensor:
+    """`values[:, t + steps]` at place t, and `fill` where that is past the end.
+
+    Args:
+        values: `[B, L, ...]`.
+        steps: >= 0.
+        fill: What stands at the last `steps` places.
+    """
+    shifted = torch.full_like(values, fill)
+    shifted[:, : max(0, values.size(1) - steps)] = values[:, steps:]
+    return shifted
+
+
+def mtp_labels(labels: Tensor, position_ids: Tensor, depth: int) -> Tensor:
+    """What MTP layer `depth` is to predict at each position, without reaching into the next document.
+
+    Args:
+        labels: Token ids, or -100, `[B, L]`.
+        position_ids: Positions, from 0 on in each document of a row, `[B, L]` or `[1, L]`.
+        depth: From 1 on.
+
+    Returns:
+        Labels `[B, L]`: the token `depth + 1` places on, -100 where there is none in the same document.
+    """
+    other_document = position_ids <= depth  # of a token: its document began after the place that would predict it
+    return shift_left(labels.masked_fill(other_document, IGNORED), depth + 1, IGNORED)
+
+
+class LiveMtpModel(MtpModel):
+    """transformers' drafting loop over the MTP layers that the model holds, in place of layers read from its files."""
+
+    def __init__(self, main_model: PreTrainedModel):
+        PreTrainedModel.__init__(self, main_model.config.get_mtp_config())
+        decoder: Any = main_model.get_decoder()
+        self.layers = nn.ModuleList(decoder.mtp_layers)
+        self.num_mtp_layers = len(self.layers)
+        self.use_post_norm = True
+        self.use_shared_post_norm = False
+        self.has_per_layer_rope = False
+        self.tie_with_main_model(main_model)
+
+
+class LiveMtpCandidateGenerator(MTPCandidateGenerator):
+    """Drafts tokens with the model's own MTP layers, so that unsaved and adapted models can draft too."""
+
+    def __init__(
+        self,
+        main_model: PreTrainedModel,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        logits_processor: Any = None,
+    ):
+        self.num_mtp_layers = main_model.config.num_mtp_layers
+        if not self.num_mtp_layers:
+            raise ValueError("`use_mtp=True`, but the model has no MTP layers (`num_mtp_layers=0`). Leave it out.")
+        self.mtp_model = LiveMtpModel(main_model).eval()
+        self.device = next(self.mtp_model.layers.parameters()).device
+        self.mtp_cache = MtpCache(config=main_model.config.get_mtp_config())
+        self.mtp_cache.activate_past_recording()
+        self.do_sample = generation_config.do_sample
+        self.logits_processor = logits_processor
+        self.eos_token_id = getattr(generation_config, "_eos_token_tensor", None)
+        self.is_main_model_prefill = True
