@@ -51,6 +51,7 @@ class CompassConfig(PreTrainedConfig):
     model_type = "compass"
     keys_to_ignore_at_inference = ["past_key_values"]
     attribute_map = {"num_local_experts": "num_experts"}
+    auto_map = {}  # TRL reads it of classes that are not in transformers
     base_model_tp_plan = Qwen3MoeConfig.base_model_tp_plan
     base_model_ep_plan = Qwen3MoeConfig.base_model_ep_plan
     base_model_pp_plan = Qwen3MoeConfig.base_model_pp_plan

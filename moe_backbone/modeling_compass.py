@@ -1,10 +1,9 @@
-"""The Compass models, in reading order: experts, MoE block, decoder layer, MTP layer, decoder, causal LM.
+"""The Compass models, in reading order: decoder layer, MTP layer, decoder, causal LM.
 
 Attention, norms and rotary positions are those of transformers' Qwen3-MoE, masks and caches transformers' own.
-Shapes: B rows, L tokens of a row, T = B * L, E experts, K experts that a token takes, H hidden size, I expert width.
+Shapes: B rows, L tokens of a row, H hidden size.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,109 +11,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
-from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.integrations import use_experts_implementation
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
-from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.models.qwen3_moe.modeling_qwen3_moe import (
     Qwen3MoeAttention,
-    Qwen3MoeMLP,
     Qwen3MoeRMSNorm,
     Qwen3MoeRotaryEmbedding,
 )
-from transformers.utils import ModelOutput, can_return_tuple
+from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
-from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs, maybe_install_capturing_hooks
 
 from .configuration_compass import CompassConfig
+from .moe_block import CompassExperts, CompassMoeBlock
 from .mtp import IGNORED, LiveMtpCandidateGenerator, mtp_labels, shift_left
+from .outputs import CompassCausalLMOutput, CompassModelOutput, CompassMtpOutput
 from .router import CompassRouter, expert_load, load_balancing_loss, router_z_loss
-
-
-@dataclass
-class CompassModelOutput(MoeModelOutputWithPast):
-    """Adds `expert_indices`: the experts that each layer's tokens took, a tensor `[T, K]` a layer."""
-
-    expert_indices: tuple[Tensor, ...] | None = None
-
-
-@dataclass
-class CompassMtpOutput(ModelOutput):
-    """States of the MTP layers, `[B, L, H]` each, and what their routers did."""
-
-    states: tuple[Tensor, ...] = ()
-    router_logits: tuple[Tensor, ...] | None = None
-    expert_indices: tuple[Tensor, ...] | None = None
-
-
-@dataclass
-class CompassCausalLMOutput(MoeCausalLMOutputWithPast):
-    """Adds the parts of the loss, and the load of the experts.
-
-    Attributes:
-        lm_loss: Loss of the next token.
-        mtp_loss: Mean of the MTP layers' losses, in training.
-        z_loss: The router's z-loss, wherever `aux_loss` is.
-        expert_load: Tokens of each expert, `[layers, E]`, wherever `aux_loss` is; MTP layers come last.
-    """
-
-    lm_loss: Tensor | None = None
-    mtp_loss: Tensor | None = None
-    z_loss: Tensor | None = None
-    expert_load: Tensor | None = None
-
-
-@use_experts_implementation
-class CompassExperts(nn.Module):
-    """SwiGLU experts in two tensors; transformers runs them by `experts_implementation`, "eager" being `forward`."""
-
-    def __init__(self, config: CompassConfig):
-        super().__init__()
-        self.num_experts = config.num_experts
-        width = config.moe_intermediate_size
-        self.gate_up_proj = nn.Parameter(torch.empty(config.num_experts, 2 * width, config.hidden_size))
-        self.down_proj = nn.Parameter(torch.empty(config.num_experts, config.hidden_size, width))
-        self.act_fn = ACT2FN[config.hidden_act]
-
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """Weighted sum over a token's experts.
-
-        Args:
-            hidden_states: `[T, H]`.
-            top_k_index: Experts `[T, K]`; `num_experts` stands for one that another process holds.
-            top_k_weights: `[T, K]`.
-        """
-        output = torch.zeros_like(hidden_states)
-        for expert in top_k_index.unique().tolist():
-            if expert == self.num_experts:
-                continue
-            token, slot = torch.where(top_k_index == expert)
-            gate, up = F.linear(hidden_states[token], self.gate_up_proj[expert]).chunk(2, dim=-1)
-            row = F.linear(self.act_fn(gate) * up, self.down_proj[expert])
-            output.index_add_(0, token, (row * top_k_weights[token, slot, None]).to(output.dtype))
-        return output
-
-
-class CompassMoeBlock(nn.Module):
-    """Router, routed experts, and the shared expert where there is one."""
-
-    def __init__(self, config: CompassConfig):
-        super().__init__()
-        self.gate = CompassRouter(config)
-        self.experts = CompassExperts(config)
-        shared = config.num_shared_experts * config.moe_intermediate_size
-        self.shared_expert = Qwen3MoeMLP(config, intermediate_size=shared) if shared else None
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """`[B, L, H]` to `[B, L, H]`."""
-        tokens = hidden_states.reshape(-1, hidden_states.size(-1))
-        _, weights, experts = self.gate(tokens)
-        output = self.experts(tokens, experts, weights)
-        if self.shared_expert is not None:
-            output = output + self.shared_expert(tokens)
-        return output.view_as(hidden_states)
 
 
 class CompassDecoderLayer(GradientCheckpointingLayer):
@@ -199,9 +112,13 @@ class CompassPreTrainedModel(PreTrainedModel):
         model.freeze_idle_layers()
         return loaded
 
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return True  # transformers looks for the experts' decorator in this file alone, and would run them eagerly
+
     def freeze_idle_layers(self) -> None:
-        """Freezes MTP layers whose loss weighs nothing, since no gradient ever reaches them."""
-        if not self.config.effective_mtp_loss_coef:
+        """Freezes MTP layers that no gradient reaches: of no language model, or with a loss that weighs nothing."""
+        if not (self.config.effective_mtp_loss_coef and isinstance(self, CompassForCausalLM)):
             for module in self.modules():
                 if isinstance(module, CompassMtpLayer):
                     module.requires_grad_(False)
@@ -230,7 +147,7 @@ class CompassModel(CompassPreTrainedModel):
         self.rotary_emb = Qwen3MoeRotaryEmbedding(config=config)  # pyright: ignore
         self.gradient_checkpointing = False
         self.post_init()
-        self.freeze_idle_layers()
+        maybe_install_capturing_hooks(self)  # they can't be installed while `torch.compile` traces
 
     @property
     def mtp_layers(self) -> list[CompassMtpLayer]:
@@ -259,8 +176,8 @@ class CompassModel(CompassPreTrainedModel):
         Args:
             input_ids: `[B, L]`, or `inputs_embeds` in its place.
             attention_mask: `[B, past + L]`, 0 at padding; None where there is none.
-            position_ids: `[B, L]`. Without `attention_mask` and cache, a row whose positions start anew holds several
-                documents, which do not see each other.
+            position_ids: `[B, L]`. Without `attention_mask` and with `use_cache=False`, a row whose positions start
+                anew holds several documents, which do not see each other.
             past_key_values: Keys and values of earlier tokens.
             inputs_embeds: `[B, L, H]`.
             use_cache: Whether to make a cache when there is none.
@@ -339,8 +256,9 @@ class CompassModel(CompassPreTrainedModel):
 class CompassForCausalLM(CompassPreTrainedModel, GenerationMixin):
     """The decoder with a head.
 
-    Its loss is `L_LM + mtp_loss_coef L_MTP + router_aux_loss_coef L_aux + router_z_loss_coef L_z`: Compass-v2's with
-    MTP added in the form of arXiv 2412.19437, eq. 24 and 25.
+    In training its loss is `L_LM + mtp_loss_coef L_MTP + router_aux_loss_coef L_aux + router_z_loss_coef L_z`:
+    Compass-v2's with MTP added in the form of arXiv 2412.19437, eq. 24 and 25. Reentrant gradient checkpointing, which
+    is not the default, leaves the router's terms without a gradient, as in all of transformers' models.
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -353,6 +271,7 @@ class CompassForCausalLM(CompassPreTrainedModel, GenerationMixin):
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+        self.freeze_idle_layers()
 
     @can_return_tuple
     def forward(
@@ -367,23 +286,26 @@ class CompassForCausalLM(CompassPreTrainedModel, GenerationMixin):
         output_router_logits: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
+        router_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> CompassCausalLMOutput:
         """Logits, and with `labels` the loss.
 
         Args:
             input_ids: See [`CompassModel.forward`], also for the arguments up to `inputs_embeds`.
-            attention_mask: 0 at padding, which neither is routed for the losses nor counts in the load.
+            attention_mask: 0 at padding, which counts neither in the router's losses nor in the load.
             position_ids: Positions.
             past_key_values: Keys and values of earlier tokens.
             inputs_embeds: Embeddings in place of `input_ids`.
             labels: Token ids or -100, `[B, L]`, not shifted. The first token of each document of a packed row is to
                 be -100.
-            use_cache: Whether to make a cache.
+            use_cache: Whether to make a cache; None for the configuration's, and for no with `labels`.
             output_router_logits: Whether the output carries router logits; None for the configuration's.
             logits_to_keep: As in transformers.
             num_items_in_batch: Labels of the whole step that are not -100, over micro-batches and processes. The loss
                 is then this batch's share of the step's, and so are the router's terms.
+            router_mask: `[B, L]`, 0 for tokens that do not count for the router, such as the padding of packed rows,
+                which have no `attention_mask`; None for `attention_mask`.
             kwargs: See [`CompassModel.forward`].
         """
         config = self.config
@@ -393,6 +315,8 @@ class CompassForCausalLM(CompassPreTrainedModel, GenerationMixin):
         with_mtp = learning and bool(config.effective_mtp_loss_coef)
         record = output_router_logits or (learning and bool(config.router_aux_loss_coef or config.router_z_loss_coef))
         recording = {"output_router_logits": record, "output_expert_indices": record}
+        if labels is not None and use_cache is None:
+            use_cache = False  # a loss needs none, and with one the documents of a packed row would see each other
         if with_mtp and input_ids is not None:
             input_ids, inputs_embeds = None, self.model.embed_tokens(input_ids)
         outputs = self.model(
@@ -425,12 +349,13 @@ class CompassForCausalLM(CompassPreTrainedModel, GenerationMixin):
                     **recording,
                     **kwargs,
                 )
-                mtp_loss = self._mtp_loss(ahead.states, labels, position_ids, num_items_in_batch)
+                mtp_loss = self._mtp_loss(ahead.states, labels, attention_mask, position_ids, num_items_in_batch)
                 loss = loss + config.effective_mtp_loss_coef * mtp_loss
                 if record:
                     router_logits, experts = router_logits + ahead.router_logits, experts + ahead.expert_indices
         if record:
-            mask = None if attention_mask is None else attention_mask[:, -hidden_states.size(1) :]
+            mask = attention_mask if router_mask is None else router_mask
+            mask = None if mask is None else mask[:, -hidden_states.size(1) :]
             aux_loss = load_balancing_loss(router_logits, experts, mask)
             z_loss = router_z_loss(router_logits, mask)
             load = expert_load(experts, config.num_experts, mask)
@@ -459,23 +384,24 @@ class CompassForCausalLM(CompassPreTrainedModel, GenerationMixin):
         self,
         states: tuple[Tensor, ...],
         labels: Tensor,
+        attention_mask: Tensor | None,
         position_ids: Tensor | None,
         num_items_in_batch: Tensor | int | None,
     ) -> Tensor:
-        """Mean of the MTP layers' losses, by the shared head."""
+        """Mean of the MTP layers' losses, by the shared head; 0 for a layer that has nothing to predict."""
         head = self.lm_head.weight.detach() if self.config.mtp_detach_head else self.lm_head.weight
         if position_ids is None:
             position_ids = torch.arange(labels.size(1), device=labels.device).unsqueeze(0)
-        losses = [
-            self.loss_function(
-                F.linear(state, head),
-                labels,
-                self.vocab_size,
-                num_items_in_batch=num_items_in_batch,
-                shift_labels=mtp_labels(labels, position_ids, depth),
+        losses = []
+        for depth, state in enumerate(states, start=1):
+            ahead = mtp_labels(labels, position_ids, depth)
+            if attention_mask is not None:
+                ahead = ahead.masked_fill(attention_mask == 0, IGNORED)
+            items = (ahead != IGNORED).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+            logits = F.linear(state, head)
+            losses.append(
+                self.loss_function(logits, labels, self.vocab_size, num_items_in_batch=items, shift_labels=ahead)
             )
-            for depth, state in enumerate(states, start=1)
-        ]
         return torch.stack(losses).mean()
 
     def _get_candidate_generator(self, generation_config: Any, **kwargs: Any) -> Any:
@@ -490,3 +416,7 @@ class CompassForCausalLM(CompassPreTrainedModel, GenerationMixin):
 
 class CompassForSequenceClassification(GenericForSequenceClassification, CompassPreTrainedModel):
     """The decoder with a score for each row, for reward models."""
+
+    def __init__(self, config: CompassConfig):
+        super().__init__(config)
+        self.freeze_idle_layers()

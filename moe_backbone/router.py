@@ -5,6 +5,7 @@ Shapes: T tokens, E experts, K experts that a token takes, L layers.
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +30,15 @@ class CompassRouter(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
         bias = torch.zeros(config.num_experts) if config.router_bias_update_speed else None
         self.register_buffer("e_score_correction_bias", bias)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "CompassRouter":
+        """Leaves the biases in float32 where the model is cast: bfloat16 would lose their small steps."""
+        bias = self.e_score_correction_bias
+        super()._apply(fn, recurse)
+        moved = self.e_score_correction_bias
+        if bias is not None and moved is not None and moved.dtype != torch.float32:
+            self.e_score_correction_bias = bias.to(moved.device)
+        return self
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Chooses experts.

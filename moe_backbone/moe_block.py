@@ -1,0 +1,107 @@
+"""The MoE block: routed experts, run by any of transformers' implementations, and shared ones.
+
+Shapes: B rows, L tokens of a row, T = B * L, E experts, K experts that a token takes, H hidden size.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+from transformers.integrations import use_experts_implementation
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeMLP
+
+from .configuration_compass import CompassConfig
+from .router import CompassRouter
+
+
+@use_experts_implementation
+class CompassExperts(nn.Module):
+    """SwiGLU experts in two tensors; transformers runs them by `experts_implementation`, "eager" being `forward`."""
+
+    def __init__(self, config: CompassConfig):
+        super().__init__()
+        self.num_experts = config.num_experts
+        width = config.moe_intermediate_size
+        self.gate_up_proj = nn.Parameter(torch.empty(config.num_experts, 2 * width, config.hidden_size))
+        self.down_proj = nn.Parameter(torch.empty(config.num_experts, config.hidden_size, width))
+        self.act_fn = ACT2FN[config.hidden_act]
+        self.register_load_state_dict_pre_hook(_join_experts)
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Weighted sum over a token's experts.
+
+        Args:
+            hidden_states: `[T, H]`.
+            top_k_index: Experts `[T, K]`; `num_experts` stands for one that another process holds.
+            top_k_weights: `[T, K]`.
+        """
+        output = torch.zeros_like(hidden_states)
+        for expert in top_k_index.unique().tolist():
+            if expert == self.num_experts:
+                continue
+            token, slot = torch.where(top_k_index == expert)
+            gate, up = F.linear(hidden_states[token], self.gate_up_proj[expert]).chunk(2, dim=-1)
+            row = F.linear(self.act_fn(gate) * up, self.down_proj[expert])
+            output.index_add_(0, token, (row * top_k_weights[token, slot, None]).to(output.dtype))
+        return output
+
+
+def _cast_under_autocast(dispatch: Any) -> Any:
+    """Runs the experts in autocast's dtype; grouped products know no autocast and would run in float32.
+
+    The weights are read here, behind the hooks that fetch offloaded and sharded ones and with the adapters that PEFT
+    adds to them, and the dispatch gets a copy of the module that holds them cast.
+    """
+
+    def forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        device = hidden_states.device.type
+        if not torch.is_autocast_enabled(device):
+            return dispatch(self, hidden_states, top_k_index, top_k_weights)
+        dtype = torch.get_autocast_dtype(device)
+        cast = object.__new__(CompassExperts)
+        cast.__dict__.update(self.__dict__, _parameters={})
+        cast.__dict__.update({name: getattr(self, name).to(dtype) for name in ("gate_up_proj", "down_proj")})
+        return dispatch(cast, hidden_states.to(dtype), top_k_index, top_k_weights.to(dtype))
+
+    return forward
+
+
+CompassExperts.forward = _cast_under_autocast(CompassExperts.forward)
+
+
+def _join_experts(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """Takes the layout of files, a key for each expert, where a file goes straight to `load_state_dict`.
+
+    transformers' Trainer does that when it resumes, and otherwise goes on with the experts that it finds in memory.
+    """
+    if f"{prefix}0.down_proj.weight" not in state_dict:
+        return
+    experts = range(module.num_experts)  # pyright: ignore
+    parts = {
+        part: torch.stack([state_dict.pop(f"{prefix}{expert}.{part}.weight") for expert in experts])
+        for part in ("gate_proj", "up_proj", "down_proj")
+    }
+    state_dict[f"{prefix}gate_up_proj"] = torch.cat([parts["gate_proj"], parts["up_proj"]], dim=1)
+    state_dict[f"{prefix}down_proj"] = parts["down_proj"]
+
+
+class CompassMoeBlock(nn.Module):
+    """Router, routed experts, and the shared expert where there is one."""
+
+    def __init__(self, config: CompassConfig):
+        super().__init__()
+        self.gate = CompassRouter(config)
+        self.experts = CompassExperts(config)
+        shared = config.num_shared_experts * config.moe_intermediate_size
+        self.shared_expert = Qwen3MoeMLP(config, intermediate_size=shared) if shared else None
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """`[B, L, H]` to `[B, L, H]`."""
+        tokens = hidden_states.reshape(-1, hidden_states.size(-1))
+        _, weights, experts = self.gate(tokens)
+        output = self.experts(tokens, experts, weights)
+        if self.shared_expert is not None:
+            output = output + self.shared_expert(tokens)
+        return output.view_as(hidden_states)

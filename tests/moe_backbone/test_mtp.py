@@ -1,0 +1,406 @@
+"""Multi-token prediction: labels, what a prediction may see, gradients, drafting."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from compass_helpers import compass_config, compass_model, gradients, overfit, pack, token_ids
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
+from transformers.cache_utils import MtpCache
+from transformers.modeling_layers import MtpModel
+
+from moe_backbone import CompassForCausalLM
+from moe_backbone.mtp import LiveMtpCandidateGenerator, LiveMtpModel, mtp_labels, shift_left
+
+documents = st.lists(st.integers(1, 7), min_size=1, max_size=5)  # lengths
+
+
+def ahead(model, ids, position_ids=None, attention_mask=None):
+    """The MTP layers' states in training."""
+    hidden = model.model(
+        ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
+    ).last_hidden_state
+    embedded = model.model.embed_tokens(ids)
+    return model.model.predict_ahead(hidden, embedded, attention_mask, position_ids).states
+
+
+# Labels
+
+
+@given(lengths=documents, depth=st.integers(1, 4), seed=st.integers(0, 2**30))
+@settings(max_examples=60, deadline=None)
+def test_labels_are_those_of_a_double_loop(lengths, depth, seed):
+    generator = torch.Generator().manual_seed(seed)
+    total = sum(lengths)
+    labels = torch.randint(0, 50, (2, total), generator=generator)
+    labels[torch.rand(2, total, generator=generator) < 0.2] = -100
+    position_ids = torch.cat([torch.arange(length) for length in lengths])[None].expand(2, -1)
+    expected = torch.full((2, total), -100)
+    for row in range(2):
+        start = 0
+        for length in lengths:
+            for position in range(length):
+                if position + depth + 1 < length:
+                    expected[row, start + position] = labels[row, start + position + depth + 1]
+            start += length
+    kept = labels.clone()
+    assert torch.equal(mtp_labels(labels, position_ids, depth), expected)
+    assert torch.equal(mtp_labels(labels, position_ids[:1], depth), expected)
+    assert torch.equal(labels, kept)
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2, 3, 4, 9])
+@pytest.mark.parametrize("shape", [(2, 3), (2, 3, 4)])
+def test_shift_left_is_a_loop(steps, shape):
+    values = torch.randn(shape)
+    expected = torch.full(shape, 7.0)
+    for place in range(3):
+        if place + steps < 3:
+            expected[:, place] = values[:, place + steps]
+    assert torch.equal(shift_left(values, steps, 7.0), expected)
+
+
+def test_the_loss_is_the_mean_of_the_layers_and_enters_with_its_coefficient():
+    """Each layer's loss written out over the positions that have a token to predict."""
+    model = compass_model(num_mtp_layers=2, mtp_loss_coef=0.3, router_aux_loss_coef=0.0, router_z_loss_coef=0.0)
+    ids = token_ids(2, 9)
+    out = model(ids, labels=ids)
+    losses = []
+    for depth, state in enumerate(ahead(model, ids), start=1):
+        log_probs = model.lm_head(state).double().log_softmax(-1)
+        picked = [
+            -log_probs[row, t, ids[row, t + depth + 1]] for row in range(2) for t in range(9) if t + depth + 1 < 9
+        ]
+        losses.append(torch.stack(picked).mean())
+    torch.testing.assert_close(out.mtp_loss.double(), torch.stack(losses).mean(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(out.loss, out.lm_loss + 0.3 * out.mtp_loss)
+    assert losses[0] != losses[1]
+
+
+def test_there_is_no_mtp_loss_in_evaluation_or_without_labels():
+    model, ids = compass_model(num_mtp_layers=1), token_ids(1, 6)
+    assert model(ids).mtp_loss is None
+    out = model.eval()(ids, labels=ids)
+    assert out.mtp_loss is None and torch.equal(out.loss, out.lm_loss)
+
+
+def test_documents_too_short_to_predict_ahead_have_a_finite_loss():
+    model = compass_model(num_mtp_layers=2)
+    row = pack([token_ids(1, length, seed=length)[0] for length in (3, 2, 1)])
+    out = model(**row, num_items_in_batch=3, use_cache=False)  # the second layer has no label at all
+    state = ahead(model, row["input_ids"], row["position_ids"])[0]
+    only = -model.lm_head(state)[0, 0].log_softmax(-1)[row["input_ids"][0, 2]]
+    torch.testing.assert_close(out.mtp_loss, only / 3 / 2)
+    assert out.loss.isfinite()
+    assert model(**row, use_cache=False).loss.isfinite()  # and a mean over no label is not 0 / 0
+
+
+# What a prediction sees
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_state_sees_its_depth_ahead_and_no_further(attention):
+    model, ids = compass_model(num_mtp_layers=3, attention=attention).eval(), token_ids(1, 10)
+    with torch.no_grad():
+        before = ahead(model, ids)
+        for changed in range(10):
+            other = ids.clone()
+            other[0, changed] = ids[0, changed] % 60 + 1
+            for depth, (state, kept) in enumerate(zip(ahead(model, other), before, strict=True), start=1):
+                moved = (state - kept).abs().amax(dim=-1)[0] > 1e-4
+                same = torch.allclose(
+                    state[:, : max(0, changed - depth)], kept[:, : max(0, changed - depth)], atol=1e-5
+                )
+                assert same, f"layer {depth} saw token {changed} too early"
+                if changed >= depth:  # it is the very token that the state is paired with
+                    assert moved[changed - depth], f"layer {depth} at {changed - depth} does not see token {changed}"
+
+
+@given(lengths=st.lists(st.integers(1, 5), min_size=2, max_size=4), seed=st.integers(0, 2**30))
+@settings(max_examples=15, deadline=None)
+def test_a_labelled_prediction_sees_its_own_document_alone(lengths, seed):
+    model = PACKED_MODEL
+    row = pack([token_ids(1, length, seed=seed + n)[0] for n, length in enumerate(lengths)])
+    ids, position_ids = row["input_ids"], row["position_ids"]
+    document = (position_ids[0] == 0).cumsum(0) - 1
+    with torch.no_grad():
+        before = ahead(model, ids, position_ids)
+        for changed in range(len(lengths)):
+            other = torch.where(document == changed, ids % 60 + 1, ids)
+            for depth, (state, kept) in enumerate(
+                zip(ahead(model, other, position_ids), before, strict=True), start=1
+            ):
+                labelled = mtp_labels(ids, position_ids, depth)[0] != -100
+                untouched = labelled & (document != changed)
+                torch.testing.assert_close(state[0, untouched], kept[0, untouched], rtol=0, atol=1e-5)
+                if (labelled & (document == changed)).any():
+                    mine = labelled & (document == changed)
+                    assert (state[0, mine] - kept[0, mine]).abs().max() > 1e-3
+
+
+PACKED_MODEL = compass_model(num_mtp_layers=2).eval()
+
+
+# Gradients
+
+
+def from_mtp_alone(**changes):
+    model = compass_model(num_mtp_layers=2, num_shared_experts=1, **changes)
+    ids = token_ids(2, 24)
+    model(ids, labels=ids).mtp_loss.backward()
+    return {name for name, value in gradients(model).items() if value.abs().max() > 0}, model
+
+
+def groups(names, model):
+    heads = {name for name in names if name.startswith(("lm_head", "model.embed_tokens"))}
+    layers = model.config.num_hidden_layers
+    mtp = {name for name in names if any(name.startswith(f"model.layers.{layers + n}.") for n in range(2))}
+    return heads, mtp, set(names) - heads - mtp
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("detach_trunk", [False, True])
+@pytest.mark.parametrize("detach_head", [False, True])
+def test_where_the_gradient_of_the_mtp_loss_goes(detach_trunk, detach_head, tied):
+    got, model = from_mtp_alone(mtp_detach_trunk=detach_trunk, mtp_detach_head=detach_head, tie_word_embeddings=tied)
+    heads, mtp, trunk = groups(got, model)
+    all_heads, all_mtp, all_trunk = groups([name for name, _ in model.named_parameters()], model)
+    assert mtp == all_mtp
+    assert trunk == (set() if detach_trunk else all_trunk)
+    if not detach_head:
+        assert heads == all_heads
+    elif detach_trunk:
+        assert not heads
+    else:  # through the trunk the gradient still reaches the embeddings that the trunk reads
+        assert heads == {"model.embed_tokens.weight"}
+
+
+def test_the_first_layer_learns_from_the_second():
+    """The states are chained, so that the second layer's loss has a gradient for the first."""
+    model, ids = compass_model(num_mtp_layers=2), token_ids(1, 12)
+    F.cross_entropy(model.lm_head(ahead(model, ids)[1][0, :-3]), ids[0, 3:]).backward()
+    assert model.model.mtp_layers[0].eh_proj.weight.grad.abs().max() > 0
+
+
+def test_layers_share_embeddings_and_head():
+    plain = {name for name, _ in compass_model().named_parameters()}
+    extra = {name for name, _ in compass_model(num_mtp_layers=1).named_parameters()} - plain
+    assert {name.split(".", 3)[3].split(".")[0] for name in extra} == {
+        "enorm", "hnorm", "eh_proj", "post_norm", "self_attn", "mlp", "input_layernorm", "post_attention_layernorm",
+    }  # fmt: skip
+    assert all(name.startswith("model.layers.2.") for name in extra)
+
+
+def test_the_layers_change_nothing_of_the_rest():
+    """With the same weights, logits and cache length are those of the model without MTP layers."""
+    with_mtp, plain = compass_model(num_mtp_layers=2).eval(), compass_model().eval()
+    missing, unexpected = plain.load_state_dict(with_mtp.state_dict(), strict=False)
+    assert not missing and all(name.startswith(("model.layers.2.", "model.layers.3.")) for name in unexpected)
+    ids = token_ids(2, 7)
+    out, expected = with_mtp(ids, use_cache=True), plain(ids, use_cache=True)
+    assert torch.equal(out.logits, expected.logits)
+    assert len(out.past_key_values.layers) == len(expected.past_key_values.layers) == 2
+
+
+# A coefficient of zero
+
+
+def mtp_grad_flags(model):
+    return {value.requires_grad for layer in model.model.mtp_layers for value in layer.parameters()}
+
+
+def test_a_coefficient_of_zero_freezes_the_layers(tmp_path):
+    model = compass_model(num_mtp_layers=2, mtp_loss_coef=0.0)
+    assert mtp_grad_flags(model) == {False}
+    ids = token_ids(2, 8)
+    out = model(ids, labels=ids)
+    out.loss.backward()
+    assert out.mtp_loss is None
+    others = {name for name, value in model.named_parameters() if value.requires_grad}
+    assert others == gradients(model).keys() and len(others) > 10
+    model.save_pretrained(tmp_path)
+    assert mtp_grad_flags(AutoModelForCausalLM.from_pretrained(tmp_path)) == {False}
+    assert mtp_grad_flags(AutoModelForCausalLM.from_pretrained(tmp_path, mtp_loss_coef=0.2)) == {True}
+    loaded, info = CompassForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert mtp_grad_flags(loaded) == {False} and not info["missing_keys"] and not info["unexpected_keys"]
+
+
+def test_a_coefficient_above_zero_trains_the_layers(tmp_path):
+    model = compass_model(num_mtp_layers=1)
+    assert mtp_grad_flags(model) == {True}
+    model.save_pretrained(tmp_path)
+    assert mtp_grad_flags(AutoModelForCausalLM.from_pretrained(tmp_path)) == {True}
+    assert mtp_grad_flags(AutoModelForCausalLM.from_pretrained(tmp_path, mtp_loss_coef=0.0)) == {False}
+
+
+@pytest.mark.parametrize("kept", [0, 1])
+def test_layers_left_out_at_load_are_dropped_quietly(tmp_path, kept, caplog):
+    model = compass_model(num_mtp_layers=2).eval()
+    model.save_pretrained(tmp_path)
+    loaded, info = CompassForCausalLM.from_pretrained(tmp_path, num_mtp_layers=kept, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    assert not [record for record in caplog.records if record.levelname in ("WARNING", "ERROR")]
+    assert len(loaded.model.layers) == 2 + kept
+    ids = token_ids(1, 9)
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+def test_other_weights_that_do_not_belong_are_not_dropped_quietly(tmp_path):
+    compass_model(num_hidden_layers=3).save_pretrained(tmp_path)
+    model = compass_model(num_hidden_layers=2, num_mtp_layers=1)
+    assert not any("norm" in pattern for pattern in model._keys_to_ignore_on_load_unexpected)
+    wide = compass_model(num_shared_experts=1)
+    wide.save_pretrained(tmp_path)
+    _, info = CompassForCausalLM.from_pretrained(tmp_path, num_shared_experts=0, output_loading_info=True)
+    assert any("shared_expert" in key for key in info["unexpected_keys"])
+
+
+# Drafting
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("layers", [1, 2, 3])
+@torch.no_grad()
+def test_training_and_drafting_compute_the_same_logits(layers, attention):
+    """At the end of each prefix, with the tokens that the drafting loop itself has drafted filled in behind it.
+
+    Depth d of the loop over tokens 1..n pairs state t with token t + d, of which the last d - 1 are its own drafts.
+    """
+    model = compass_model(num_mtp_layers=layers, attention=attention).eval()
+    for length in (2, 5, 11):
+        ids = token_ids(1, length, seed=length)
+        hidden = model.model(ids).last_hidden_state
+        following = model.lm_head(hidden[:, -1]).argmax(-1, keepdim=True)
+        full = torch.cat([ids, following], dim=1)
+        drafter = LiveMtpModel(model).eval()
+        cache = MtpCache(config=model.config.get_mtp_config())
+        tokens, logits, _ = drafter(
+            input_ids=full[:, 1:],
+            last_hidden_states=hidden,
+            attention_mask=None,
+            position_ids=torch.arange(1, length + 1)[None],
+            mtp_cache=cache,
+        )
+        states = ahead(model, torch.cat([full, tokens], dim=1))
+        for depth, state in enumerate(states):
+            torch.testing.assert_close(
+                model.lm_head(state[:, length - 1]), logits[:, depth], rtol=1e-4, atol=1e-4,
+                msg=lambda text, depth=depth: f"layer {depth + 1}: {text}",
+            )  # fmt: skip
+
+
+@torch.no_grad()
+def test_transformers_own_layers_read_the_checkpoint_and_draft_the_same(tmp_path):
+    """`MtpModel` puts layers of its own before a model without any and fills them from the files."""
+    model = compass_model(num_mtp_layers=2, num_shared_experts=1, router_bias_update_speed=1e-3).eval()
+    model.save_pretrained(tmp_path)
+    without = CompassForCausalLM.from_pretrained(tmp_path, num_mtp_layers=0)
+    without.config.num_mtp_layers = 2
+    ids = token_ids(1, 8)
+    inputs = {
+        "input_ids": ids[:, 1:],
+        "last_hidden_states": model.model(ids).last_hidden_state[:, :-1],
+        "attention_mask": None,
+        "position_ids": torch.arange(1, 8)[None],
+    }
+    results = []
+    for drafter in (LiveMtpModel(model), MtpModel.from_pretrained(without)):
+        cache = MtpCache(config=model.config.get_mtp_config())
+        results.append(drafter.eval()(**inputs, mtp_cache=cache)[:2])
+    assert torch.equal(results[0][0], results[1][0])
+    torch.testing.assert_close(results[0][1], results[1][1])
+
+
+def greedy(model, prompt, **options):
+    calls = []
+    hook = model.model.register_forward_hook(lambda *_: calls.append(1))
+    out = model.generate(prompt, do_sample=False, max_new_tokens=20, pad_token_id=0, **options)
+    hook.remove()
+    return out, len(calls)
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["one layer", "two layers"])
+def trained(request):
+    """A model that knows two rows by heart, so that it drafts them."""
+    model = compass_model(num_mtp_layers=request.param, mtp_loss_coef=1.0, router_aux_loss_coef=0.0)
+    rows = token_ids(2, 26, seed=3)
+    overfit(model, rows, steps=80, learning_rate=1e-2)
+    return model.eval(), rows
+
+
+def test_drafts_that_are_right_save_calls_and_change_no_token(trained):
+    model, rows = trained
+    for row in rows:
+        plain, calls = greedy(model, row[None, :4])
+        drafted, drafted_calls = greedy(model, row[None, :4], use_mtp=True)
+        assert torch.equal(plain, drafted)
+        assert plain[0, 4:].eq(row[4:24]).float().mean() > 0.8  # it does know the row
+        assert calls == 20 and drafted_calls < 15
+
+
+def test_drafts_that_are_wrong_change_no_token(trained):
+    model, _ = trained
+    wrong = 0
+    for seed in range(4):
+        prompt = token_ids(1, 3 + seed, seed=100 + seed)
+        plain, _ = greedy(model, prompt)
+        drafted, calls = greedy(model, prompt, use_mtp=True)
+        assert torch.equal(plain, drafted)
+        wrong += calls > 20 / (1 + model.config.num_mtp_layers) + 2
+    assert wrong  # some drafts were refused on the way
+
+
+def test_an_untrained_model_drafts_the_same_tokens_too():
+    model = compass_model(num_mtp_layers=2).eval()
+    prompt = token_ids(1, 5)
+    plain, _ = greedy(model, prompt)
+    drafted, calls = greedy(model, prompt, use_mtp=True)
+    assert torch.equal(plain, drafted) and calls > 12
+
+
+def test_a_saved_model_drafts_like_the_one_in_memory(trained, tmp_path):
+    model, rows = trained
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    prompt = rows[:1, :4]
+    ours, theirs = greedy(model, prompt, use_mtp=True), greedy(loaded, prompt, use_mtp=True)
+    assert torch.equal(ours[0], theirs[0]) and ours[1] == theirs[1]
+
+
+def test_drafting_stops_at_the_end_of_the_sequence(trained):
+    model, rows = trained
+    plain, _ = greedy(model, rows[:1, :4])
+    end = plain[0, 12].item()
+    first = 4 + plain[0, 4:].tolist().index(end)
+    drafted, _ = greedy(model, rows[:1, :4], use_mtp=True, eos_token_id=end)
+    assert torch.equal(drafted[0], plain[0, : first + 1])
+
+
+def test_sampling_with_drafts_draws_from_the_vocabulary(trained):
+    model, rows = trained
+    torch.manual_seed(0)
+    out = model.generate(rows[:1, :4], do_sample=True, max_new_tokens=12, use_mtp=True, pad_token_id=0)
+    assert out.shape == (1, 16) and out.max() < 61
+
+
+def test_drafting_without_layers_says_so():
+    model = compass_model().eval()
+    with pytest.raises(ValueError, match="no MTP layers"):
+        LiveMtpCandidateGenerator(model, SimpleNamespace(do_sample=False), {})
+    with pytest.raises(ValueError, match=r"no MTP layers \(`num_mtp_layers=0`\). Leave it out"):
+        model.generate(token_ids(1, 4), use_mtp=True, max_new_tokens=4)
+
+
+def test_drafting_leaves_the_model_as_it_was(trained):
+    model, rows = trained
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    greedy(model, rows[:1, :4], use_mtp=True)
+    assert not model.training
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_configurations_for_drafting_have_the_models_sizes():
+    assert compass_config(num_mtp_layers=2).get_mtp_config().num_mtp_layers == 2
