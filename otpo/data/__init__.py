@@ -1,3 +1,5 @@
-"""Preference data: the bundled pairs, and checks of yours."""
+"""Bundled preference pairs, instructions and documents, and checks of yours."""
 
+from .demo import load_demo_corpus as load_demo_corpus
+from .demo import load_demo_instructions as load_demo_instructions
 from .demo import load_demo_preferences as load_demo_preferences

@@ -10,10 +10,10 @@ from .ecommerce.lexicon import LANGUAGES, lexicon
 
 
 def check_answer(row: Mapping[str, Any], answer: str) -> dict[str, bool]:
-    """Checks an answer to `row["prompt"]` against what is known of the product.
+    """Checks an answer to a row's prompt against what is known of the product.
 
     Args:
-        row: A row of [`otpo.data.load_demo_preferences`].
+        row: A row of [`otpo.data.load_demo_preferences`] or [`otpo.data.load_demo_instructions`].
         answer: What a model wrote.
 
     Returns:

@@ -1,25 +1,26 @@
-"""The bundled preference pairs of a shopping assistant in seven languages."""
+"""Data of a shopping assistant in seven languages: pairs, instructions, documents. All of it is generated text."""
 
-import gzip
-import json
-from collections.abc import Sequence
-from importlib.resources import files
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, overload
 
+from .ecommerce import documents
+from .ecommerce.bundled import read_rows
+from .ecommerce.instructions import new_instruction
 from .ecommerce.lexicon import LANGUAGES
 from .ecommerce.pairs import KINDS
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, IterableDataset
 
-_FILE = "ecommerce_preferences.jsonl.gz"
-_SPLITS = ("train", "test", "test_templates")
+SPLITS = ("train", "test", "test_templates")
+_SHARDS = 64
 
 
 def load_demo_preferences(
     split: str = "train", languages: Sequence[str] | None = None, kinds: Sequence[str] | None = None
 ) -> "Dataset":
-    """Loads bundled pairs whose rejected answers are wrong in a known span. All of it is generated text.
+    """Loads bundled pairs whose rejected answers are wrong in a known span.
 
     Args:
         split: `"train"` (1,512 pairs), `"test"` (252, products that are not in train) or `"test_templates"` (252,
@@ -40,17 +41,119 @@ def load_demo_preferences(
     """
     from datasets import Dataset
 
+    return Dataset.from_list(_bundled(split, languages, KINDS if kinds is None else kinds))
+
+
+def load_demo_instructions(
+    split: str = "train", languages: Sequence[str] | None = None, count: int | None = None, seed: int = 0
+) -> "Dataset":
+    """Loads requests with their right answers: the prompts and chosen answers of the bundled pairs, and more of them.
+
+    Args:
+        split: As in [`load_demo_preferences`]. No listing of a test split is in train, and no wording of
+            `"test_templates"`.
+        languages: One or more of en, id, th, vi, ms, fil, pt; None for all.
+        count: Rows of the training split: the bundled ones, then new ones about products that are in no bundled
+            pair. None for the bundled ones.
+        seed: Of the new ones; each depends on it and its place alone.
+
+    Returns:
+        Rows with `messages` (user, assistant), and `answer`, `language`, `kind`, `length`, `product_id` and
+        `template_id` as in [`load_demo_preferences`], so that [`otpo.data.checks.check_answer`] can check what a model
+        answers to the first message.
+
+    Raises:
+        ValueError: An argument names something that is not there, or nothing; or `count` is set for a test split.
+    """
+    from datasets import Dataset
+
+    if count is not None and (split != "train" or count < 1):
+        raise ValueError(f"`count` must be at least 1 and of split 'train', got {count} of {split!r}. Leave it out.")
+    rows = [_as_instruction(row) for row in _bundled(split, languages, KINDS)]
+    if count is not None:
+        chosen = tuple(languages or LANGUAGES)
+        rows = rows[:count] + [new_instruction(index, chosen, seed) for index in range(count - len(rows))]
+    return Dataset.from_list(rows)
+
+
+@overload
+def load_demo_corpus(
+    split: str = ..., count: int = ..., languages: Sequence[str] | None = ..., seed: int = ...
+) -> "Dataset": ...
+@overload
+def load_demo_corpus(
+    split: str = ..., count: int = ..., languages: Sequence[str] | None = ..., seed: int = ..., *, streaming: bool
+) -> "Dataset | IterableDataset": ...
+def load_demo_corpus(
+    split: str = "train",
+    count: int = 10_000,
+    languages: Sequence[str] | None = None,
+    seed: int = 0,
+    *,
+    streaming: bool = False,
+) -> "Dataset | IterableDataset":
+    """Writes documents for pretraining: listings, prose, questions with answers, lists, facts in several formats.
+
+    They hold what the instructions ask for, not in a chat's form, and neither products of bundled pairs nor wordings
+    that `"test_templates"` holds out.
+
+    Args:
+        split: `"train"` or `"test"`, about products that are not in train.
+        count: Documents, >= 1, of some 400 characters on average. Document `i` depends on the other arguments and
+            `i` alone, so a larger set starts with a smaller one.
+        languages: One or more of en, id, th, vi, ms, fil, pt; None for all.
+        seed: Of all randomness.
+        streaming: Whether documents are written while they are read, in shards for several readers, rather than all
+            at once.
+
+    Returns:
+        Rows with `text`, `language` and `kind`.
+
+    Raises:
+        ValueError: An argument names something that is not there, or nothing.
+    """
+    from datasets import Dataset, IterableDataset
+
+    chosen = tuple(LANGUAGES if languages is None else languages)
+    _check(("split", [split], documents.SPLITS), ("languages", chosen, LANGUAGES))
+    if count < 1:
+        raise ValueError(f"`count` must be at least 1, got {count}.")
+    shards = min(count, _SHARDS)
+    bounds = [count * shard // shards for shard in range(shards + 1)]
+    options = {
+        "ranges": [range(*pair) for pair in pairwise(bounds)],
+        "split": split,
+        "languages": chosen,
+        "seed": seed,
+    }
+    if streaming:
+        return IterableDataset.from_generator(_documents, gen_kwargs=options)
+    return Dataset.from_list(list(_documents(**options)))
+
+
+def _documents(ranges: list[range], split: str, languages: tuple[str, ...], seed: int) -> Iterator[dict[str, str]]:
+    for places in ranges:
+        for index in places:
+            yield documents.make_document(index, split, languages, seed)
+
+
+def _bundled(split: str, languages: Sequence[str] | None, kinds: Sequence[str]) -> list[dict[str, Any]]:
     languages = LANGUAGES if languages is None else languages
-    kinds = KINDS if kinds is None else kinds
-    for name, given, allowed in (
-        ("split", [split], _SPLITS),
-        ("languages", languages, LANGUAGES),
-        ("kinds", kinds, KINDS),
-    ):
+    _check(("split", [split], SPLITS), ("languages", languages, LANGUAGES), ("kinds", kinds, KINDS))
+    return [
+        row
+        for row in read_rows()
+        if row.pop("split") == split and row["language"] in languages and row["kind"] in kinds
+    ]
+
+
+def _as_instruction(row: dict[str, Any]) -> dict[str, Any]:
+    kept = {name: value for name, value in row.items() if not name.startswith(("prompt", "chosen", "rejected"))}
+    return {"messages": row["prompt"] + row["chosen"], **kept}
+
+
+def _check(*arguments: tuple[str, Sequence[str], Sequence[str]]) -> None:
+    for name, given, allowed in arguments:
         unknown = [value for value in given if value not in allowed]
         if unknown or not given:
             raise ValueError(f"`{name}` must be among {list(allowed)}, got {unknown}.")
-    lines = gzip.decompress(files("otpo.data").joinpath(_FILE).read_bytes()).decode().splitlines()
-    rows = [json.loads(line) for line in lines]
-    kept = [r for r in rows if r.pop("split") == split and r["language"] in languages and r["kind"] in kinds]
-    return Dataset.from_list(kept)

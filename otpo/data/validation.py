@@ -20,7 +20,7 @@ Problem = Literal["empty", "identical"]
 
 def require_preference_columns(dataset: Dataset | IterableDataset, name: str) -> None:
     """Raises a `ValueError` that names the missing columns of the dataset called `name`."""
-    columns = _columns(dataset)
+    columns = column_names(dataset)
     if not columns or (isinstance(dataset, Dataset) and len(dataset) == 0):
         raise ValueError(f"The {name} dataset has no rows.")
     if is_tokenized(dataset):
@@ -36,11 +36,12 @@ def require_preference_columns(dataset: Dataset | IterableDataset, name: str) ->
 
 def is_tokenized(dataset: Dataset | IterableDataset) -> bool:
     """Whether the dataset has the columns that TRL's tokenization makes, and no text to make them of."""
-    columns = _columns(dataset)
+    columns = column_names(dataset)
     return set(TOKEN_COLUMNS) <= set(columns) and not {"chosen", "rejected"} <= set(columns)
 
 
-def _columns(dataset: Dataset | IterableDataset) -> list[str]:
+def column_names(dataset: Dataset | IterableDataset) -> list[str]:
+    """Names of the columns; those of the first row where a stream does not tell."""
     return dataset.column_names or list(next(iter(dataset), {}))
 
 

@@ -1,11 +1,12 @@
 import gzip
+import re
 import sys
 from collections import Counter
 
 import pytest
 from trl.data_utils import is_conversational
 
-from otpo.data import load_demo_preferences
+from otpo.data import load_demo_corpus, load_demo_instructions, load_demo_preferences
 from otpo.data.checks import check_answer, likely_languages
 from otpo.data.ecommerce import formats
 from otpo.data.ecommerce.generate import BUNDLED, main, make_rows, to_bytes
@@ -187,3 +188,125 @@ def test_filters_keep_what_was_asked_for():
     rows = load_demo_preferences("test", languages=["th", "vi"], kinds=["price"])
     assert {(row["language"], row["kind"]) for row in rows} == {("th", "price"), ("vi", "price")}
     assert len(rows) == 18
+
+
+# Instructions
+
+
+@pytest.fixture(scope="module")
+def instructions():
+    return list(load_demo_instructions("train", count=4000))
+
+
+def prompt(row) -> str:
+    return row["messages"][0]["content"]
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_instructions_are_the_bundled_prompts_with_their_chosen_answers(splits, split):
+    rows = load_demo_instructions(split)
+    assert len(rows) == SPLITS[split]
+    for row, pair in zip(rows, splits[split], strict=True):
+        assert row["messages"] == pair["prompt"] + pair["chosen"]
+        assert row["answer"] == pair["answer"] and row["template_id"] == pair["template_id"]
+    assert not {"prompt", "chosen", "rejected"} & set(rows.column_names)
+
+
+def test_more_instructions_are_right_and_equally_many_of_each_kind(splits, instructions):
+    assert len(instructions) == 4000
+    assert [prompt(row) for row in instructions[:1512]] == [row["prompt"][0]["content"] for row in splits["train"]]
+    assert all(check_answer(row, row["messages"][1]["content"])["all"] for row in instructions)
+    cells = Counter((row["language"], row["kind"], row["length"]) for row in instructions)
+    assert len(cells) == 84 and max(cells.values()) - min(cells.values()) <= 1
+    asked = Counter(row["answer"]["format"] for row in instructions if row["kind"] == "format")
+    assert set(asked) == set(formats.FORMATS) and max(asked.values()) < 1.1 * min(asked.values())
+    assert len({prompt(row) for row in instructions}) == len(instructions)
+
+
+def test_no_instruction_gives_a_test_away(splits, instructions):
+    """Neither listing and question, nor product, of a test split; no wording that is held out."""
+    held_out = [row for split in ("test", "test_templates") for row in splits[split]]
+    trained = {prompt(row) for row in instructions}
+    assert not trained & {row["prompt"][0]["content"] for row in held_out}
+    listings = {text.split("\n\n")[0] for text in trained}
+    assert not listings & {row["prompt"][0]["content"].split("\n\n")[0] for row in held_out}
+    assert not {row["product_id"] for row in instructions} & {row["product_id"] for row in held_out}
+    wordings = {row["template_id"] for row in instructions}
+    assert wordings == {row["template_id"] for row in splits["train"]}
+    assert not wordings & {row["template_id"] for row in splits["test_templates"]}
+
+
+def test_instructions_depend_on_seed_and_place_alone(instructions):
+    again = load_demo_instructions("train", count=2000)
+    assert [prompt(row) for row in again] == [prompt(row) for row in instructions[:2000]]
+    other = load_demo_instructions("train", count=2000, seed=1)
+    assert not {prompt(row) for row in other.select(range(1512, 2000))} & {prompt(row) for row in instructions}
+    thai = load_demo_instructions("train", languages=["th"], count=300)
+    assert len(thai) == 300 and set(thai["language"]) == {"th"}
+    assert len(load_demo_instructions("train", count=7)) == 7
+
+
+# Documents
+
+
+@pytest.fixture(scope="module")
+def corpus():
+    return load_demo_corpus("train", 600)
+
+
+def test_documents_hold_every_kind_and_language(corpus):
+    assert len(corpus) == 600 and len(set(corpus["text"])) == 600
+    kinds, languages = Counter(corpus["kind"]), Counter(corpus["language"])
+    assert set(kinds) == {"listings", "prose", "questions", "lists", "conversions"}
+    assert set(languages) == set(LANGUAGES)
+    assert min(kinds.values()) > 80 and min(languages.values()) > 50
+    assert all("<|" not in text and "\0" not in text and "{label}" not in text for text in corpus["text"])
+
+
+def test_streamed_documents_are_the_same_in_any_number_of_shards(corpus):
+    stream = load_demo_corpus("train", 600, streaming=True)
+    texts = [row["text"] for row in stream]
+    assert texts == corpus["text"][:]
+    shards = [stream.shard(num_shards=3, index=index) for index in range(3)]
+    assert sorted(row["text"] for shard in shards for row in shard) == sorted(texts)
+    assert load_demo_corpus("train", 5)["text"][:] == texts[:5]
+    assert load_demo_corpus("train", 5, seed=1)["text"][:] != texts[:5]
+    assert next(iter(load_demo_corpus("train", 10**12, streaming=True)))["text"] == texts[0]
+
+
+def test_documents_hold_out_products_and_wordings(splits, corpus):
+    names = {row["product_id"] for rows in splits.values() for row in rows}
+    held_out = load_demo_corpus("test", 600)
+    found = {
+        split: set(re.findall(r"[A-Z][a-z]+ [A-M]\d{4}\b", "\n".join(rows["text"])))
+        for split, rows in (("train", corpus), ("test", held_out))
+    }
+    assert all(len(products) > 500 and not products & names for products in found.values())
+    assert not found["train"] & found["test"]
+    wordings = [lexicon(code).questions["price"][3] for code in LANGUAGES]
+    assert not any(wording in text for wording in wordings for text in corpus["text"])
+
+
+def test_documents_in_some_languages_only():
+    assert set(load_demo_corpus("test", 40, languages=["vi", "pt"])["language"]) == {"vi", "pt"}
+
+
+@pytest.mark.parametrize(
+    ("load", "arguments", "message"),
+    [
+        (load_demo_instructions, {"split": "dev"}, "`split` must be among .*'test_templates'.* got \\['dev'\\]"),
+        (load_demo_instructions, {"languages": ["de"], "count": 3}, "`languages` must be among .* got \\['de'\\]"),
+        (
+            load_demo_instructions,
+            {"split": "test", "count": 3},
+            "`count` must be .* of split 'train', got 3 of 'test'",
+        ),
+        (load_demo_instructions, {"count": 0}, "`count` must be at least 1"),
+        (load_demo_corpus, {"split": "test_templates"}, "`split` must be among \\['train', 'test'\\]"),
+        (load_demo_corpus, {"languages": []}, "`languages` must be among"),
+        (load_demo_corpus, {"count": 0}, "`count` must be at least 1, got 0"),
+    ],
+)
+def test_what_instructions_and_documents_refuse(load, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        load(**arguments)

@@ -14,10 +14,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from .bundled import BUNDLED
 from .lexicon import LANGUAGES
 from .pairs import HELD_OUT_TEMPLATE, KINDS, LENGTHS, Balance, make_pair
 
-BUNDLED = Path(__file__).parents[1] / "ecommerce_preferences.jsonl.gz"
 _SPLITS = ["train"] * 18 + ["test"] * 3 + ["test_templates"] * 3
 
 

@@ -85,11 +85,35 @@ def make_pair(
     question, chosen, wrong, answer = _MAKERS[kind](words, product, length, template, turn, draw)
     rejected = balance.nearest(chosen, wrong)
     return {
-        "prompt": [{"role": "user", "content": f"{product.listing(words)}\n\n{question}"}],
+        "prompt": [_prompt(words, product, question)],
         "chosen": [{"role": "assistant", "content": chosen.text}],
         "rejected": [{"role": "assistant", "content": rejected.text}],
         "chosen_spans": [list(span) for span in chosen.spans],
         "rejected_spans": [list(span) for span in rejected.spans],
+        **_facts(code, kind, length, template, product, answer),
+    }
+
+
+def make_instruction(
+    code: str, kind: str, length: str, template: int, product: Product, turn: int, draw: random.Random
+) -> dict[str, Any]:
+    """A request and its right answer as `messages`, with the facts of [`make_pair`]; its arguments too."""
+    words = lexicon(code)
+    question, chosen, _, answer = _MAKERS[kind](words, product, length, template, turn, draw)
+    return {
+        "messages": [_prompt(words, product, question), {"role": "assistant", "content": chosen.text}],
+        **_facts(code, kind, length, template, product, answer),
+    }
+
+
+def _prompt(words: Lexicon, product: Product, question: str) -> dict[str, str]:
+    return {"role": "user", "content": f"{product.listing(words)}\n\n{question}"}
+
+
+def _facts(
+    code: str, kind: str, length: str, template: int, product: Product, answer: dict[str, Any]
+) -> dict[str, Any]:
+    return {
         "language": code,
         "kind": kind,
         "length": length,
