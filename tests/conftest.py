@@ -13,12 +13,21 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before `helpers` imports Triton: its kernels run on the CPU
 
-from helpers import IMAGE_TEMPLATE, make_tokenizer, save_model
+from helpers import IMAGE_TEMPLATE, MARKED_TEMPLATE, make_tokenizer, save_model
 
 
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def own_process(monkeypatch, tmp_path_factory):
+    """What a launcher leaves in the environment is gone, and data is cached nowhere but in this run."""
+    for name in list(os.environ):
+        if name == "LOCAL_RANK" or name.startswith(("ACCELERATE_", "FSDP_")):
+            monkeypatch.delenv(name)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.getbasetemp() / "datasets")
 
 
 @pytest.fixture(scope="session")
@@ -78,6 +87,26 @@ def moe_folder(tokenizer, tmp_path_factory):
         output_router_logits=True,
     )
     return save_model(Qwen3MoeForCausalLM(config), tmp_path_factory.mktemp("qwen3_moe"), tokenizer)
+
+
+@pytest.fixture(scope="session")
+def compass_folder(tmp_path_factory):
+    """A random Compass model of two layers, four experts and an MTP layer; its chat template marks the answers."""
+    from moe_backbone import CompassConfig, CompassForCausalLM
+
+    torch.manual_seed(0)
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = MARKED_TEMPLATE
+    sizes = {name: size for name, size in tiny_sizes(tokenizer).items() if name != "intermediate_size"}
+    config = CompassConfig(
+        **sizes,
+        moe_intermediate_size=16,
+        num_experts=4,
+        num_experts_per_tok=2,
+        num_mtp_layers=1,
+        router_aux_loss_coef=0.1,
+    )
+    return save_model(CompassForCausalLM(config), tmp_path_factory.mktemp("compass"), tokenizer)
 
 
 @pytest.fixture(scope="session")

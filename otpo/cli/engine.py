@@ -67,7 +67,7 @@ def require_engine(requested: Mapping[str, str], running: str, processes: int) -
         if running != engine:
             raise ValueError(
                 f"{source} asks for {engine}, but accelerate runs {running} with {processes} process(es). Start the "
-                f"processes with `otpo align --accelerate_config {'zero3' if engine == 'DEEPSPEED' else 'fsdp2'}` or "
+                f"processes with `--accelerate_config {'zero3' if engine == 'DEEPSPEED' else 'fsdp2'}` or "
                 "`accelerate launch`."
             )
 
@@ -95,6 +95,39 @@ def describe_device(device: torch.device) -> str:
         return device.type
     properties = torch.cuda.get_device_properties(device)
     return f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
+
+
+def describe_run(trainer: Any, model: str | None) -> dict[str, str]:
+    """What runs of any training, line by line: model, device, engine and precision.
+
+    Args:
+        trainer: A `transformers.Trainer`.
+        model: What the model is called.
+    """
+    args = trainer.args
+    total, trainable = count_parameters(trainer.model)
+    devices = set((getattr(trainer.model, "hf_device_map", None) or {}).values())
+    spread = f", the model split over {len(devices)} devices" if len(devices) > 1 else ""
+    precision = args.mixed_precision if args.mixed_precision != "no" else "none"
+    return {
+        "model": f"{model}, {total:,} parameters, {trainable:,} trainable",
+        "device": describe_device(trainer.accelerator.device) + spread,
+        "engine": describe_engine(trainer.accelerator),
+        "precision": f"{next(trainer.model.parameters()).dtype} weights, mixed precision {precision}",
+    }
+
+
+def rows_in_step(trainer: Any) -> int:
+    """Rows of a step of the optimizer, over micro-batches and processes."""
+    args = trainer.args
+    return args.train_batch_size * args.gradient_accumulation_steps * trainer.accelerator.num_processes
+
+
+def count_rows(dataset: Any) -> str:
+    """Number of rows of a dataset as text; nothing counts as none, a stream is not counted."""
+    if dataset is None:
+        return "0"
+    return f"{len(dataset):,}" if hasattr(dataset, "__len__") else "a stream"
 
 
 def count_parameters(model: torch.nn.Module) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""Starting `otpo align` in several processes through accelerate's own launcher."""
+"""Starting a training command in several processes through accelerate's own launcher."""
 
 import argparse
 import os
@@ -18,7 +18,6 @@ from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
 from .engine import ENGINES, require_accelerator, require_deepspeed
 
-MODULE = "otpo.cli.align"
 _SIGNAL_BASE = 128  # a shell's exit code for a process that a signal ended
 
 
@@ -47,45 +46,51 @@ def resolve_config(name: str) -> str:
         ) from error
 
 
+def module_of(command: str) -> str:
+    """The module of a command of `otpo`, which each of its processes runs."""
+    return f"otpo.cli.{command}"
+
+
 def is_launched(environ: Mapping[str, str]) -> bool:
     """Whether accelerate or torchrun started this process."""
     return "LOCAL_RANK" in environ or "ACCELERATE_DYNAMO_BACKEND" in environ
 
 
-def check_options(options: Sequence[str]) -> list[str]:
-    """The options as accelerate's own, `--accelerate_config` as its `--config_file`.
+def check_options(options: Sequence[str], command: str) -> list[str]:
+    """The options of the launcher for a command, as accelerate's own: `--accelerate_config` is its `--config_file`.
 
     Raises:
         ValueError: An option is unknown, or there is no such configuration.
     """
-    parser = argparse.ArgumentParser(prog="otpo align", add_help=False, allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog=f"otpo {command}", add_help=False, allow_abbrev=False)
     parser.add_argument("--accelerate_config", "--accelerate-config")
     found, kept = parser.parse_known_args(list(options))
     # A value without its option would be taken for the script.
-    args, unknown = launch_command_parser().parse_known_args([*kept, MODULE])
-    if unknown or args.training_script != MODULE or args.training_script_args:
+    args, unknown = launch_command_parser().parse_known_args([*kept, module_of(command)])
+    if unknown or args.training_script != module_of(command) or args.training_script_args:
         raise ValueError(
-            f"Unknown option among {kept}. `otpo align --help` lists the options of the alignment, `accelerate launch "
-            "--help` those of the launcher."
+            f"Unknown option among {kept}. `otpo {command} --help` lists the options of the training, `accelerate "
+            "launch --help` those of the launcher."
         )
     name = found.accelerate_config
     return kept if name is None else [*kept, "--config_file", resolve_config(name)]
 
 
-def parse_launch(options: Sequence[str], script_args: Sequence[str], use_cpu: bool = False) -> Any:
+def parse_launch(options: Sequence[str], command: str, script_args: Sequence[str], use_cpu: bool = False) -> Any:
     """Accelerate's launch arguments for our options.
 
     Args:
         options: Options of `accelerate launch`, and `--accelerate_config NAME_OR_PATH`.
-        script_args: Arguments of the training module.
+        command: Command of `otpo` that is started, such as `"align"`.
+        script_args: Its arguments.
         use_cpu: Whether the training options ask for the CPU.
 
     Raises:
         ValueError: An option is unknown, there is no such configuration, or accelerate would start something else
             than was asked for.
     """
-    options = check_options(options)
-    args = launch_command_parser().parse_args([*options, "--module", MODULE, *script_args])
+    options = check_options(options, command)
+    args = launch_command_parser().parse_args([*options, "--module", module_of(command), *script_args])
 
     config = load_config_from_file(args.config_file) if args.config_file else None
     has_default = os.path.isfile(default_config_file)
@@ -121,9 +126,9 @@ def parse_launch(options: Sequence[str], script_args: Sequence[str], use_cpu: bo
     return args
 
 
-def launch(options: Sequence[str], script_args: Sequence[str], use_cpu: bool = False) -> int:
-    """Runs `python -m otpo.cli.align` under accelerate and returns the exit code of the process that failed first."""
-    args = parse_launch(options, script_args, use_cpu)
+def launch(options: Sequence[str], command: str, script_args: Sequence[str], use_cpu: bool = False) -> int:
+    """Runs the command's module under accelerate and returns the exit code of the process that failed first."""
+    args = parse_launch(options, command, script_args, use_cpu)
     try:
         launch_command(args)
     except CalledProcessError as error:

@@ -18,7 +18,10 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "align": Command("Align a model on preference pairs, on one device or many.", "otpo.cli.align"),
+    "pretrain": Command("Pretrain a Compass Mixture-of-Experts model, stage by stage.", "otpo.cli.pretrain"),
+    "sft": Command("Fine-tune a model on instructions and their answers.", "otpo.cli.sft"),
     "env": Command("Print versions, devices and folders, to be pasted into an issue.", "otpo.cli.env"),
+    "plan": Command("Plan a training run: parameters, memory of a GPU, communication, time.", "otpo.cli.plan"),
 }
 
 

@@ -1,4 +1,4 @@
-"""The options of `otpo align`: the parser, recipes, and what of a command line is the launcher's."""
+"""What the training commands' options share: the parser, recipes, and what of a command line is the launcher's."""
 
 import argparse
 import inspect
@@ -9,20 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from trl import DatasetMixtureConfig, DPOConfig, ModelConfig, ScriptArguments, TrlParser
+from trl import TrlParser
 
-from otpo import OTPOConfig
-
-from .loading import DataArguments
-
-_DESCRIPTION = """\
-Align a model on preference pairs, its tokens weighted by optimal transport (OTPO).
-
-  otpo align --model_name_or_path MODEL --dataset_name otpo/demo --output_dir runs/first
-  otpo align --config RECIPE.yaml --ot_reg 0.1
-  otpo align --config RECIPE.yaml --accelerate_config zero3 --num_processes 4
-  accelerate launch -m otpo.cli.align --config RECIPE.yaml
-
+LAUNCHING = """\
 --config RECIPE.yaml reads options from a file; those of the command line win. --accelerate_config takes a file, or
 single_gpu, ddp, zero2, zero3 or fsdp2, or a name of TRL's. It and any other option of `accelerate launch` make the
 command launch itself that way; without one, it runs in this process. OTPO_TRACEBACK=1 in the environment shows where
@@ -30,10 +19,13 @@ an error comes from.
 """
 _METAVARS = {int: "N", float: "X", str: "TEXT"}
 
+Groups = Sequence[tuple[str, Sequence[type]]]
+"""Titles of a help's groups and the dataclasses whose options they hold; the first that has a name takes it."""
+
 
 @dataclass
-class AlignArguments(DataArguments):
-    """What `otpo align` does around the training.
+class RunArguments:
+    """What a command does around the training.
 
     Parameters:
         report: Path of a JSON file with the last metrics, versions, device and options of the run.
@@ -54,12 +46,14 @@ class Given:
 
     Attributes:
         values: Value of each option of ours, defaults included.
+        defaults: Their values without recipe and command line.
         arguments: The command line less its `--config`, for the parser whose defaults are the recipe's.
         launcher: Options that are not ours, from the command line.
         recipe_launcher: The same from the recipe.
     """
 
     values: dict[str, Any]
+    defaults: dict[str, Any]
     arguments: list[str]
     launcher: list[str]
     recipe_launcher: list[str]
@@ -70,47 +64,46 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescription
 
 
 class GroupedParser(TrlParser):
-    """`TrlParser` whose help has the options in groups, those of otpo first, with short placeholders."""
+    """`TrlParser` whose help has the options in groups, with short placeholders."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, dataclass_types: Sequence[type], groups: Groups, **kwargs: Any) -> None:
+        self._titles = [title for title, _ in groups]
+        self._title_of: dict[str, str] = {}
+        for title, owners in groups:
+            for owner in owners:
+                for name in inspect.get_annotations(owner):
+                    self._title_of.setdefault(name, title)
         self._groups: dict[str, Any] = {}
-        super().__init__(*args, **kwargs)
+        super().__init__(dataclass_types, **kwargs)  # pyright: ignore[reportArgumentType]
 
     def add_argument(self, *name_or_flags: str, **kwargs: Any) -> argparse.Action:
         """Adds an option to the group of its dataclass."""
-        title = _TITLE_OF.get(kwargs.get("dest", name_or_flags[0].lstrip("-")))
+        title = self._title_of.get(kwargs.get("dest", name_or_flags[0].lstrip("-")))
         if title is None:
             return super().add_argument(*name_or_flags, **kwargs)
         if "action" not in kwargs and "choices" not in kwargs:
             placeholder = "BOOL" if kwargs.get("nargs") == "?" else _METAVARS.get(kwargs["type"], "VALUE")
             kwargs.setdefault("metavar", placeholder)
         if not self._groups:
-            self._groups = {name: self.add_argument_group(name) for name, _ in _GROUPS}
+            self._groups = {name: self.add_argument_group(name) for name in self._titles}
         return self._groups[title].add_argument(*name_or_flags, **kwargs)
 
 
-# The first group that has a name takes it.
-_GROUPS: list[tuple[str, list[type]]] = [
-    ("token weights (otpo)", [OTPOConfig]),
-    ("data and run", [AlignArguments, DataArguments, ScriptArguments, DatasetMixtureConfig]),
-    ("model and adapters", [ModelConfig]),
-    ("preference loss (TRL)", [DPOConfig]),
-    ("training (transformers)", list(OTPOConfig.__mro__[2:-1])),
-]
-_TITLE_OF: dict[str, str] = {}
-for _title, _owners in _GROUPS:
-    for _owner in _owners:
-        for _name in inspect.get_annotations(_owner):
-            _TITLE_OF.setdefault(_name, _title)
+def make_grouped_parser(prog: str, description: str, types: Sequence[type], groups: Groups) -> GroupedParser:
+    """A command's parser of the dataclasses `types`, which also says how the command is launched.
 
-
-def make_parser(prog: str = "otpo align") -> TrlParser:
-    """The parser of [`AlignArguments`], [`OTPOConfig`], `ModelConfig` and `DatasetMixtureConfig`, in this order."""
+    Args:
+        prog: How the command is called, such as `"otpo align"`.
+        description: What it does, with examples.
+        types: Dataclasses in the order in which their instances are handed out.
+        groups: Groups of the help.
+    """
     return GroupedParser(
-        (AlignArguments, OTPOConfig, ModelConfig, DatasetMixtureConfig),  # pyright: ignore
+        types,
+        groups,
         prog=prog,
         usage=f"{prog} [--config RECIPE.yaml] [options] [options of accelerate launch]",
-        description=_DESCRIPTION,
+        description=f"{description}\n{LAUNCHING}",
         formatter_class=_Formatter,
         allow_abbrev=False,
     )
@@ -124,6 +117,7 @@ def read_command_line(parser: TrlParser, argv: Sequence[str]) -> Given:
     Raises:
         ValueError: The recipe does not exist or is no mapping.
     """
+    defaults = vars(parser.parse_args([]))
     recipe_parser = argparse.ArgumentParser(prog=parser.prog, usage=parser.usage, add_help=False, allow_abbrev=False)
     recipe_parser.add_argument("--config")
     found, arguments = recipe_parser.parse_known_args(list(argv))
@@ -139,14 +133,15 @@ def read_command_line(parser: TrlParser, argv: Sequence[str]) -> Given:
         if name not in values and value not in (None, False)
         for word in ([f"--{name}"] if value is True else [f"--{name}", str(value)])
     ]
-    return Given(values, _without(arguments, launcher), launcher, recipe_launcher)
+    return Given(values, defaults, _without(arguments, launcher), launcher, recipe_launcher)
 
 
 def changed_options(given: Given) -> dict[str, Any]:
     """The options whose value is not their default, without tokens of the Hub."""
-    defaults = vars(make_parser().parse_args([]))
     return {
-        name: value for name, value in given.values.items() if value != defaults[name] and not name.endswith("_token")
+        name: value
+        for name, value in given.values.items()
+        if value != given.defaults[name] and not name.endswith("_token")
     }
 
 

@@ -2,6 +2,7 @@
 
 import json
 import platform
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,20 +21,23 @@ def last_metrics(log_history: list[dict[str, Any]]) -> dict[str, dict[str, Any] 
     }
 
 
-def make_report(trainer: Any, options: dict[str, Any], seconds: float) -> dict[str, Any]:
+def make_report(
+    trainer: Any, options: dict[str, Any], seconds: float, extra: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """What a run was and what came out of it.
 
     Args:
-        trainer: An `OTPOTrainer` after training.
+        trainer: A `transformers.Trainer` after training.
         options: The options that differ from the defaults.
         seconds: Duration of the whole command.
+        extra: Entries of this kind of training.
     """
     total, trainable = count_parameters(trainer.model)
     return {
         "metrics": last_metrics(trainer.state.log_history),
         "steps": trainer.state.global_step,
         "options": options,
-        "dropped_pairs": {name: dict(counts) for name, counts in trainer.dropped_pairs.items()},
+        **(extra or {}),
         "parameters": {"total": total, "trainable": trainable},
         "device": describe_device(trainer.accelerator.device),
         "engine": describe_engine(trainer.accelerator),

@@ -3,26 +3,26 @@
 import json
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 from accelerate.commands.config import load_config_from_file
+from cli_helpers import ROOT, arguments, launched, python, refusal
 from datasets import DatasetDict
 from helpers import make_pairs
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import otpo
 from otpo.cli import align, env
+from otpo.cli.align import make_parser
 from otpo.cli.engine import cpu_request, requested_engines, require_accelerator, require_deepspeed, require_engine
 from otpo.cli.launch import bundled_configs, is_launched, parse_launch, resolve_config
-from otpo.cli.loading import DataArguments, load_pairs
+from otpo.cli.loading import DataArguments, RowArguments, load_pairs, load_rows
 from otpo.cli.main import COMMANDS, main
-from otpo.cli.options import changed_options, make_parser, read_command_line
+from otpo.cli.options import changed_options, read_command_line
 
-ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.usefixtures("own_process")
 RECIPES = ROOT / "examples/recipes"
 HEAVY = {"torch", "trl", "transformers", "datasets", "accelerate", "peft", "numpy", "rich"}
 OFFICIAL = {  # weights of the plan's two terms, beta, accumulation, GPUs, model, dataset
@@ -33,64 +33,11 @@ OFFICIAL = {  # weights of the plan's two terms, beta, accumulation, GPUs, model
 }
 
 
-@pytest.fixture(autouse=True)
-def _own_process(monkeypatch, tmp_path_factory):
-    for name in list(os.environ):
-        if name == "LOCAL_RANK" or name.startswith(("ACCELERATE_", "FSDP_")):
-            monkeypatch.delenv(name)
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.getbasetemp() / "datasets")
-
-
 @pytest.fixture(scope="module")
 def pairs_file(tmp_path_factory) -> str:
     path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
     make_pairs(12).to_json(path)
     return str(path)
-
-
-def python(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    path = f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"
-    return subprocess.run(
-        [sys.executable, *arguments],
-        env={**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **variables},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
-
-
-def arguments(model: str, pairs: str, output: Path, **changes: object) -> list[str]:
-    options = {
-        "model_name_or_path": model,
-        "dataset_name": pairs,
-        "output_dir": output,
-        "use_cpu": True,
-        "bf16": False,
-        "max_steps": 2,
-        "per_device_train_batch_size": 2,
-        "learning_rate": 0.01,
-        "logging_steps": 1,
-        "report_to": "none",
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        **changes,
-    }
-    return [word for name, value in options.items() if value is not None for word in (f"--{name}", str(value))]
-
-
-def refusal(capsys, argv: list[str]) -> str:
-    """The one message of a command line that is refused."""
-    capsys.readouterr()
-    try:
-        code = align.main(argv)
-    except SystemExit as error:
-        code = error.code
-    message = capsys.readouterr().err
-    assert code == 2
-    assert "Traceback" not in message
-    assert message.count("error:") == 1
-    return message
 
 
 # The console script
@@ -196,11 +143,11 @@ def test_bundled_configurations(name, engine, monkeypatch):
     assert config.distributed_type.value == engine
     assert config.mixed_precision == "bf16"
     processes = 1 if engine == "NO" else 3
-    args = parse_launch(["--num_processes", str(processes), "--accelerate_config", name], ["--ot_reg", "0.1"])
+    args = parse_launch(["--num_processes", str(processes), "--accelerate_config", name], "align", ["--ot_reg", "0.1"])
     assert (args.num_processes, args.config_file) == (processes, path)
     assert (args.module, args.training_script) == (True, "otpo.cli.align")
     assert args.training_script_args == ["--ot_reg", "0.1"]
-    assert parse_launch([f"--accelerate-config={name}"], []).num_processes in (None, 1)
+    assert parse_launch([f"--accelerate-config={name}"], "align", []).num_processes in (None, 1)
 
 
 def test_configurations_by_path_and_of_trl(tmp_path):
@@ -231,11 +178,11 @@ def test_tokens_stay_out_of_reports():
 
 
 def test_processes_on_a_machine_without_gpus():
-    assert parse_launch(["--num_processes", "2"], []).multi_gpu
+    assert parse_launch(["--num_processes", "2"], "align", []).multi_gpu
     with pytest.raises(ValueError, match=r"`--cpu` with `--num_processes 2` starts one process.*`--use_cpu`"):
-        parse_launch(["--num_processes", "2", "--cpu"], [])
+        parse_launch(["--num_processes", "2", "--cpu"], "align", [])
     with pytest.raises(ValueError, match="`num_processes=2` with `accelerate_config=single_gpu`, which starts one"):
-        parse_launch(["--num_processes", "2", "--accelerate_config", "single_gpu"], [])
+        parse_launch(["--num_processes", "2", "--accelerate_config", "single_gpu"], "align", [])
 
 
 # The engine that was asked for is the engine that runs
@@ -268,14 +215,14 @@ def test_missing_deepspeed_is_named():
 
 def test_the_trap_is_caught_before_anything_is_launched(capsys, model_folder, pairs_file, tmp_path):
     argv = arguments(model_folder, pairs_file, tmp_path)
-    message = refusal(capsys, [*argv, "--accelerate_config", "fsdp2"])
+    message = refusal(align.main, capsys, [*argv, "--accelerate_config", "fsdp2"])
     assert "`accelerate_config=fsdp2` asks for FSDP and `use_cpu=True`" in message
 
 
 def test_the_trap_is_caught_in_launched_processes(capsys, monkeypatch, model_folder, pairs_file, tmp_path):
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "NO")
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    message = refusal(capsys, arguments(model_folder, pairs_file, tmp_path))
+    message = refusal(align.main, capsys, arguments(model_folder, pairs_file, tmp_path))
     assert "ACCELERATE_USE_DEEPSPEED" in message and "`use_cpu=True`" in message
 
 
@@ -304,6 +251,21 @@ def test_sources_of_pairs(tmp_path, pairs_file):
     demo = DataArguments(dataset_name="otpo/demo", max_train_pairs=7, dataset_test_split="test_templates")
     train, test = load_pairs(demo, mixture, seed=0, evaluate=True)
     assert len(train) == 7 and len(test) > 100
+
+
+def test_bundled_instructions_and_documents_by_name():
+    mixture = make_parser().parse_args_into_dataclasses(["--use_cpu"], look_for_args_file=False)[3]
+    named = RowArguments(dataset_name="otpo/demo-instructions", dataset_config="1600")
+    train, test = load_rows(named, mixture, (None, 9), seed=0, evaluate=True)
+    assert (len(train), len(test)) == (1600, 9) and "messages" in train.column_names
+    named = RowArguments(dataset_name="otpo/demo-corpus", dataset_config="3", dataset_streaming=True)
+    train, test = load_rows(named, mixture, seed=0, evaluate=True)
+    assert len(list(train)) == 3 and len(test) == 500 and "text" in test.column_names
+    for wrong in ("many", "0", "-4"):
+        with pytest.raises(ValueError, match=f"`dataset_config='{wrong}'`: of `otpo/demo-corpus` it is the number"):
+            load_rows(
+                RowArguments(dataset_name="otpo/demo-corpus", dataset_config=wrong), mixture, seed=0, evaluate=False
+            )
 
 
 def test_a_mixture_from_a_recipe(tmp_path, pairs_file):
@@ -342,17 +304,19 @@ def test_a_mixture_from_a_recipe(tmp_path, pairs_file):
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
 def test_what_is_refused(capsys, model_folder, pairs_file, tmp_path, changes, message):
-    assert re.search(message, refusal(capsys, arguments(model_folder, pairs_file, tmp_path / "out", **changes)))
+    assert re.search(
+        message, refusal(align.main, capsys, arguments(model_folder, pairs_file, tmp_path / "out", **changes))
+    )
 
 
 def test_typos_in_a_recipe_are_refused(capsys, model_folder, pairs_file, tmp_path, monkeypatch):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("ot_rge: 3\n")
     argv = [*arguments(model_folder, pairs_file, tmp_path), "--config", str(recipe)]
-    assert "--ot_rge" in refusal(capsys, argv)
+    assert "--ot_rge" in refusal(align.main, capsys, argv)
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "NO")
     assert is_launched(os.environ)
-    assert "--ot_rge" in refusal(capsys, argv)
+    assert "--ot_rge" in refusal(align.main, capsys, argv)
 
 
 def test_the_trace_of_a_refusal_can_be_asked_for(monkeypatch, pairs_file, tmp_path):
@@ -405,6 +369,20 @@ def test_adapters(model_folder, pairs_file, tmp_path, capsys):
     AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("adapters", [None, "all-linear"])
+def test_compass_models(compass_folder, pairs_file, tmp_path, capsys, adapters):
+    changes = {} if adapters is None else {"use_peft": True, "lora_target_modules": adapters}
+    assert align.main(arguments(compass_folder, pairs_file, tmp_path, **changes)) == 0
+    printed = capsys.readouterr().out
+    assert "mtp        1 layer(s) frozen: their loss is left out, `mtp_loss_coef` is set to 0" in printed
+    if adapters is None:
+        trained, before = (AutoModelForCausalLM.from_pretrained(folder) for folder in (tmp_path, compass_folder))
+        names = dict(before.named_parameters())
+        moved = {name for name, value in trained.named_parameters() if not value.equal(names[name])}
+        assert "model.layers.1.mlp.experts.down_proj" in moved
+        assert not [name for name in moved if name.startswith("model.layers.2.")]
+
+
 def test_resuming(model_folder, pairs_file, tmp_path, capsys):
     saving = {"save_strategy": "steps", "save_steps": 1, "max_steps": 3}
     straight, other = tmp_path / "straight", tmp_path / "other"
@@ -424,9 +402,8 @@ def test_resuming(model_folder, pairs_file, tmp_path, capsys):
 def test_two_processes_under_accelerate(model_folder, pairs_file, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("num_processes: 7\nweighting: otpo\n")  # the launcher's line stands back
-    launch = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
-    launch += ["--dynamo_backend", "no", "--main_process_port", "0", "-m", "otpo.cli.align", "--config", str(recipe)]
-    done = python("-m", "accelerate.commands.launch", *launch, *arguments(model_folder, pairs_file, tmp_path / "out"))
+    launch = launched("otpo.cli.align", "--config", str(recipe))
+    done = python(*launch, *arguments(model_folder, pairs_file, tmp_path / "out"))
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("engine     MULTI_CPU, 2 processes") == 1
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")

@@ -1,0 +1,205 @@
+"""`otpo sft`: supervised fine-tuning on instructions and their answers, from a recipe or the command line.
+
+Also the module that `accelerate launch -m otpo.cli.sft` runs in each process.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, IterableDataset
+from transformers import AutoProcessor, set_seed
+from transformers.utils import logging
+from trl import (
+    DatasetMixtureConfig,
+    ModelConfig,
+    ScriptArguments,
+    SFTConfig,
+    SFTTrainer,
+    TrlParser,
+    get_peft_config,
+    get_quantization_config,
+)
+from trl.chat_template_utils import get_training_chat_template, has_generation_markers
+
+from otpo.data.instructions import check_instructions, instruction_form, is_conversational
+
+from .command import TrainingCommand, require_model, run, with_model_options
+from .engine import count_rows, describe_run, rows_in_step
+from .loading import RowArguments, load_rows
+from .options import RunArguments, make_grouped_parser
+
+logger = logging.get_logger(__name__)
+
+_DESCRIPTION = """\
+Fine-tune a model on instructions: rows of 'messages', or of 'prompt' and 'completion'.
+
+  otpo sft --model_name_or_path MODEL --dataset_name otpo/demo-instructions --output_dir runs/sft
+  otpo sft --config RECIPE.yaml --packing --max_length 4096
+  otpo sft --config RECIPE.yaml --use_peft --lora_target_modules q_proj k_proj v_proj o_proj \\
+      --lora_target_parameters mlp.experts.gate_up_proj mlp.experts.down_proj --lora_dropout 0
+  accelerate launch -m otpo.cli.sft --config RECIPE.yaml
+
+The loss counts the tokens of the answers: of 'completion', or of the assistant's turns in 'messages', for which the
+chat template needs {% generation %} markers, or has to be one of those that TRL knows. --completion_only_loss false
+counts all tokens. MTP layers of Compass models stand still.
+
+--packing fills blocks of --max_length tokens, and a batch is all its blocks in one row, whose documents are kept apart
+by their positions. Without flash attention that takes a mask of the row's length squared: keep batches small.
+"""
+_NO_TEMPLATE = (
+    "Name a file with one by `chat_template_path`, or use a dataset whose 'prompt' and 'completion' are plain text."
+)
+
+
+@dataclass
+class SftArguments(RunArguments, RowArguments):
+    """Where the instructions come from, and what is done around the training."""
+
+
+def make_parser() -> TrlParser:
+    """The parser of [`SftArguments`], `SFTConfig`, `ModelConfig` and `DatasetMixtureConfig`, in this order."""
+    return make_grouped_parser(
+        "otpo sft",
+        _DESCRIPTION,
+        (SftArguments, SFTConfig, ModelConfig, DatasetMixtureConfig),
+        [
+            ("data and run", [RunArguments, RowArguments, ScriptArguments, DatasetMixtureConfig]),
+            ("model and adapters", [ModelConfig]),
+            ("instructions and loss (TRL)", [SFTConfig]),
+            ("training (transformers)", SFTConfig.__mro__[1:-1]),
+        ],
+    )
+
+
+def make_trainer(data: SftArguments, args: SFTConfig, model: ModelConfig, mixture: DatasetMixtureConfig) -> SFTTrainer:
+    """Loads the instructions and the model."""
+    from .compass import freeze_adapters_of_mtp, mtp_options
+
+    name = require_model(model)
+    if model.use_peft and model.lora_target_parameters and model.lora_dropout:
+        raise ValueError(
+            f"`lora_dropout={model.lora_dropout}` with `lora_target_parameters`, for which PEFT has no dropout. Set "
+            "`lora_dropout` to 0."
+        )
+    set_seed(args.seed)  # a mixture's cut draws from the global generators, and must agree across processes
+    train, evaluation = load_rows(
+        data, mixture, (data.max_train_rows, data.max_eval_rows), seed=args.seed, evaluate=args.do_eval
+    )
+    form = instruction_form(train, "training")
+    train = check_instructions(train, form, "training")
+    if evaluation is not None:
+        evaluation = check_instructions(evaluation, instruction_form(evaluation, "evaluation"), "evaluation")
+    processor = AutoProcessor.from_pretrained(
+        name, revision=model.model_revision, trust_remote_code=args.trust_remote_code
+    )
+    if is_conversational(next(iter(train)), form):
+        template = _template(processor, args.chat_template_path)
+        if form == "messages":
+            args.assistant_only_loss = args.completion_only_loss is not False
+        require_template(processor, template, args.assistant_only_loss)
+    args.model_init_kwargs = {
+        **mtp_options(name, model, args.trust_remote_code),
+        **with_model_options(args.model_init_kwargs, model),
+    }
+    trainer = SFTTrainer(
+        name,
+        args=args,
+        train_dataset=train,
+        eval_dataset=evaluation,
+        processing_class=processor,
+        quantization_config=get_quantization_config(model),
+        peft_config=get_peft_config(model),
+    )
+    freeze_adapters_of_mtp(trainer.model)
+    require_rows(train, trainer.train_dataset, args)
+    return trainer
+
+
+def require_template(processor: Any, template: str | None, assistant_only: bool) -> None:
+    """Raises a `ValueError` when messages can't be written as text, or the answers in it can't be told apart.
+
+    Args:
+        processor: The tokenizer, or a processor that holds one.
+        template: The chat template that is used; `"unknown"` for one that TRL is still to load.
+        assistant_only: Whether the loss is of the assistant's turns alone.
+    """
+    if template is None:
+        raise ValueError(f"The model's tokenizer has no chat template, which messages need. {_NO_TEMPLATE}")
+    if not assistant_only or template == "unknown" or has_generation_markers(template):
+        return
+    own = processor.chat_template
+    try:
+        processor.chat_template = template
+        get_training_chat_template(processor)
+    except ValueError as error:
+        raise ValueError(
+            "The chat template does not mark the assistant's answers, and TRL knows no version of it that does. Put "
+            "`{% generation %}` and `{% endgeneration %}` around the answer and its end token in a copy and name the "
+            "file by `chat_template_path`, use a dataset with 'prompt' and 'completion', or set "
+            "`completion_only_loss=False` to count all tokens."
+        ) from error
+    finally:
+        processor.chat_template = own
+
+
+def require_rows(loaded: Dataset | IterableDataset, prepared: Any, args: SFTConfig) -> None:
+    """Warns of rows that truncation left nothing of to learn.
+
+    Raises:
+        ValueError: All are such rows.
+    """
+    if args.packing or not isinstance(loaded, Dataset) or not hasattr(prepared, "__len__"):
+        return
+    dropped = len(loaded) - len(prepared)
+    cause = f"no token of an answer within `max_length={args.max_length}`"
+    if not len(prepared):
+        raise ValueError(f"All {len(loaded)} rows of the training dataset have {cause}. Raise `max_length`.")
+    if dropped:
+        logger.warning(f"{dropped} of {len(loaded)} rows of the training dataset are left out: {cause}.")
+
+
+def describe(trainer: SFTTrainer, parsed: tuple[Any, ...]) -> dict[str, str]:
+    """What really runs, line by line."""
+    from .compass import describe_mtp
+
+    args: SFTConfig = parsed[1]
+    counted = "all tokens"
+    if args.assistant_only_loss:
+        counted = "the assistant's tokens"
+    elif trainer.completion_only_loss:
+        counted = "the completions' tokens"
+    lines = {
+        **describe_run(trainer, parsed[2].model_name_or_path),
+        "loss": f"{args.loss_type} of {counted}, learning rate {args.learning_rate:g}",
+        "blocks" if args.packing else "rows": f"{count_rows(trainer.train_dataset)} to train on, "
+        f"{count_rows(trainer.eval_dataset)} to evaluate on, {rows_in_step(trainer)} in a step",
+    }
+    if args.packing:
+        lines["packing"] = f"{args.packing_strategy}, blocks of up to {args.max_length} tokens"
+    if trainer.aux_loss_enabled:
+        lines["experts"] = f"load-balancing loss weighed with {trainer.router_aux_loss_coef:g}, no z-loss"
+    return {**lines, **describe_mtp(trainer.model)}
+
+
+def _template(processor: Any, path: str | None) -> str | None:
+    """The chat template that TRL will use; `"unknown"` for that of another model."""
+    if path is None:
+        template = processor.chat_template
+        return template["default"] if isinstance(template, dict) else template
+    file = Path(path)
+    return file.read_text(encoding="utf-8") if file.is_file() and file.suffix in (".jinja", ".j2") else "unknown"
+
+
+COMMAND = TrainingCommand("sft", make_parser, make_trainer, describe)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs `otpo sft`; see [`otpo.cli.command.run`]."""
+    return run(COMMAND, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

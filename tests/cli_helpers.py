@@ -1,0 +1,67 @@
+"""Command lines of the training commands, run in this process or in one of their own."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+
+
+def python(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    path = f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"
+    return subprocess.run(
+        [sys.executable, *arguments],
+        env={**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **variables},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+
+
+def arguments(model: str, data: str, output: Path, **changes: object) -> list[str]:
+    """Options of two deterministic steps on the CPU; a list gives an option several values, None leaves it out."""
+    options: dict[str, Any] = {
+        "model_name_or_path": model,
+        "dataset_name": data,
+        "output_dir": output,
+        "use_cpu": True,
+        "bf16": False,
+        "max_steps": 2,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 0.01,
+        "logging_steps": 1,
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        **changes,
+    }
+    words = []
+    for name, value in options.items():
+        if value is not None:
+            words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return words
+
+
+def launched(*arguments: str) -> list[str]:
+    """The words after `python` that start a module in two processes of accelerate's."""
+    launch = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
+    launch += ["--dynamo_backend", "no", "--main_process_port", "0", "-m", *arguments]
+    return ["-m", "accelerate.commands.launch", *launch]
+
+
+def refusal(main: Callable[[list[str]], int], capsys: Any, argv: list[str]) -> str:
+    """The one message of a command line that is refused."""
+    capsys.readouterr()
+    try:
+        code: Any = main(argv)
+    except SystemExit as error:
+        code = error.code
+    message = capsys.readouterr().err
+    assert code == 2
+    assert "Traceback" not in message
+    assert message.count("error:") == 1
+    return message
