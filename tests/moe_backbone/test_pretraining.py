@@ -1,0 +1,192 @@
+"""Pretraining: what is logged is true, and the trajectory is the same whichever way it is run.
+
+`trajectory.json` holds the losses of 200 steps; `python tests/moe_backbone/test_pretraining.py` writes it anew.
+"""
+
+import json
+import math
+from pathlib import Path
+from statistics import mean
+
+import pytest
+import torch
+from pretraining_helpers import SUCCESSORS, chain_documents, logged, pretrainer, tiny_compass
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
+
+from moe_backbone.packing import PackedCollator, pack_documents
+
+TRAJECTORY = Path(__file__).with_name("trajectory.json")
+STEPS = 200
+# Another machine's sums differ in their last bits, and what that makes of a loss grows over the steps; the
+# load-balancing loss is one of micro-batches, so accumulation changes it a little. Their mean shows a drift.
+LARGEST, MEAN = 0.06, 0.01
+
+
+def trajectory_run(folder: Path, **changes):
+    trainer = pretrainer(folder, max_steps=STEPS, rows=pack_documents(chain_documents(2000), 32), **changes)
+    return trainer
+
+
+def assert_same_trajectory(losses: list[float], expected: list[float]) -> None:
+    differences = [left - right for left, right in zip(losses, expected, strict=True)]
+    assert max(map(abs, differences)) < LARGEST
+    assert abs(mean(differences)) < MEAN
+
+
+@pytest.mark.parametrize("accumulation", [1, 2, 4])
+def test_the_committed_trajectory(tmp_path, accumulation):
+    trainer = trajectory_run(
+        tmp_path, per_device_train_batch_size=8 // accumulation, gradient_accumulation_steps=accumulation
+    )
+    trainer.train()
+    expected = json.loads(TRAJECTORY.read_text())
+    for name in ("lm_loss", "mtp_loss", "aux_loss", "z_loss"):
+        if accumulation == 1 or name in ("lm_loss", "mtp_loss"):
+            assert_same_trajectory(logged(trainer, name), expected[name])
+    last = logged(trainer, "lm_loss")[-20:]
+    assert math.log(SUCCESSORS) < mean(last) < math.log(SUCCESSORS) + 0.4  # it has learnt the chain
+
+
+def test_resume_in_the_middle_is_exact(tmp_path):
+    whole = trajectory_run(tmp_path / "whole", save_strategy="steps", save_steps=100)
+    whole.train()
+    resumed = trajectory_run(tmp_path / "resumed")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole/checkpoint-100"))
+    for name in ("loss", "lm_loss", "aux_loss", "grad_norm"):
+        assert logged(resumed, name) == logged(whole, name)
+    for (name, left), right in zip(whole.model.state_dict().items(), resumed.model.state_dict().values(), strict=True):
+        assert torch.equal(left, right), name
+
+
+@pytest.mark.parametrize("bias", [0.0, 0.01])
+def test_a_stream_resumes_at_its_place(tmp_path, bias):
+    def trainer(folder):
+        rows = pack_documents(chain_documents(400).to_iterable_dataset(), 32)
+        return pretrainer(
+            folder, model=tiny_compass(router_bias_update_speed=bias), rows=rows, save_strategy="steps", save_steps=4
+        )
+
+    whole, resumed = trainer(tmp_path / "whole"), trainer(tmp_path / "resumed")
+    whole.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole/checkpoint-4"))
+    assert logged(resumed, "lm_loss") == logged(whole, "lm_loss")
+    for (name, left), right in zip(whole.model.state_dict().items(), resumed.model.state_dict().values(), strict=True):
+        assert torch.equal(left, right), name
+
+
+def test_without_router_terms_accumulation_changes_nothing(tmp_path):
+    losses = []
+    for accumulation in (1, 2, 4):
+        trainer = pretrainer(
+            tmp_path,
+            model=tiny_compass(router_aux_loss_coef=0.0, router_z_loss_coef=0.0),
+            per_device_train_batch_size=8 // accumulation,
+            gradient_accumulation_steps=accumulation,
+        )
+        trainer.train()
+        losses.append(logged(trainer, "lm_loss"))
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+    assert losses[0] == pytest.approx(losses[2], abs=1e-4)
+
+
+def test_what_is_logged_is_what_the_model_computes(tmp_path):
+    """With a learning rate of zero every step sees the same model, so each entry can be computed again."""
+    rows = pack_documents(chain_documents(40), 32)
+    trainer = pretrainer(
+        tmp_path, rows=rows, learning_rate=0.0, max_steps=1, gradient_accumulation_steps=2,
+        per_device_train_batch_size=4, peak_tflops=1.0,
+    )  # fmt: skip
+    order = list(trainer.get_train_dataloader())[:2]
+    trainer.train()
+    entry = trainer.state.log_history[0]
+    model = tiny_compass().train()
+    outputs = [model(**batch) for batch in order]
+    counts = [int((batch["labels"] != -100).sum()) for batch in order]
+    losses = [output.lm_loss.item() for output in outputs]
+    assert entry["lm_loss"] == pytest.approx(sum(l * c for l, c in zip(losses, counts, strict=True)) / sum(counts))
+    for name in ("aux_loss", "z_loss"):
+        assert entry[name] == pytest.approx(mean(getattr(output, name).item() for output in outputs), rel=1e-5)
+    parts = ("lm_loss", 1.0), ("mtp_loss", 0.1)
+    total = sum(weight * entry[name] for name, weight in parts)
+    shares = [count / sum(counts) for count in counts]
+    total += sum(
+        share * (0.01 * o.aux_loss.item() + 0.001 * o.z_loss.item()) for share, o in zip(shares, outputs, strict=True)
+    )
+    assert entry["loss"] == pytest.approx(total, rel=1e-5)
+    load = sum(output.expert_load for output in outputs)
+    assert entry["router/max_load"] == pytest.approx(float((load / load.sum(1, keepdim=True)).max() * 16))
+    assert entry["router/dead_experts"] == int((load == 0).sum())
+    assert entry["router/dropped"] == 0
+    assert entry["mfu"] > 0
+    assert entry["tokens_per_second"] > 0
+
+
+def test_evaluation_is_of_the_next_token_alone(tmp_path):
+    rows = pack_documents(chain_documents(30, seed=5), 32)
+    trainer = pretrainer(tmp_path, eval_rows=rows, per_device_eval_batch_size=64)
+    model = tiny_compass().eval()
+    with torch.no_grad():
+        expected = model(**PackedCollator(0, 32)(list(rows))).lm_loss.item()
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_biases_even_the_load_without_a_loss(tmp_path):
+    def final_load(speed):
+        model = tiny_compass(router_bias_update_speed=speed, router_aux_loss_coef=0.0)
+        trainer = pretrainer(tmp_path, model=model, max_steps=60)
+        trainer.train()
+        return mean(logged(trainer, "router/load_entropy")[-10:])
+
+    assert final_load(0.01) > final_load(0.0) + 0.02
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_update(tmp_path):
+    model = tiny_compass()
+    with torch.no_grad():
+        model.model.layers[0].mlp.experts.down_proj[0, 0, 0] = torch.inf
+    trainer = pretrainer(tmp_path, model=model, save_strategy="steps", save_steps=1)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(FloatingPointError, match="No update was made from it and nothing was saved"):
+        trainer.train()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
+def test_bfloat16_runs_the_experts_in_bfloat16(tmp_path, monkeypatch):
+    trainer = pretrainer(tmp_path, max_steps=2, bf16=True)
+    seen = []
+
+    def spy(experts, hidden_states, index, weights):
+        seen.append({t.dtype for t in (hidden_states, weights, experts.gate_up_proj, experts.down_proj)})
+        return grouped_mm_experts_forward(experts, hidden_states, index, weights)
+
+    monkeypatch.setitem(ALL_EXPERTS_FUNCTIONS._global_mapping, "spy", spy)
+    trainer.model.set_experts_implementation("spy")
+    trainer.train()
+    assert len(seen) == 2 * 3  # two steps, two layers and an MTP layer
+    assert all(dtypes == {torch.bfloat16} for dtypes in seen)
+    experts = trainer.model.model.layers[0].mlp.experts
+    assert experts.gate_up_proj.dtype == experts.down_proj.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sequence_length": 1}, "`sequence_length` must be at least 2, got 1"),
+        ({"peak_tflops": 0.0}, "`peak_tflops` must be above 0"),
+    ],
+)
+def test_options_out_of_range(tmp_path, options, message):
+    rows = pack_documents(chain_documents(8), 32)
+    with pytest.raises(ValueError, match=message):
+        pretrainer(tmp_path, rows=rows, **options)
+
+
+if __name__ == "__main__":
+    import tempfile
+
+    torch.set_num_threads(1)
+    run = trajectory_run(Path(tempfile.mkdtemp()))
+    run.train()
+    names = ("lm_loss", "mtp_loss", "aux_loss", "z_loss")
+    TRAJECTORY.write_text(json.dumps({name: [round(x, 4) for x in logged(run, name)] for name in names}) + "\n")
