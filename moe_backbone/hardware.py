@@ -72,3 +72,15 @@ def find_gpu(name: str) -> GPU:
     if name.lower() not in GPUS:
         raise ValueError(f"`gpu={name}` is not known. Set one of: {', '.join(GPUS)}.")
     return GPUS[name.lower()]
+
+
+def recognise_gpu(device_name: str) -> GPU | None:
+    """The GPU that a driver calls so, such as `"NVIDIA H100 80GB HBM3"`; None if it is not in [`GPUS`]."""
+    words = device_name.upper().replace("-", " ").split()
+    names = {"L40S": "l40s", "B200": "b200", "H200": "h200", "H100": "h100", "A100": "a100"}
+    found = next((name for word, name in names.items() if word in words), None)
+    if found == "h100" and "PCIE" in words:
+        found = "h100-pcie"
+    if found == "a100" and "40GB" in words:
+        found = "a100-40gb"
+    return None if found is None else GPUS[found]

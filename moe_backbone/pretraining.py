@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from .counting import flops_per_token
+from .hardware import recognise_gpu
 from .modeling_compass import CompassCausalLMOutput, CompassForCausalLM
 from .packing import PackedCollator
 from .router import router_health, update_router_biases
@@ -24,7 +25,7 @@ class PretrainingConfig(TrainingArguments):
     Args:
         sequence_length: Tokens of a packed row.
         peak_tflops: Dense 16-bit TFLOP/s of a device, to log the share of it that the model's operations take (MFU).
-            None to leave that out.
+            None for those of [`moe_backbone.hardware.GPUS`] where the GPU is one of them, and for no MFU elsewhere.
     """
 
     sequence_length: int = field(default=4096, metadata={"help": "Tokens of a packed row."})
@@ -98,6 +99,10 @@ class PretrainingTrainer(Trainer):
         )
         self._top_k = model.config.num_experts_per_tok
         self._flops_per_token = flops_per_token(model.config, args.sequence_length)
+        self._peak_tflops = args.peak_tflops
+        if self._peak_tflops is None and torch.cuda.is_available():
+            gpu = recognise_gpu(torch.cuda.get_device_name())
+            self._peak_tflops = None if gpu is None else gpu.tflops
         self._window = _Window()
         self._load_of_step: Tensor | None = None
         if model.config.router_bias_update_speed:
@@ -159,9 +164,9 @@ class PretrainingTrainer(Trainer):
             metrics.update({f"router/{name}": value for name, value in health.items()})
         seconds = window.seconds()
         metrics["tokens_per_second"] = float(sums["tokens"]) / seconds
-        if self.args.peak_tflops:
+        if self._peak_tflops is not None:
             flops = self._flops_per_token * float(sums["places"])
-            metrics["mfu"] = flops / (seconds * processes * self.args.peak_tflops * 1e12)
+            metrics["mfu"] = flops / (seconds * processes * self._peak_tflops * 1e12)
         return metrics
 
     def take_load_of_step(self) -> Tensor | None:
