@@ -2,7 +2,7 @@
 
 Compass-v3 (arXiv 2509.09121) trains in four stages: general knowledge, e-commerce and South-East Asian languages,
 reasoning at 8K, and long context to 128K in two phases. Its mixtures, token budgets and learning rates are not
-published; `examples/recipes/compass_mixture.yaml` has ours.
+published; `examples/mixtures/compass.yaml` has ours.
 """
 
 from collections.abc import Callable, Mapping, Sequence

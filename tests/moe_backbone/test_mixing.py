@@ -1,11 +1,13 @@
 """Mixtures: stages and sources in YAML, drawn by weight, with faults that name the source and the row."""
 
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import yaml
 from datasets import Dataset, IterableDataset
 
+from moe_backbone import preset
 from moe_backbone.mixing import Mixture, Source, Stage, load_mixture, read_mixture
 
 
@@ -130,3 +132,13 @@ def test_sources_that_cannot_be_read(tmp_path, tokenizer):
     ]:
         with pytest.raises(ValueError, match=message):
             load_mixture([source], tokenizer, 400, streaming=False, seed=0)
+
+
+def test_the_mixture_that_comes_with_the_library():
+    mixture = read_mixture(str(Path(__file__).parents[2] / "examples/mixtures/compass.yaml"))
+    assert [stage.sequence_length for stage in mixture.stages] == [4096, 4096, 8192, 32768, 131072]
+    for stage in mixture.stages:
+        if stage.rope_parameters is not None:
+            config = preset("compass-v3", rope_parameters=stage.rope_parameters)
+            rope = config.rope_parameters
+            assert rope["factor"] * rope["original_max_position_embeddings"] == stage.sequence_length
