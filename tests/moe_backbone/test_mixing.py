@@ -8,6 +8,7 @@ import yaml
 from datasets import Dataset, IterableDataset
 
 from moe_backbone import preset
+from moe_backbone import preset
 from moe_backbone.mixing import Mixture, Source, Stage, load_mixture, read_mixture
 
 
@@ -22,6 +23,7 @@ def write_mixture(tmp_path, content):
     return str(path)
 
 
+BUNDLED = Path(__file__).parents[2] / "examples/mixtures/compass.yaml"
 STAGE = {"name": "one", "steps": 3, "sequence_length": 8, "learning_rate": 1e-3, "sources": [{"path": "a.jsonl"}]}
 
 
@@ -37,6 +39,24 @@ def test_reading(tmp_path):
         streaming=True,
     )
     assert mixture.stage("two").name == "two"
+
+
+def test_the_bundled_mixture():
+    stages = read_mixture(str(BUNDLED)).stages
+    assert {stage.name: stage.sequence_length for stage in stages} == {
+        "general": 4096,
+        "ecommerce_sea": 4096,
+        "reasoning": 8192,
+        "long_32k": 32_768,
+        "long_128k": 131_072,
+    }
+    ropes = [stage.rope_parameters for stage in stages]
+    assert [rope and rope["rope_type"] for rope in ropes] == ["default", None, None, "yarn", "yarn"]
+    for stage, rope in zip(stages, ropes, strict=True):
+        if rope is not None:
+            assert preset("compass-v3", rope_parameters=rope).rope_parameters == rope
+        if rope is not None and rope["rope_type"] == "yarn":
+            assert rope["factor"] * rope["original_max_position_embeddings"] == stage.sequence_length
 
 
 @pytest.mark.parametrize(
