@@ -196,14 +196,21 @@ class OTPOTrainer(DPOTrainer):
             return scored.outputs_with(weights)
 
         result: Any = None
-        for position, (loss_types, coefficients) in enumerate(loss_groups(self.loss_types, self.loss_weights)):
+        groups = list(loss_groups(self.loss_types, self.loss_weights))
+        # TRL adds the auxiliary loss last, and the order decides the last bit of a sum.
+        add_auxiliary = self.aux_loss_enabled and len(groups) > 1
+        for position, (loss_types, coefficients) in enumerate(groups):
             only: dict[str, Any] = {"loss_types": loss_types, "loss_weights": coefficients}
-            if position > 0:  # TRL's metrics, the auxiliary loss and the outputs are the first group's
+            if add_auxiliary:
+                only["router_aux_loss_coef"] = 0.0
+            if position > 0:  # TRL's metrics, the auxiliary loss's too, and the outputs are the first group's
                 only.update(aux_loss_enabled=False, _metrics=_discarded(), _total_train_tokens=0)
             with swapped(self, precompute_ref_logps=True, **only):
                 part = super()._compute_loss(stand_in, inputs, return_outputs and position == 0)
             result = part if position == 0 else _added(result, part)
         assert scored is not None
+        if add_auxiliary:
+            result = _added(result, self.router_aux_loss_coef * scored.outputs.aux_loss)
         rewards = self.beta * (scored.policy_logps.detach() - scored.reference_logps).sum(1)
         self._append_metrics({**scored.metrics, **reward_metrics(rewards, "_unweighted")})
         return result

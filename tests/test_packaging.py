@@ -12,10 +12,16 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 IMPORTS = "import otpo, moe_backbone, otpo_kernels; print(otpo.__file__, otpo_kernels.__file__)"
-# Stands for Hugging Face's package of that name: any attribute that transformers imports from it exists.
-KERNELS_STUB = (
-    "__version__ = '0.18.2'\nORIGIN = 'hugging face'\ndef __getattr__(name):\n    return type(name, (), {})\n"
-)
+# Stands for Hugging Face's package of that name: any attribute that transformers imports from it exists, can be
+# called, and makes a decorator that changes nothing.
+KERNELS_STUB = """
+__version__ = '0.18.2'
+ORIGIN = 'hugging face'
+def __getattr__(name):
+    def accept(self, *args, **kwargs): pass
+    def decorate(self, decorated=None, *args, **kwargs): return decorated
+    return type(name, (), {'__init__': accept, '__call__': decorate})
+"""
 
 
 def run(*command: str | Path, cwd: Path, **env: str) -> str:

@@ -8,7 +8,6 @@ import yaml
 from datasets import Dataset, IterableDataset
 
 from moe_backbone import preset
-from moe_backbone import preset
 from moe_backbone.mixing import Mixture, Source, Stage, load_mixture, read_mixture
 
 
