@@ -101,7 +101,7 @@ class CompassConfig(PreTrainedConfig):
 
     def check(self) -> None:
         """Raises a `ValueError` for sizes that do not fit together."""
-        for name in (
+        positive = (
             "vocab_size",
             "hidden_size",
             "num_hidden_layers",
@@ -111,18 +111,18 @@ class CompassConfig(PreTrainedConfig):
             "num_experts",
             "num_experts_per_tok",
             "max_position_embeddings",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
-        for name in (
+        )
+        not_negative = (
             "num_shared_experts",
             "num_mtp_layers",
             "router_aux_loss_coef",
             "router_z_loss_coef",
             "router_bias_update_speed",
-        ):
-            if getattr(self, name) < 0:
-                raise ValueError(f"`{name}` must be at least 0, got {getattr(self, name)}.")
+        )
+        for least, names in ((1, positive), (0, not_negative)):
+            for name in names:
+                if getattr(self, name) < least:
+                    raise ValueError(f"`{name}` must be at least {least}, got {getattr(self, name)}.")
         if self.num_experts_per_tok > self.num_experts:
             raise ValueError(
                 f"`num_experts_per_tok={self.num_experts_per_tok}` is above `num_experts={self.num_experts}`: a token "
