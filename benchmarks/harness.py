@@ -6,9 +6,19 @@ import importlib.metadata
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+
+MIB = 2**20
+
+
+class Measured(NamedTuple):
+    """Median time of a call, the most memory it took beyond what was there, and how much of that it gave back."""
+
+    ms: float
+    peak_mib: float
+    temporaries_mib: float
 
 
 def measure(run: Callable[[], Any], *, seconds: float = 0.3, most: int = 20) -> tuple[float, float]:
@@ -24,7 +34,50 @@ def measure(run: Callable[[], Any], *, seconds: float = 0.3, most: int = 20) -> 
         end.record()
         end.synchronize()
         times.append(start.elapsed_time(end))
-    return statistics.median(times), (torch.cuda.max_memory_allocated() - before) / 2**20
+    return statistics.median(times), (torch.cuda.max_memory_allocated() - before) / MIB
+
+
+def measure_device(
+    run: Callable[[], Any], *, cold: bool = False, calls: int = 5, seconds: float = 0.3, most: int = 9
+) -> Measured:
+    """What `run`, which has been called before, takes on the device: calls queue up behind a sleep, host ahead.
+
+    A `run` that waits for the device itself cannot be queued, and its waits count.
+
+    Args:
+        cold: Whether every call finds the L2 cache full of other things; otherwise the first of `calls` does, and
+            the rest follow back to back.
+        seconds: Start no further sample after so much time on the device; there are three at least.
+    """
+    other_things = torch.empty(256 * MIB, dtype=torch.int8, device="cuda")
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    result = run()
+    torch.cuda.synchronize()
+    peak, after = torch.cuda.max_memory_allocated(), torch.cuda.memory_allocated()
+    del result
+    cycles, longest = 2**21, 2**27  # about 1 ms and 70 ms
+    times: list[float] = []
+    while len(times) < 3 or (len(times) < most and calls * sum(times) < 1e3 * seconds):
+        spans = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(calls)]
+        torch.cuda._sleep(cycles)
+        for i, (start, end) in enumerate(spans):
+            if cold or i == 0:
+                other_things.zero_()
+                start.record()
+            run()
+            if cold or i == calls - 1:
+                end.record()
+        overtaken = spans[0][0].query()
+        torch.cuda.synchronize()
+        if overtaken and cycles < longest:
+            cycles *= 4
+        elif cold:
+            times.append(statistics.median(start.elapsed_time(end) for start, end in spans))
+        else:
+            times.append(spans[0][0].elapsed_time(spans[-1][1]) / calls)
+    return Measured(statistics.median(times), (peak - before) / MIB, (peak - after) / MIB)
 
 
 def describe_machine(*packages: str) -> dict[str, str]:

@@ -1,13 +1,15 @@
 """The Compass Mixture-of-Experts backbone, native to transformers.
 
 Importing this package registers the models with `AutoConfig`, `AutoModel`, `AutoModelForCausalLM` and
-`AutoModelForSequenceClassification`, and their checkpoint layout, which has a key for each expert.
+`AutoModelForSequenceClassification`, their checkpoint layout, which has a key for each expert, and for every MoE model
+of transformers `experts_implementation="memcpy"`.
 """
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
 from .configuration_compass import CompassConfig as CompassConfig
+from .experts import memcpy_experts_forward as memcpy_experts_forward
 from .modeling_compass import CompassForCausalLM as CompassForCausalLM
 from .modeling_compass import CompassForSequenceClassification as CompassForSequenceClassification
 from .modeling_compass import CompassModel as CompassModel

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from moe_backbone import CompassConfig, CompassForCausalLM
 
-IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
+IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm", "memcpy")
+GROUPED = ("grouped_mm", "memcpy")  # run by torch's grouped products
 SIZES: dict[str, Any] = {
     "vocab_size": 61,
     "hidden_size": 32,

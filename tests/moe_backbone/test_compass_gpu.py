@@ -73,7 +73,7 @@ def test_flash_attention_agrees():
     assert relative_error(output.logits, expected.logits) < 3e-2
 
 
-@pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm", "memcpy"])
 @pytest.mark.parametrize("mode", ["bfloat16", "autocast"])
 def test_experts_agree_with_float32(implementation, mode):
     ids = token_ids(4, 64).cuda()
@@ -115,7 +115,8 @@ def test_generation(mtp_layers):
 
 
 @pytest.mark.parametrize(
-    ("implementation", "dtype", "limit"), [("batched_mm", torch.float32, 1e-3), ("grouped_mm", torch.bfloat16, 0.5)]
+    ("implementation", "dtype", "limit"),
+    [("batched_mm", torch.float32, 1e-3), ("grouped_mm", torch.bfloat16, 0.5), ("memcpy", torch.bfloat16, 0.5)],
 )
 def test_compiled_training_step(implementation, dtype, limit):
     ids = token_ids(2, 64).cuda()

@@ -197,7 +197,7 @@ def test_gradient_accumulation_is_a_larger_batch(tmp_path):
 # torch.compile
 
 
-@pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
+@pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm", "memcpy"])
 def test_it_compiles_as_one_graph(implementation):
     """In evaluation, and in training with every loss; the backend runs the traced graph as it is."""
     torch._dynamo.reset()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from compass_helpers import IMPLEMENTATIONS, compass_config
+from compass_helpers import GROUPED, IMPLEMENTATIONS, compass_config
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
@@ -60,7 +60,7 @@ def loop(weights, config, tokens):
 
 def check_block(implementation, tokens, seed, **changes):
     """Compares outputs and gradients; False where two experts are too close to tell which the router should take."""
-    dtype = torch.float32 if implementation == "grouped_mm" else torch.float64
+    dtype = torch.float32 if implementation in GROUPED else torch.float64
     block, config = make_block(implementation, dtype, seed, **changes)
     generator = torch.Generator().manual_seed(seed + 1)
     x = torch.randn(tokens, config.hidden_size, generator=generator, dtype=torch.float64)
@@ -101,8 +101,8 @@ def test_the_block_is_the_double_loop(implementation, data, seed):
         norm_topk_prob=data.draw(st.booleans(), label="norm"),
         num_shared_experts=data.draw(st.sampled_from([0, 2]), label="shared"),
         # grouped_mm wants rows of whole 16 bytes; the others take any width
-        hidden_size=12 if implementation == "grouped_mm" else data.draw(st.sampled_from([3, 8, 13]), label="hidden"),
-        moe_intermediate_size=8 if implementation == "grouped_mm" else data.draw(st.sampled_from([1, 5, 8])),
+        hidden_size=12 if implementation in GROUPED else data.draw(st.sampled_from([3, 8, 13]), label="hidden"),
+        moe_intermediate_size=8 if implementation in GROUPED else data.draw(st.sampled_from([1, 5, 8])),
     )
     assume(compared)
 
@@ -126,7 +126,7 @@ def test_the_block_at_the_ends_of_its_range(implementation, norm_topk_prob, size
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_experts_with_all_tokens_and_with_none(implementation, dtype):
     """Given choices and weights: one expert takes every token, two take none, and a token may take one alone."""
-    if implementation == "grouped_mm" and dtype is torch.float64:
+    if implementation in GROUPED and dtype is torch.float64:
         pytest.skip("torch's grouped_mm has no float64")
     config = compass_config(num_experts=5, hidden_size=16, moe_intermediate_size=8)
     config._experts_implementation = implementation

@@ -1,0 +1,261 @@
+"""The memcpy operator beside torch, transformers and DeepSpeed: rows between the order of tokens and that of experts.
+
+A time is reported only if, in the same run, the results of that very contender and operation, gradients included,
+match float64 torch; otherwise `status` says how far they are, or what was raised. Times are the device's: calls queue
+behind a sleep. Where the rows of an operation are less than 512 MB, each call finds the L2 cache full of other things.
+
+`gb_per_s` counts the bytes that no method can save, in rows of H: permute T + N, unpermute N + T, their backwards
+N + T and T + 2 N, `whole` the sum of the four. `share_of_roof` is that against a `copy_` of the same bytes, read and
+written, or of 512 MB where they are fewer. `whole` is forward and backward of both through autograd, without `route`.
+
+    python -m benchmarks.memcpy                 all shapes, writes CSV and figure, prints a verdict
+    python -m benchmarks.memcpy --shapes anchor --contenders memcpy "torch gather"
+    python -m benchmarks.memcpy --figure benchmarks/results/memcpy_h100.csv
+"""
+
+import argparse
+import gc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from benchmarks.harness import Measured, describe_machine, measure_device, read_rows, write_rows
+from benchmarks.moe_cases import MOVES, Deadline, Memcpy, random_routing, reason, worst_error
+from benchmarks.planning import name_of_gpu
+
+
+SHAPES = (
+    Shape("anchor", 16384, 4096, 16, 4),
+    Shape("mixtral-8x7b", 16384, 4096, 8, 2),
+    Shape("qwen3-30b-a3b", 16384, 2048, 128, 8),
+    Shape("compass", 16384, 8192, 16, 4),
+    Shape("gpt-oss, odd", 1000, 2880, 32, 4),
+)
+GATE = 0.05  # sums of K rows in bfloat16 reach 0.03, a row out of place is off by about 1
+COPY, WAITS = "copy_", "no wait for the host"
+ROOF_BYTES = 512 * 10**6
+TARGETS = {"roof": 0.85, "route_ms": 0.040, "over_torch": 4.0}
+COLUMNS = (*Shape._fields, "operation", "contender", "status", "error", "ms", "gb_per_s", "share_of_roof")
+COLUMNS += ("temporaries_mib", "speedup_over_torch")
+NAMES = tuple(moves.name for moves in MOVES)
+TORCH = tuple(name for name in NAMES if name.startswith("torch"))
+
+
+def floor_bytes(operation: str, shape: Shape) -> int:
+    """Bytes that cannot be saved; 0 for `route`, of which they say nothing."""
+    tokens, slots = shape.tokens, shape.tokens * shape.slots
+    once = {"route": 0, "unpermute backward": tokens + 2 * slots, "whole": 4 * tokens + 5 * slots}
+    return 2 * shape.hidden * once.get(operation, tokens + slots)
+
+
+def waits_for_host(problem: Problem) -> str:
+    """Runs all of ours once with waits forbidden; what was raised, or nothing."""
+    moves = Memcpy()
+    prepared = [prepare(operation, moves, problem) for operation in OPERATIONS]
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        for one in prepared:
+            one.run()
+    except RuntimeError as error:
+        return reason(error)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return ""
+
+
+def run_one(operation: str, make: Callable[[], Any], problem: Problem, cold: bool) -> dict[str, Any]:
+    """Status and error of a contender, and its time if they allow it."""
+    try:
+        prepared = prepare(operation, make(), problem)
+        got = prepared.run()
+        error = prepared.error(got)
+        del got
+        if error > GATE:
+            return {"status": f"wrong: max error {error:.1e}", "error": f"{error:.1e}"}
+        calls = 20 if operation == "route" else 5
+        measured = measure_device(prepared.run, cold=cold, calls=calls)
+    except Exception as error:  # a rival may raise anything
+        return {"status": reason(error)}
+    return {"status": "ok", "error": f"{error:.1e}"} | figures(measured)
+
+
+def figures(measured: Measured) -> dict[str, Any]:
+    return {"ms": round(measured.ms, 4), "temporaries_mib": round(measured.temporaries_mib, 1)}
+
+
+def copy_ms(bytes_moved: int, cold: bool) -> Measured:
+    """A plain copy that reads and writes so many bytes in all."""
+    source = torch.randint(0, 127, (bytes_moved // 2,), dtype=torch.int8, device="cuda")
+    target = torch.empty_like(source)
+    target.copy_(source)
+    return measure_device(lambda: target.copy_(source), cold=cold)
+
+
+def run_operation(shape: Shape, operation: str, problem: Problem, contenders: list[Any], roofs: dict) -> list[dict]:
+    """A row for each contender, those over the roof and over torch filled in."""
+    floor = floor_bytes(operation, shape)
+    cold = 0 < floor < ROOF_BYTES
+    base = dict.fromkeys(COLUMNS, "") | shape._asdict() | {"operation": operation}
+    rows = []
+    if floor:
+        roof_bytes = max(floor, ROOF_BYTES)
+        if roof_bytes not in roofs:
+            roofs[roof_bytes] = roof_bytes / copy_ms(roof_bytes, False).ms / 1e6
+        rows.append(base | {"contender": COPY, "status": "ok"} | figures(copy_ms(floor, cold)))
+    for make in contenders:
+        rows.append(base | {"contender": make.name} | run_one(operation, make, problem, cold))
+        gc.collect()
+        torch.cuda.empty_cache()
+    of_torch = [row["ms"] for row in rows if row["contender"] in TORCH and row["ms"] != ""]
+    for row in rows:
+        if row["ms"] != "" and floor:
+            row["gb_per_s"] = round(floor / row["ms"] / 1e6)
+            row["share_of_roof"] = round(floor / row["ms"] / 1e6 / roofs[max(floor, ROOF_BYTES)], 3)
+        if row["ms"] != "" and of_torch:
+            row["speedup_over_torch"] = round(min(of_torch) / row["ms"], 2)
+    return rows
+
+
+def run(shapes: list[Shape], contenders: list[Any], deadline: Deadline, output: Path, console: Console) -> list[dict]:
+    """Measures every shape and writes what there is after each, so that a killed run keeps its rows."""
+    machine = describe_machine("transformers", "deepspeed")
+    rows: list[dict] = []
+    roofs: dict[int, float] = {}
+    for shape in shapes:
+        base = dict.fromkeys(COLUMNS, "") | shape._asdict()
+        problem = make_problem(shape)
+        for operation in OPERATIONS:
+            if deadline.passed:
+                new = [base | {"operation": operation, "contender": c.name, "status": "no time"} for c in contenders]
+            else:
+                new = run_operation(shape, operation, problem, contenders, roofs)
+            for row in new:
+                console.print(*(f"{row[key]}" for key in COLUMNS))
+            rows += [row | machine for row in new]
+        if not deadline.passed:
+            waits = waits_for_host(problem)
+            rows.append(base | {"operation": WAITS, "contender": Memcpy.name, "status": waits or "ok"} | machine)
+        write_rows(output, rows)
+        del problem
+        torch.cuda.empty_cache()
+    return rows
+
+
+def verdict(rows: list[dict], console: Console) -> None:
+    """What was measured beside what was to be reached."""
+    table = Table("target", "measured", "met", title="Verdict")
+
+    def look(shape: str, operation: str, column: str, names: tuple[str, ...] = (Memcpy.name,)) -> dict[str, float]:
+        here = [row for row in rows if row["shape"] == shape and row["operation"] == operation]
+        return {r["contender"]: float(r[column]) for r in here if r["contender"] in names and r[column] != ""}
+
+    def line(target: str, measured: float | None, words: str, met: bool) -> None:
+        table.add_row(target, words if measured is not None else "not measured", "yes" if met else "NO")
+
+    anchor = SHAPES[0].name
+    for operation in OPERATIONS[1:5]:
+        share = look(anchor, operation, "share_of_roof").get(Memcpy.name)
+        line(
+            f"{anchor}: {operation} at {TARGETS['roof']:.0%} of the roof or more",
+            share,
+            f"{share or 0:.1%}",
+            (share or 0) >= TARGETS["roof"],
+        )
+    ms = look(anchor, "route", "ms").get(Memcpy.name)
+    line(
+        f"{anchor}: route in {TARGETS['route_ms']:.3f} ms or less",
+        ms,
+        f"{ms or 0:.4f} ms",
+        ms is not None and ms <= TARGETS["route_ms"],
+    )
+    for shape in dict.fromkeys(row["shape"] for row in rows):
+        ours = look(shape, "whole", "ms").get(Memcpy.name)
+        for rivals, target in ((TORCH, TARGETS["over_torch"]), (tuple(n for n in NAMES if n != Memcpy.name), 1.0)):
+            times = look(shape, "whole", "ms", rivals)
+            gain = min(times.values()) / ours if ours and times else None
+            best = min(times, key=times.__getitem__) if times else ""
+            if rivals is TORCH and shape != anchor:
+                continue
+            line(
+                f"{shape}: whole {target:g} times as fast as {'torch' if rivals is TORCH else 'the best rival'}",
+                gain,
+                f"{gain or 0:.2f} times ({best})",
+                (gain or 0) >= target,
+            )
+    for row in rows:
+        if row["operation"] == WAITS:
+            table.add_row(f"{row['shape']}: {WAITS}", row["status"], "yes" if row["status"] == "ok" else "NO")
+    console.print(table)
+    for row in rows:
+        if row["status"] not in ("ok", ""):
+            console.print(f"no time: {row['shape']}, {row['operation']}, {row['contender']}: {row['status']}")
+
+
+def draw(path: Path) -> Path:
+    """Of the roof at the anchor for each operation, and whole passes against the faster torch for each shape."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = read_rows(path)
+    figure, panels = plt.subplots(1, 2, figsize=(13, 4.6), layout="constrained")
+    anchor = SHAPES[0]
+    names = [name for name in (*NAMES, COPY) if any(row["contender"] == name for row in rows)]
+    shapes = list(dict.fromkeys(row["shape"] for row in rows))
+    for panel, groups, column in (
+        (panels[0], [(anchor.name, operation) for operation in OPERATIONS[1:]], "share_of_roof"),
+        (panels[1], [(shape, "whole") for shape in shapes], "speedup_over_torch"),
+    ):
+        for i, name in enumerate(names):
+            if name == COPY and panel is panels[1]:
+                continue
+            found = {(r["shape"], r["operation"]): r[column] for r in rows if r["contender"] == name}
+            heights = [float(found.get(group) or "nan") for group in groups]
+            places = [at + (i - (len(names) - 1) / 2) * 0.8 / len(names) for at in range(len(groups))]
+            panel.bar(places, heights, 0.8 / len(names), label=name, color="gray" if name == COPY else f"C{i}")
+        panel.grid(alpha=0.3, axis="y")
+    labels = [operation.replace(" ", "\n") for operation in OPERATIONS[1:]]
+    panels[0].set_xticks(range(len(labels)), labels)
+    panels[0].axhline(TARGETS["roof"], color="black", linestyle=":", linewidth=1)
+    panels[0].set(ylabel="share of a plain copy's rate", title=f"T {anchor.tokens}, H {anchor.hidden}, E 16, K 4")
+    panels[1].set_xticks(range(len(shapes)), [shape.replace(", ", "\n") for shape in shapes])
+    panels[1].set(ylabel="times as fast as the faster torch", title="permute, unpermute and both backwards")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(names))
+    figure.suptitle(f"{rows[0]['gpu']}, torch {rows[0]['torch']}, triton {rows[0]['triton']}, {rows[0]['date']}")
+    target = path.with_suffix(".png")
+    figure.savefig(target, dpi=130)
+    return target
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = [shape.name for shape in SHAPES]
+    parser.add_argument("--shapes", nargs="+", default=names, choices=names, metavar="NAME")
+    parser.add_argument("--contenders", nargs="+", default=list(NAMES), choices=list(NAMES), metavar="NAME")
+    parser.add_argument("--minutes", type=float, default=4.0, help="start no further operation after this time")
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results"), help="folder")
+    parser.add_argument("--figure", type=Path, metavar="CSV", help="only print the verdict on this CSV and draw it")
+    args = parser.parse_args()
+    console = Console(width=200, highlight=False)
+    if args.figure:
+        verdict(read_rows(args.figure), console)
+        console.print(f"{draw(args.figure)}")
+        return
+    if not torch.cuda.is_available():
+        parser.error("this benchmark needs a GPU; on the CPU, see tests/otpo_kernels")
+    path = args.output / f"memcpy_{name_of_gpu()}.csv"
+    shapes = [shape for shape in SHAPES if shape.name in args.shapes]
+    contenders = [moves for moves in MOVES if moves.name in args.contenders]
+    rows = run(shapes, contenders, Deadline(args.minutes), path, console)
+    verdict(rows, console)
+    console.print(f"{path} {draw(path)}")
+
+
+if __name__ == "__main__":
+    main()
