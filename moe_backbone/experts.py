@@ -6,6 +6,8 @@ Importing this module, as `import moe_backbone` does, registers the name, so tha
 transformers' interface takes it: `from_pretrained(..., experts_implementation="memcpy")`.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers.integrations.moe import (
@@ -25,9 +27,7 @@ FEW_ROWS = 32
 _BIAS_ROWS = 8  # 16 bytes of bfloat16, the least stride that grouped products take
 
 
-def memcpy_experts_forward(
-    self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
-) -> Tensor:
+def memcpy_experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """Weighted sum over a token's experts, as the forward of an experts module of transformers.
 
     Gated or not, with biases, transposed or interleaved weights and a norm after the experts: each as the module's
@@ -35,7 +35,7 @@ def memcpy_experts_forward(
     gradients, up to `FEW_ROWS` rows go through transformers' `batched_mm`.
 
     Args:
-        self: The experts module.
+        self: The experts module, an `nn.Module` decorated by `use_experts_implementation`.
         hidden_states: `(T, H)`.
         top_k_index: `(T, K)`, experts of each token.
         top_k_weights: `(T, K)`.
@@ -51,7 +51,9 @@ def memcpy_experts_forward(
             "with another experts_implementation."
         )
     if top_k_index.numel() <= FEW_ROWS and not torch.is_grad_enabled():
-        return batched_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
+        elsewhere = top_k_index >= self.num_experts
+        top_k_index = top_k_index.clamp(max=self.num_experts - 1)
+        return batched_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights.masked_fill(elsewhere, 0.0))
     routing = route(top_k_index, self.num_experts)
     rows = permute(hidden_states.to(weight.dtype), routing)
     rows = _linear(self, "gate_up_proj" if self.has_gate else "up_proj", rows, routing.offsets)
@@ -65,7 +67,7 @@ def memcpy_experts_forward(
     return unpermute(rows, routing, top_k_weights).to(hidden_states.dtype)
 
 
-def _linear(experts: nn.Module, name: str, rows: Tensor, offsets: Tensor) -> Tensor:
+def _linear(experts: Any, name: str, rows: Tensor, offsets: Tensor) -> Tensor:
     """Each group's rows times its expert's weight, plus its bias."""
     product = _grouped_linear(rows, getattr(experts, name), offsets, is_transposed=experts.is_transposed)
     if not experts.has_bias:

@@ -1,0 +1,233 @@
+"""experts_implementation="memcpy": any MoE model of transformers against its own eager experts."""
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+from compass_helpers import SIZES, assert_gradients_close, gradients
+from transformers import (
+    AutoModelForCausalLM,
+    Glm4MoeConfig,
+    GptOssConfig,
+    MixtralConfig,
+    OlmoeConfig,
+    Qwen3MoeConfig,
+)
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.models.aria.modeling_aria import AriaExperts
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
+
+from moe_backbone import CompassConfig, experts
+
+try:
+    from transformers.models.muse_spark.modeling_muse_spark import MuseSparkExperts
+except ImportError:  # younger than the lowest transformers that is supported
+    MuseSparkExperts = None
+
+CLOSE = {"rtol": 1e-4, "atol": 1e-5}
+COMMON = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+    "num_experts_per_tok": 2,
+}
+CONFIGS = {
+    "mixtral": MixtralConfig(**COMMON, intermediate_size=24, num_local_experts=5),
+    "qwen3_moe": Qwen3MoeConfig(**COMMON, moe_intermediate_size=24, num_experts=5),
+    "olmoe": OlmoeConfig(**COMMON, intermediate_size=24, num_experts=5),
+    "glm4_moe": Glm4MoeConfig(**COMMON, moe_intermediate_size=24, n_routed_experts=6, first_k_dense_replace=1),
+    "gpt_oss": GptOssConfig(**COMMON, intermediate_size=24, num_local_experts=5),
+    "compass": CompassConfig(**SIZES),
+}
+EXPERTS = {
+    "gated": (MixtralExperts, {"num_local_experts": 6, "intermediate_size": 24, "hidden_act": "gelu"}),
+    "interleaved, transposed, biases": (
+        GptOssExperts,
+        {"num_local_experts": 6, "intermediate_size": 24, "swiglu_alpha": 1.7, "swiglu_limit": 0.6},
+    ),
+    "transposed": (AriaExperts, {"moe_num_experts": 6, "intermediate_size": 24}),
+    "not gated": (
+        NemotronHExperts,
+        {"n_routed_experts": 6, "moe_intermediate_size": 24, "moe_latent_size": None, "mlp_hidden_act": "relu2"},
+    ),
+    "norm after": (
+        MuseSparkExperts,
+        {
+            "num_local_experts": 6,
+            "moe_hidden_size": 32,
+            "moe_intermediate_size": 24,
+            "hidden_act": "silu",
+            "post_norm_eps": 1e-6,
+        },
+    ),
+}
+
+
+def make_model(name, implementation="memcpy", seed=0, dtype=torch.float32):
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(
+        copy.deepcopy(CONFIGS[name]), experts_implementation=implementation, attn_implementation="eager", dtype=dtype
+    )
+    for parameter in model.parameters():  # ones and zeros would hide a parameter that is left out
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+def make_experts(name, implementation="memcpy", seed=0):
+    of_class, sizes = EXPERTS[name]
+    if of_class is None:
+        pytest.skip("this transformers has no such experts")
+    config = SimpleNamespace(**{"hidden_size": 32, **sizes}, _experts_implementation=implementation)
+    module = of_class(config)
+    torch.manual_seed(seed)
+    for parameter in module.parameters():
+        parameter.data = 0.3 * torch.randn_like(parameter)
+    return module
+
+
+def prompts(rows=3, length=9):
+    return torch.randint(0, 61, (rows, length))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_models_agree_with_their_eager_experts(name):
+    ids = prompts()
+    results = {}
+    for implementation in ("eager", "memcpy"):
+        model = make_model(name, implementation)
+        assert model.config._experts_implementation == implementation
+        output = model(ids, labels=ids, use_cache=False)
+        output.loss.backward()
+        results[implementation] = output, gradients(model)
+    torch.testing.assert_close(results["memcpy"][0].logits, results["eager"][0].logits, **CLOSE)
+    torch.testing.assert_close(results["memcpy"][0].loss, results["eager"][0].loss, **CLOSE)
+    assert_gradients_close(results["memcpy"][1], results["eager"][1], **CLOSE)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_it_is_used_from_from_pretrained_and_not_saved(name, tmp_path, monkeypatch):
+    make_model(name).save_pretrained(tmp_path)
+    assert "memcpy" not in (tmp_path / "config.json").read_text()
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, experts_implementation="memcpy").eval()
+    calls = []
+    ours = ALL_EXPERTS_FUNCTIONS["memcpy"]
+    monkeypatch.setitem(
+        ALL_EXPERTS_FUNCTIONS._global_mapping, "memcpy", lambda *a: calls.append(type(a[0]).__name__) or ours(*a)
+    )
+    with torch.no_grad():
+        model(prompts())
+    assert len(calls) == (1 if name == "glm4_moe" else 2)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_generation_is_that_of_eager_experts(name, monkeypatch):
+    """The prompt goes through grouped products, single tokens through batched ones."""
+    taken = []
+    for route in ("route", "batched_mm_experts_forward"):
+        original = getattr(experts, route)
+        monkeypatch.setattr(experts, route, lambda *a, name=route, run=original: taken.append(name) or run(*a))
+    ids = prompts(2, 12)
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    model = make_model(name).eval()
+    got = model.generate(ids, **options)
+    model.set_experts_implementation("eager")
+    assert torch.equal(got, model.generate(ids, **options))
+    layers = 1 if name == "glm4_moe" else 2
+    assert taken == ["route"] * layers + ["batched_mm_experts_forward"] * layers * 7
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_checkpointing_changes_nothing(name):
+    ids, model = prompts(), make_model(name).train()
+    model(ids, labels=ids, use_cache=False).loss.backward()
+    expected = gradients(model)
+    model.zero_grad()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model(ids, labels=ids, use_cache=False).loss.backward()
+    for parameter, gradient in gradients(model).items():
+        assert torch.equal(gradient, expected[parameter]), parameter
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "mixtral"])
+def test_they_compile_as_one_graph(name, dtype):
+    torch._dynamo.reset()
+    ids, model = prompts(), make_model(name, dtype=dtype)
+    expected = model(ids, labels=ids, use_cache=False)
+    expected.loss.backward()
+    want = gradients(model)
+    model.zero_grad()
+    got = torch.compile(model, fullgraph=True, backend="aot_eager")(ids, labels=ids, use_cache=False)
+    got.loss.backward()
+    limits = CLOSE if dtype is torch.float32 else {"rtol": 0.05, "atol": 0.05}
+    torch.testing.assert_close(got.logits, expected.logits, **limits)
+    assert_gradients_close(gradients(model), want, **limits)
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+@pytest.mark.parametrize("name", EXPERTS)
+def test_every_flag_of_experts(name, elsewhere):
+    """Output and every gradient; with experts of other processes, the same as if their weights were zero."""
+    index = torch.rand(40, 6).argsort(1)[:, :3]
+    index[index == 4] = 3  # an expert with no token; a token may take an expert twice
+    held = torch.rand(40, 3) < 0.6 if elsewhere else torch.ones(40, 3, dtype=torch.bool)
+    held[7] = False
+    x, weights, grad = torch.randn(40, 32), torch.rand(40, 3), torch.randn(40, 32)
+    results = {}
+    for implementation in ("eager", "memcpy"):
+        module = make_experts(name, implementation)
+        leaves = x.clone().requires_grad_(), weights.clone().requires_grad_()
+        if implementation == "eager":
+            output = module(leaves[0], index, leaves[1] * held)
+        else:
+            output = module(leaves[0], index.masked_fill(~held, 6), leaves[1])
+        output.backward(grad)
+        found = {"x": leaves[0].grad, "weights": leaves[1].grad}
+        results[implementation] = output, found | {key: p.grad for key, p in module.named_parameters()}
+    torch.testing.assert_close(results["memcpy"][0], results["eager"][0], **CLOSE)
+    assert_gradients_close(results["memcpy"][1], results["eager"][1], **CLOSE)
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_few_rows_without_gradients(name):
+    """Up to the limit inference takes batched products, above it and with gradients grouped ones."""
+    module, eager = make_experts(name), make_experts(name, "eager")
+    for tokens in (1, experts.FEW_ROWS // 2, experts.FEW_ROWS // 2 + 1):
+        x, index, weights = torch.randn(tokens, 32), torch.randint(0, 6, (tokens, 2)), torch.rand(tokens, 2)
+        with torch.no_grad():
+            torch.testing.assert_close(module(x, index, weights), eager(x, index, weights), **CLOSE)
+        torch.testing.assert_close(module(x, index, weights), eager(x, index, weights), **CLOSE)
+
+
+def test_few_rows_with_experts_of_other_processes():
+    module = make_experts("gated")
+    x, weights = torch.randn(4, 32), torch.rand(4, 2)
+    index = torch.tensor([[0, 6], [6, 1], [6, 6], [2, 3]])
+    with torch.no_grad():
+        few = module(x, index, weights)
+    torch.testing.assert_close(few, module(x, index, weights), **CLOSE)
+    assert few[2].eq(0).all()
+
+
+def test_no_tokens():
+    module = make_experts("interleaved, transposed, biases")
+    x = torch.randn(0, 32, requires_grad=True)
+    output = module(x, torch.zeros(0, 2, dtype=torch.long), torch.zeros(0, 2))
+    assert output.shape == (0, 32)
+    output.sum().backward()
+    assert all(parameter.grad.eq(0).all() for parameter in module.parameters())
+
+
+def test_quantized_experts_are_refused():
+    module = make_experts("gated")
+    module.gate_up_proj = torch.nn.Parameter(module.gate_up_proj.to(torch.float8_e4m3fn), requires_grad=False)
+    with pytest.raises(TypeError, match=r"MixtralExperts holds torch.float8_e4m3fn; load the model without quantiz"):
+        module(torch.randn(4, 32), torch.zeros(4, 2, dtype=torch.long), torch.rand(4, 2))
