@@ -1,13 +1,14 @@
 """Data of a shopping assistant in seven languages: pairs, instructions, documents. All of it is generated text."""
 
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import TYPE_CHECKING, Any, overload
 
 from .ecommerce import documents
 from .ecommerce.bundled import read_rows
 from .ecommerce.instructions import new_instruction
 from .ecommerce.lexicon import LANGUAGES
+from .ecommerce.more_pairs import new_pairs
 from .ecommerce.pairs import KINDS
 
 if TYPE_CHECKING:
@@ -18,9 +19,13 @@ _SHARDS = 64
 
 
 def load_demo_preferences(
-    split: str = "train", languages: Sequence[str] | None = None, kinds: Sequence[str] | None = None
+    split: str = "train",
+    languages: Sequence[str] | None = None,
+    kinds: Sequence[str] | None = None,
+    count: int | None = None,
+    seed: int = 0,
 ) -> "Dataset":
-    """Loads bundled pairs whose rejected answers are wrong in a known span.
+    """Loads pairs whose rejected answers are wrong in a known span: the bundled ones, and more of them.
 
     Args:
         split: `"train"` (1,512 pairs), `"test"` (252, products that are not in train) or `"test_templates"` (252,
@@ -28,6 +33,9 @@ def load_demo_preferences(
         languages: One or more of en, id, th, vi, ms, fil, pt; None for all.
         kinds: What is wrong with the rejected answers, one or more of attribute, price, language, format; None
             for all.
+        count: Rows: the bundled ones, then new ones about products that are in no bundled pair and, those of the
+            test splits, in nothing drawn for training. None for the bundled ones.
+        seed: Of the new ones.
 
     Returns:
         Rows in TRL's conversational format (`prompt`, `chosen`, `rejected`), with `chosen_spans` and
@@ -37,11 +45,17 @@ def load_demo_preferences(
         json) and its number of `items`. Chosen and rejected answers are as long as each other on average.
 
     Raises:
-        ValueError: An argument names something that is not there, or nothing.
+        ValueError: An argument names something that is not there, or nothing, or `count` is below 1.
     """
     from datasets import Dataset
 
-    return Dataset.from_list(_bundled(split, languages, KINDS if kinds is None else kinds))
+    if count is not None and count < 1:
+        raise ValueError(f"`count` must be at least 1, got {count}. Leave it out for the bundled pairs.")
+    languages, kinds = LANGUAGES if languages is None else languages, KINDS if kinds is None else kinds
+    rows = _bundled(split, languages, kinds)
+    if count is not None:
+        rows = rows[:count] + list(islice(new_pairs(split, languages, kinds, seed), max(0, count - len(rows))))
+    return Dataset.from_list(rows)
 
 
 def load_demo_instructions(

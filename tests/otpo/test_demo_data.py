@@ -177,6 +177,7 @@ def test_formats_are_told_apart(name, items):
         ({"languages": ["en", "de"]}, "`languages` must be among .* got \\['de'\\]"),
         ({"kinds": ["length"]}, "`kinds` must be among .* got \\['length'\\]"),
         ({"languages": []}, "`languages` must be among .* got \\[\\]"),
+        ({"count": 0}, "`count` must be at least 1, got 0. Leave it out for the bundled pairs"),
     ],
 )
 def test_unknown_names_are_refused(arguments, message):
@@ -188,6 +189,40 @@ def test_filters_keep_what_was_asked_for():
     rows = load_demo_preferences("test", languages=["th", "vi"], kinds=["price"])
     assert {(row["language"], row["kind"]) for row in rows} == {("th", "price"), ("vi", "price")}
     assert len(rows) == 18
+
+
+# Pairs of any number
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_more_pairs_are_like_the_bundled_ones(splits, split):
+    count = len(splits[split]) + 500
+    rows = list(load_demo_preferences(split, count=count))
+    assert rows[: len(splits[split])] == splits[split]
+    new = rows[len(splits[split]) :]
+    assert len(new) == 500
+    assert new == list(load_demo_preferences(split, count=count))[len(splits[split]) :]
+    assert new != list(load_demo_preferences(split, count=count, seed=1))[len(splits[split]) :]
+    bundled = {row["template_id"] for row in splits[split]}
+    for row in new:
+        assert check_answer(row, texts(row)[0])["all"]
+        assert not check_answer(row, texts(row)[1])[row["kind"]]
+        assert row["template_id"] in bundled
+    for kind in KINDS:
+        lengths = [len(texts(row)[0]) - len(texts(row)[1]) for row in new if row["kind"] == kind]
+        assert abs(sum(lengths) / len(lengths)) < 3
+
+
+def test_no_product_of_a_test_pair_is_trained_on(rows):
+    trained = {row["product_id"] for row in load_demo_preferences("train", count=3000)}
+    trained |= {row["product_id"] for row in load_demo_instructions("train", count=3000)}
+    for split in ("test", "test_templates"):
+        assert not trained & {row["product_id"] for row in load_demo_preferences(split, count=1000)}
+
+
+def test_fewer_pairs_are_the_first_ones(splits):
+    assert list(load_demo_preferences("test", count=7)) == splits["test"][:7]
+    assert len(load_demo_preferences("test", ["th"], ["price"], count=40)) == 40
 
 
 # Instructions

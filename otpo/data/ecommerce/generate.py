@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from .bundled import BUNDLED
-from .lexicon import LANGUAGES
+from .lexicon import LANGUAGES, lexicon
 from .pairs import HELD_OUT_TEMPLATE, KINDS, LENGTHS, Balance, make_pair
+from .products import draw_product
 
 _SPLITS = ["train"] * 18 + ["test"] * 3 + ["test_templates"] * 3
 
@@ -33,7 +34,8 @@ def make_rows() -> list[dict[str, Any]]:
                 for place, split in enumerate(_SPLITS):
                     template = HELD_OUT_TEMPLATE if split == "test_templates" else place % HELD_OUT_TEMPLATE
                     turn = turns[kind, split]
-                    pair = make_pair(code, kind, length, template, len(rows), turn, balances[split], draw)
+                    product = draw_product(draw, lexicon(code), len(rows))
+                    pair = make_pair(code, kind, length, template, product, turn, balances[split], draw)
                     turns[kind, split] += 1
                     rows.append({**pair, "split": split})
     random.Random("otpo e-commerce preferences, order").shuffle(rows)

@@ -63,7 +63,7 @@ def make_pair(
     kind: str,
     length: str,
     template: int,
-    number: int,
+    product: Product,
     turn: int,
     balance: Balance,
     draw: random.Random,
@@ -75,13 +75,12 @@ def make_pair(
         kind: What is wrong with the rejected answer, one of [`KINDS`].
         length: One of [`LENGTHS`].
         template: Which wording of question and answer.
-        number: Of the product, one of its own for each pair.
+        product: What is asked about.
         turn: How many pairs of this kind its split has so far, in all languages.
         balance: Of the pairs of this language and kind so far; updated.
         draw: Source of all randomness.
     """
     words = lexicon(code)
-    product = draw_product(draw, words, number)
     question, chosen, wrong, answer = _MAKERS[kind](words, product, length, template, turn, draw)
     rejected = balance.nearest(chosen, wrong)
     return {
