@@ -1,14 +1,17 @@
-"""What every benchmark here shares: timing on the device, memory, the machine's description, the CSV."""
+"""What every benchmark here shares: time and memory on the device, the machine's description, the CSV, its gaps."""
 
 import csv
 import datetime
 import importlib.metadata
 import statistics
+import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from rich.console import Console
 
 MIB = 2**20
 
@@ -99,6 +102,30 @@ def read_rows(path: Path) -> list[dict[str, str]]:
     """The lines of a CSV by column name."""
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+def reason(error: BaseException) -> str:
+    """One line on why a contender has no time."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return "out of memory"
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+
+
+def print_missing(rows: list[dict], columns: tuple[str, ...], console: Console) -> None:
+    """Who has no time for some reason, and how often."""
+    for missing, times in Counter(tuple(r[name] for name in columns) for r in rows if r["status"] != "ok").items():
+        console.print(f"no time ({times} rows): {': '.join(missing)}")
+
+
+class Deadline:
+    """When to start nothing more."""
+
+    def __init__(self, minutes: float):
+        self.end = time.monotonic() + 60 * minutes
+
+    @property
+    def passed(self) -> bool:
+        return time.monotonic() > self.end
 
 
 def _version(package: str) -> str:

@@ -1,20 +1,21 @@
-"""What the benchmarks of MoE layers share: routings, the rivals' ways to move rows, errors, the time that is left.
+"""What the benchmarks of MoE layers share: the rivals' ways to move rows, problems with references, routings.
 
 Shapes: T tokens, H hidden size, E experts, K slots of a token, N = T * K slots in all, R rows in the order of experts.
 
-Every way to move rows routes, permutes and unpermutes; what its `route` returns is its own affair and goes to the other
-two. Rivals are called as their owners call them, and what they can compute ahead of the moves is in their `route`.
+Every way to move rows routes, permutes and unpermutes; what its `route` returns is its own affair and goes to the
+other two. Rivals are called as their owners call them; what they can compute ahead of the moves is in their `route`.
 """
 
 import math
-import time
+from collections.abc import Callable
+from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
-from otpo_kernels.memcpy import permute, route, unpermute
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.integrations.moe import _grouped_linear
 
+from otpo_kernels.memcpy import permute, route, unpermute
 
 OPERATIONS = ("route", "permute", "unpermute", "permute backward", "unpermute backward", "whole")
 
@@ -27,6 +28,11 @@ class Shape(NamedTuple):
     hidden: int
     experts: int
     slots: int
+
+    @property
+    def columns(self) -> dict[str, Any]:
+        """As in the CSV."""
+        return {"shape": self.name, **dict(zip(self._fields[1:], self[1:], strict=True))}
 
 
 class Layout(NamedTuple):
@@ -118,10 +124,9 @@ class DeepSpeed:
     name = "deepspeed"
 
     def __init__(self) -> None:
-        from deepspeed.moe import ep_count, ep_kernels
-        from deepspeed.ops.triton_ops import autoep_fused_token_ops
-
-        self.count, self.kernels, self.fused = ep_count, ep_kernels, autoep_fused_token_ops
+        self.count = import_module("deepspeed.moe.ep_count")
+        self.kernels = import_module("deepspeed.moe.ep_kernels")
+        self.fused = import_module("deepspeed.ops.triton_ops.autoep_fused_token_ops")
 
     def route(self, index: Tensor, experts: int) -> Any:
         align = self.kernels.TOKEN_GROUP_ALIGN_SIZE_M
@@ -212,15 +217,15 @@ def make_problem(shape: Shape, device: str = "cuda") -> Problem:
     index, weights = random_routing(shape.tokens, shape.experts, shape.slots, device)
     generator = torch.Generator(device).manual_seed(1)
     sizes = ((shape.tokens, shape.hidden),) * 2 + ((shape.tokens, shape.slots, shape.hidden),)
-    rows = (torch.randn(size, device=device, generator=generator, dtype=torch.bfloat16) for size in sizes)
-    return Problem(index, weights, *rows, shape.experts)
+    x, grad, of_slots = (torch.randn(s, device=device, generator=generator, dtype=torch.bfloat16) for s in sizes)
+    return Problem(index, weights, x, grad, of_slots, shape.experts)
 
 
 def prepare(operation: str, moves: Any, problem: Problem) -> Prepared:
     """The operation on leaves of its own, so that graphs of one contender do not outlive it."""
     plan = moves.route(problem.index, problem.experts)
-    where, ends, reserved = moves.layout(plan)
-    slots = range(where.size(1))
+    where, _, reserved = moves.layout(plan)
+    slots, grad = range(where.size(1)), problem.grad.double()
     x, weights = (leaf.clone().requires_grad_() for leaf in (problem.x, problem.weights))
     rows = x.new_full((reserved, x.size(1)), torch.nan)  # rows of no slot are not to be read
     rows[where.flatten()] = problem.of_slots.flatten(0, 1)
@@ -230,7 +235,7 @@ def prepare(operation: str, moves: Any, problem: Problem) -> Prepared:
         return max(worst_error(got[where[:, slot]], want(slot)) for slot in slots)
 
     def total(of_slot: Callable[[int], Tensor]) -> Tensor:
-        return sum((of_slot(slot) for slot in slots), start=torch.zeros((), dtype=torch.float64, device=x.device))
+        return sum(map(of_slot, slots), start=torch.zeros_like(grad))
 
     def row(slot: int) -> Tensor:
         return problem.of_slots[:, slot].double()
@@ -238,11 +243,10 @@ def prepare(operation: str, moves: Any, problem: Problem) -> Prepared:
     def weight(slot: int) -> Tensor:
         return problem.weights[:, slot, None].double()
 
-    grad = problem.grad.double()
     if operation == "route":
         return Prepared(
             lambda: moves.route(problem.index, problem.experts),
-            lambda got: route_error(*moves.layout(got), problem.index),
+            lambda got: route_error(moves.layout(got), problem.index),
         )
     if operation == "permute":
         return Prepared(
@@ -286,14 +290,15 @@ def prepare(operation: str, moves: Any, problem: Problem) -> Prepared:
     )
 
 
-def route_error(where: Tensor, ends: Tensor, reserved: int, index: Tensor) -> float:
+def route_error(layout: Layout, index: Tensor) -> float:
     """0 where each slot has a row of its own within its expert's group, else infinite."""
+    where, ends, reserved = layout
     begins = torch.cat([ends.new_zeros(1), ends[:-1]])
     inside = ((where >= begins[index]) & (where < ends[index])).all() and where.max() < reserved
     return 0.0 if inside and where.unique().numel() == where.numel() else torch.inf
 
 
-def unmasked_experts_forward(experts: nn.Module, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+def unmasked_experts_forward(experts: Any, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
     """`grouped_mm` as later versions of transformers run it: no masks where there is no expert parallelism."""
     moves = Transformers()
     plan = moves.route(index, experts.num_experts)
@@ -309,22 +314,18 @@ def worst_error(got: Tensor, want: Tensor) -> float:
     return error.max().nan_to_num(math.inf, math.inf).item()
 
 
-def reason(error: BaseException) -> str:
-    """One line on why a contender has no time."""
-    if isinstance(error, torch.OutOfMemoryError):
-        return "out of memory"
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+def row_error(got: Tensor, want: Tensor) -> float:
+    """The worst row's distance, relative to the row's norm plus a tenth of the usual one; not finite: infinite.
 
-
-class Deadline:
-    """When to start nothing more."""
-
-    def __init__(self, minutes: float):
-        self.end = time.monotonic() + 60 * minutes
-
-    @property
-    def passed(self) -> bool:
-        return time.monotonic() > self.end
+    A row of a few elements can be near zero by chance, so there the whole usual norm is added.
+    """
+    got, want = got.flatten(0, -2), want.flatten(0, -2)
+    usual = want.norm() / len(want) ** 0.5 * (0.1 if want.size(1) >= 64 else 1.0)
+    worst = 0.0
+    for part, exact in zip(got.split(2**16), want.split(2**16), strict=True):  # so that no whole tensor is upcast
+        error = (part.float() - exact).norm(dim=1) / (exact.norm(dim=1) + usual + 1e-30)
+        worst = max(worst, error.max().nan_to_num(torch.inf, torch.inf).item())
+    return worst
 
 
 def _inverse(order: Tensor) -> Tensor:

@@ -58,13 +58,15 @@ SCALES: dict[str, dict[str, Any]] = {
         "vocabulary": 1024,
         "documents": 10_000,
         "instructions": 4_000,
+        "pairs": 3_000,
+        "held_out": 600,
         "free_answers": 48,
         "common": {"use_cpu": True, "bf16": False},
         "pretrain": {
             "preset": "compass-tiny",
             "sequence_length": 256,
             "per_device_train_batch_size": 8,
-            "max_steps": 260,
+            "max_steps": 100,
             "learning_rate": 5e-3,
             "warmup_steps": 20,
         },
@@ -72,15 +74,15 @@ SCALES: dict[str, dict[str, Any]] = {
             "packing": True,
             "max_length": 512,
             "per_device_train_batch_size": 4,
-            "max_steps": 40,
-            "learning_rate": 1e-3,
+            "max_steps": 120,
+            "learning_rate": 2e-3,
             "warmup_steps": 10,
             "gradient_checkpointing": False,
         },
         "align": {
             "per_device_train_batch_size": 16,
-            "max_steps": 60,
-            "learning_rate": 3e-4,
+            "max_steps": 80,
+            "learning_rate": 1e-3,
             "warmup_steps": 5,
             "gradient_checkpointing": False,
         },
@@ -90,6 +92,8 @@ SCALES: dict[str, dict[str, Any]] = {
         "vocabulary": 16_000,
         "documents": 150_000,
         "instructions": 30_000,
+        "pairs": 4_000,
+        "held_out": 1_000,
         "free_answers": 252,
         "common": {"bf16": True},
         "pretrain": {
@@ -147,7 +151,8 @@ def write_data(folder: Path, scale: dict[str, Any], languages: tuple[str, ...]) 
     """Tokenizer and training data of all steps as files, by what they are."""
     corpus = load_demo_corpus("train", scale["documents"], languages)
     instructions = load_demo_instructions("train", languages, count=scale["instructions"])
-    data = {"corpus": corpus, "instructions": instructions, "pairs": load_demo_preferences("train", languages)}
+    pairs = load_demo_preferences("train", languages, count=scale["pairs"])
+    data = {"corpus": corpus, "instructions": instructions, "pairs": pairs}
     paths = {name: str(folder / f"{name}.jsonl") for name in data}
     for name, rows in data.items():
         rows.to_json(paths[name])
@@ -297,7 +302,7 @@ def main() -> int:
 
     console.rule("Data and tokenizer")
     paths = write_data(folder, scale, languages)
-    pairs = load_demo_preferences("test", languages)
+    pairs = load_demo_preferences("test", languages, count=scale["held_out"])
     steps: dict[str, dict[str, Any]] = {
         "pretrain": {"tokenizer_name_or_path": paths["tokenizer"], "dataset_name": paths["corpus"]},
         "sft": {"model_name_or_path": folder / "pretrain", "dataset_name": paths["instructions"]},

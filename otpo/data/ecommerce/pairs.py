@@ -13,7 +13,7 @@ from typing import Any
 
 from . import formats
 from .lexicon import LANGUAGES, WORD_ATTRIBUTES, Lexicon, lexicon
-from .products import Product, draw_price, draw_product
+from .products import Product, draw_price
 
 KINDS = ("attribute", "price", "language", "format")
 LENGTHS = ("short", "medium", "long")
