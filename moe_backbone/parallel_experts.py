@@ -1,11 +1,11 @@
-"""Experts spread over the processes of a group: the layer that DeepSpeed trains, with our row moves around its products.
+"""Experts spread over the processes of a group: the layer that DeepSpeed trains, with our row moves in it.
 
-Shapes: T tokens, K experts that a token takes, E experts, P processes of the group, L = E / P experts of each, H hidden
-size, I their width, N rows that this process receives.
+Shapes: T tokens, K experts that a token takes, E experts, P processes of the group, L = E / P experts of each,
+H hidden size, I their width, N rows that this process receives.
 
-A token's rows go to the experts' processes and back by two all-to-alls. `permute` groups the rows by expert, and so by
-process; what arrives stands by source and then by expert, and `reorder` groups it by expert; `unpermute` goes both ways
-back, the second time with the router's weights. One wait for the host: the sizes of what is exchanged.
+A token's rows go to the experts' processes and back by two all-to-alls. `permute` groups the rows by expert, and so
+by process; what arrives stands by source and then by expert, and `reorder` groups it by expert; `unpermute` goes both
+ways back, the second time with the router's weights. One wait for the host: the sizes of what is exchanged.
 
 Only the experts are replaced. Router, its losses, its biases and shared experts stay the model's own.
 """
@@ -31,10 +31,11 @@ from deepspeed.checkpoint.constants import (
 from deepspeed.module_inject.auto_ep_config import MoELayerSpec
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer, _AllToAllV
 from deepspeed.moe.ep_repack import repack_expert_requires_grad_flags, repack_expert_weights
-from otpo_kernels.memcpy import permute, reorder, route, unpermute
 from torch import Tensor, nn
 from torch.profiler import record_function
 from transformers.integrations.moe import _grouped_linear
+
+from otpo_kernels.memcpy import permute, reorder, route, unpermute
 
 WEIGHTS = ("w1", "w2", "w3")
 """Names of gate, down and up projections in the layout that DeepSpeed saves: `[L, I, H]`, `[L, H, I]`, `[L, I, H]`."""
@@ -42,6 +43,10 @@ WEIGHTS = ("w1", "w2", "w3")
 
 class LocalExperts(nn.Module):
     """The experts of this process; a module of its own so that ZeRO-3 fetches its weights when it runs."""
+
+    w1: nn.Parameter
+    w2: nn.Parameter
+    w3: nn.Parameter
 
     def __init__(self, weights: tuple[Tensor, Tensor, Tensor], trained: tuple[bool, bool, bool], act_fn: nn.Module):
         super().__init__()
@@ -67,6 +72,8 @@ class ParallelExperts(AutoEPMoELayer):
         ep_size: P.
         ep_rank: Which part of the experts this process has.
     """
+
+    experts: LocalExperts
 
     def __init__(self, experts: nn.Module, spec: MoELayerSpec, ep_size: int, ep_rank: int):
         nn.Module.__init__(self)

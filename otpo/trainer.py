@@ -280,7 +280,7 @@ class OTPOTrainer(DPOTrainer):
     @contextmanager
     def _last_hidden_states(self) -> Iterator[list[Tensor]]:
         """Collects the backbone's output. Adapters bypass the causal LM's hooks, never its backbone's."""
-        causal_lm = self.accelerator.unwrap_model(self.model)
+        causal_lm: Any = self.accelerator.unwrap_model(self.model)
         if is_peft_model(causal_lm):
             causal_lm = causal_lm.get_base_model()
         captured: list[Tensor] = []

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import set_seed
+from transformers import AutoConfig, set_seed
 from trl import (
     DatasetMixtureConfig,
     DPOConfig,
@@ -62,15 +62,19 @@ def make_trainer(
 ) -> OTPOTrainer:
     """Loads the pairs and the model."""
     from .compass import freeze_adapters_of_mtp, mtp_options
+    from .expert_parallel import model_options, trainer_class
 
     name = require_model(model)
     set_seed(args.seed)  # a mixture's cut draws from the global generators, and must agree across processes
     train, evaluation = load_pairs(data, mixture, seed=args.seed, evaluate=args.do_eval)
+    config = AutoConfig.from_pretrained(name, revision=model.model_revision, trust_remote_code=args.trust_remote_code)
+    of_class = trainer_class(OTPOTrainer, data, config)
     args.model_init_kwargs = {
+        **model_options(data),
         **mtp_options(name, model, args.trust_remote_code),
         **with_model_options(args.model_init_kwargs, model),
     }
-    trainer = OTPOTrainer(
+    trainer = of_class(
         name,
         args=args,
         train_dataset=train,

@@ -149,11 +149,18 @@ def _prepare(command: TrainingCommand, parser: TrlParser, given: Given) -> tuple
     """Everything up to the first step: options, engine, data, model, and the checkpoint to resume from."""
     from . import compass  # noqa: F401 - makes its models known to the Auto classes
 
-    values = given.values
+    values, arguments = given.values, given.arguments
     engines = requested_engines(values["deepspeed"], values["fsdp"], os.environ)
-    require_accelerator(engines, cpu_request(values["use_cpu"], os.environ))
+    if values["expert_parallel_size"] != 1:
+        from .expert_parallel import prepare
+
+        arguments = [*arguments, *prepare(values, os.environ)]
+        if values["expert_parallel_backend"] == "deepspeed":
+            engines["DEEPSPEED"] = f"`expert_parallel_size={values['expert_parallel_size']}`"
+    else:
+        require_accelerator(engines, cpu_request(values["use_cpu"], os.environ))
     require_deepspeed(engines, find_spec("deepspeed") is not None)
-    parsed: Any = parser.parse_args_into_dataclasses(given.arguments, look_for_args_file=False)
+    parsed: Any = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
     training = parsed[1]
     checkpoint = find_checkpoint(training.resume_from_checkpoint, training.output_dir)
     trainer = command.make_trainer(*parsed)

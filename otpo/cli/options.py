@@ -17,6 +17,7 @@ single_gpu, ddp, zero2, zero3 or fsdp2, or a name of TRL's. It and any other opt
 command launch itself that way; without one, it runs in this process. OTPO_TRACEBACK=1 in the environment shows where
 an error comes from.
 """
+EXPERT_PARALLEL_BACKENDS = ("deepspeed", "transformers")
 _METAVARS = {int: "N", float: "X", str: "TEXT"}
 
 Groups = Sequence[tuple[str, Sequence[type]]]
@@ -29,6 +30,8 @@ class RunArguments:
 
     Parameters:
         report: Path of a JSON file with the last metrics, versions, device and options of the run.
+        expert_parallel_size: Processes of a machine that share the experts of a Mixture-of-Experts model.
+        expert_parallel_backend: One of [`EXPERT_PARALLEL_BACKENDS`].
     """
 
     report: str | None = field(
@@ -36,6 +39,20 @@ class RunArguments:
         metadata={
             "help": "Path of a JSON file to write: last metrics, versions, device, duration, and the options that "
             "differ from the defaults."
+        },
+    )
+    expert_parallel_size: int = field(
+        default=1,
+        metadata={
+            "help": "Processes of a machine that share the experts of a Mixture-of-Experts model, each holding its "
+            "part of them. 1 holds all experts in every process."
+        },
+    )
+    expert_parallel_backend: str = field(
+        default="deepspeed",
+        metadata={
+            "help": "What spreads the experts: deepspeed (ZeRO-1, 2 or 3 beside it) or transformers (FSDP2 beside it, "
+            "transformers 5.21 or later)."
         },
     )
 

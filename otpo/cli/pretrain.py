@@ -22,6 +22,7 @@ from otpo.data import load_demo_corpus
 
 from .command import REFUSALS, TrainingCommand, refuse, require_model, run
 from .engine import count_rows, describe_run, rows_in_step
+from .expert_parallel import model_options, trainer_class
 from .loading import DEMO_CORPUS, RowArguments
 from .options import RunArguments, make_grouped_parser, read_command_line
 from .stages import plan_stages
@@ -103,13 +104,14 @@ def make_trainer(data: PretrainArguments, args: PretrainingConfig, model: ModelC
     tokenizer = _tokenizer(data, model)
     compass = make_model(data, args, model, tokenizer, stage)
     config = compass.config
+    of_class = trainer_class(PretrainingTrainer, data, config)
     train = _rows(stage.sources, tokenizer, config, args, streaming=mixture.streaming)
     test = None
     if args.do_eval or args.eval_strategy != "no":
         if not mixture.evaluation:
             raise ValueError("There is nothing to evaluate on. List sources under `evaluation` in the mixture.")
         test = _rows(mixture.evaluation, tokenizer, config, args, streaming=False)
-    return PretrainingTrainer(compass, args, train, test, processing_class=tokenizer)
+    return of_class(compass, args, train, test, processing_class=tokenizer)
 
 
 def make_model(
@@ -128,10 +130,17 @@ def make_model(
     config.max_position_embeddings = max(config.max_position_embeddings, args.sequence_length)
     for token in ("pad", "bos", "eos"):
         setattr(config, f"{token}_token_id", getattr(tokenizer, f"{token}_token_id"))
-    if model.model_name_or_path is None:
+    spread = model_options(data)
+    name = model.model_name_or_path
+    if name is None and spread:  # transformers spreads experts as it loads a model
+        name = f"{args.output_dir}/initial"
+        with args.main_process_first(local=False):
+            if args.process_index == 0:
+                CompassForCausalLM._from_config(config, **options).save_pretrained(name)
+    if name is None:
         compass: Any = CompassForCausalLM._from_config(config, **options)
     else:
-        compass = CompassForCausalLM.from_pretrained(model.model_name_or_path, config=config, **options)
+        compass = CompassForCausalLM.from_pretrained(name, config=config, **options, **spread)
     compass.set_experts_implementation(data.experts_implementation)
     running = compass.config._experts_implementation
     if running != data.experts_implementation:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, IterableDataset
-from transformers import AutoProcessor, set_seed
+from transformers import AutoConfig, AutoProcessor, set_seed
 from transformers.utils import logging
 from trl import (
     DatasetMixtureConfig,
@@ -77,6 +77,7 @@ def make_parser() -> TrlParser:
 def make_trainer(data: SftArguments, args: SFTConfig, model: ModelConfig, mixture: DatasetMixtureConfig) -> SFTTrainer:
     """Loads the instructions and the model."""
     from .compass import freeze_adapters_of_mtp, mtp_options
+    from .expert_parallel import model_options, trainer_class
 
     name = require_model(model)
     if model.use_peft and model.lora_target_parameters and model.lora_dropout:
@@ -100,11 +101,14 @@ def make_trainer(data: SftArguments, args: SFTConfig, model: ModelConfig, mixtur
         if form == "messages":
             args.assistant_only_loss = args.completion_only_loss is not False
         require_template(processor, template, args.assistant_only_loss)
+    config = AutoConfig.from_pretrained(name, revision=model.model_revision, trust_remote_code=args.trust_remote_code)
+    of_class = trainer_class(SFTTrainer, data, config)
     args.model_init_kwargs = {
+        **model_options(data),
         **mtp_options(name, model, args.trust_remote_code),
         **with_model_options(args.model_init_kwargs, model),
     }
-    trainer = SFTTrainer(
+    trainer = of_class(
         name,
         args=args,
         train_dataset=train,

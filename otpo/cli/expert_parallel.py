@@ -1,0 +1,119 @@
+"""`--expert_parallel_size`: what it adds to a training command's options, its trainer and its model."""
+
+import json
+import os
+from collections.abc import Mapping, MutableMapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig
+
+from moe_backbone.expert_parallel import check_expert_parallel, expert_parallel_config
+from moe_backbone.expert_parallel_trainer import with_expert_parallelism
+
+from .options import EXPERT_PARALLEL_BACKENDS, RunArguments
+
+_DEFAULT_STAGE = 2
+
+
+def prepare(values: Mapping[str, Any], environ: MutableMapping[str, str]) -> list[str]:
+    """Options to add to a command line that asks for expert parallelism, in a process that a launcher started.
+
+    With `use_cpu`, DeepSpeed is made to run there over gloo, which accelerate alone would leave out without a word.
+
+    Args:
+        values: Value of each option.
+        environ: The environment of the process; what DeepSpeed on the CPU needs is set in it.
+
+    Raises:
+        ValueError: The options contradict each other; the message says what to set.
+    """
+    size, backend = values["expert_parallel_size"], values["expert_parallel_backend"]
+    if backend not in EXPERT_PARALLEL_BACKENDS:
+        raise ValueError(
+            f"`expert_parallel_backend={backend}` is not known. Set one of: {', '.join(EXPERT_PARALLEL_BACKENDS)}."
+        )
+    if values.get("use_peft"):
+        raise ValueError(
+            f"`use_peft` with `expert_parallel_size={size}`: adapters of spread experts are not covered. Remove one."
+        )
+    if "WORLD_SIZE" not in environ:
+        raise ValueError(
+            f"`expert_parallel_size={size}` needs several processes. Add `--num_processes N`, a multiple of {size}."
+        )
+    if environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+        raise ValueError(
+            f"`expert_parallel_size={size}` with FSDP of the accelerate configuration. Use zero2, zero3 or ddp."
+        )
+    if backend == "transformers":
+        _require_native()
+        return []
+    base = _deepspeed_options(values.get("deepspeed"), environ)
+    stage = int(environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", _DEFAULT_STAGE))
+    config = expert_parallel_config(_model_type(values), size, stage, base=base)
+    arguments = ["--deepspeed", json.dumps(config)]
+    if values["use_cpu"]:
+        _start_gloo(environ)
+        arguments += ["--accelerator_config", json.dumps({"use_configured_state": True})]
+    return arguments
+
+
+def trainer_class(plain: type, options: RunArguments, config: Any) -> Any:
+    """The class to make the trainer of: `plain`, or with experts spread by DeepSpeed a subclass of it.
+
+    Args:
+        plain: Of the command.
+        options: Of the run.
+        config: The model's configuration.
+
+    Raises:
+        ValueError: The experts cannot be spread so; the message says what to set.
+    """
+    size = options.expert_parallel_size
+    if size == 1:
+        return plain
+    experts = getattr(config, "num_experts", None) or config.num_local_experts
+    check_expert_parallel(size, experts, int(os.environ["WORLD_SIZE"]))
+    return with_expert_parallelism(plain, size) if options.expert_parallel_backend == "deepspeed" else plain
+
+
+def model_options(options: RunArguments) -> dict[str, Any]:
+    """Options of `from_pretrained` that the backend needs; none for DeepSpeed, which spreads the experts later."""
+    if options.expert_parallel_size == 1 or options.expert_parallel_backend == "deepspeed":
+        return {}
+    from moe_backbone.native_expert_parallel import native_expert_parallel_options
+
+    return native_expert_parallel_options(options.expert_parallel_size, int(os.environ["WORLD_SIZE"]))
+
+
+def _require_native() -> None:
+    if find_spec("transformers.distributed.expert_parallel") is None:
+        raise ValueError(
+            "`expert_parallel_backend=transformers` needs transformers 5.21 or later. Install it, or set "
+            "`expert_parallel_backend` to deepspeed."
+        )
+
+
+def _model_type(values: Mapping[str, Any]) -> str:
+    name = values["model_name_or_path"]
+    return "compass" if name is None else AutoConfig.from_pretrained(name).model_type
+
+
+def _deepspeed_options(value: Any, environ: Mapping[str, str]) -> dict[str, Any] | None:
+    """The DeepSpeed configuration that was named, by our option or by the accelerate configuration."""
+    value = value or environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
+    if not value or isinstance(value, dict):
+        return value or None
+    try:
+        return json.loads(value if value.lstrip().startswith("{") else Path(value).read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"`deepspeed={value}` is not JSON: {error}.") from error
+
+
+def _start_gloo(environ: MutableMapping[str, str]) -> None:
+    environ["DS_ACCELERATOR"] = "cpu"
+    environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    from accelerate import PartialState
+
+    PartialState(backend="gloo")
