@@ -15,7 +15,7 @@ from deepspeed.module_inject.auto_ep_presets import registry
 from deepspeed.moe.ep_repack import repack_expert_source_params
 from torch import nn
 
-from .parallel_experts import WEIGHTS, ParallelExperts
+from .parallel_experts import WEIGHTS, ParallelExperts, parallel_experts
 
 PRESETS = {"compass": "otpo_compass", "mixtral": "otpo_mixtral", "qwen3_moe": "otpo_qwen3_moe"}
 """Name of the AutoEP preset for each `model_type`. DeepSpeed's own presets keep their names and their layer."""
@@ -32,6 +32,16 @@ def register_presets() -> None:
             parent, preset_adapter="default", hf_model_types=own, has_shared_experts=False
         )
     AutoEP._replace_moe_layer_without_retarget = _replace_experts_alone(AutoEP._replace_moe_layer_without_retarget)
+    AutoEP.ep_parser = _spread_once(AutoEP.ep_parser)
+
+
+def _spread_once(parse: Any) -> Any:
+    @wraps(parse)
+    def ep_parser(self: AutoEP) -> list[Any]:
+        # TRL makes an engine of the policy to precompute a reference, and another one to train it.
+        return [] if next(parallel_experts(self.model), None) else parse(self)
+
+    return ep_parser
 
 
 def _replace_experts_alone(replace_block: Any) -> Any:

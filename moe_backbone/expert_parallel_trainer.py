@@ -9,8 +9,10 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_utils import get_last_checkpoint
 
 from .expert_parallel import require_expert_parallelism
+from .expert_parallel_resume import Layout, fit_checkpoint, write_layout
 
 
 @cache
@@ -33,6 +35,7 @@ class ExpertParallelMixin:
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         trainer: Any = self
+        self._check_frozen_experts(trainer)
         trainer.add_callback(_RequireExpertParallelism(trainer))
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
@@ -41,6 +44,29 @@ class ExpertParallelMixin:
         optimizer = trainer.create_optimizer(*args, **kwargs)
         separate_experts(optimizer, self.model, self.ep_size)  # pyright: ignore[reportAttributeAccessIssue]
         return optimizer
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; a checkpoint of another layout is converted first."""
+        trainer: Any = self
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = get_last_checkpoint(trainer.args.output_dir)
+        if resume_from_checkpoint:
+            config = trainer.accelerator.state.deepspeed_plugin.deepspeed_config
+            fit_checkpoint(str(resume_from_checkpoint), self._layout(), config)
+        parent: Any = super()
+        return parent.train(resume_from_checkpoint, *args, **kwargs)
+
+    def _check_frozen_experts(self, trainer: Any) -> None:
+        frozen = not all(parameter.requires_grad for parameter in _expert_parameters(trainer.model))
+        if frozen and self._layout().zero_stage == 3 and trainer.args.save_strategy != "no":
+            raise ValueError(
+                "Some experts are frozen (those of MTP layers in SFT and alignment), which DeepSpeed can't save in "
+                "its checkpoints with ZeRO-3. Set the ZeRO stage to 2, or `save_strategy` to no."
+            )
+
+    def _layout(self) -> Layout:
+        accelerator = self.accelerator  # pyright: ignore[reportAttributeAccessIssue]
+        return Layout(self.ep_size, accelerator.num_processes, accelerator.state.deepspeed_plugin.zero_stage)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Gathers all experts and writes them as the model has them unspread; see `save_plain_model`."""
@@ -57,6 +83,7 @@ class ExpertParallelMixin:
             if trainer.processing_class is not None:
                 trainer.processing_class.save_pretrained(folder)
             torch.save(trainer.args, folder / TRAINING_ARGS_NAME)
+            write_layout(folder, self._layout())
 
 
 def separate_experts(optimizer: torch.optim.Optimizer, model: nn.Module, ep_size: int) -> None:
@@ -76,7 +103,7 @@ def separate_experts(optimizer: torch.optim.Optimizer, model: nn.Module, ep_size
 
 def _expert_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
     for name, module in model.named_modules():
-        if name.endswith(".experts") and hasattr(module, "gate_up_proj"):
+        if name.endswith(".experts") and (hasattr(module, "gate_up_proj") or hasattr(module, "w1")):
             yield from module.parameters()
 
 
@@ -87,4 +114,4 @@ class _RequireExpertParallelism(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         running = require_expert_parallelism(self.trainer.model_wrapped, self.trainer.ep_size)
         if state.is_world_process_zero:
-            print(f"{'experts':<10} {running}")  # noqa: T201 - what runs is said where the command says the rest
+            print(f"{'parallel':<10} {running}")  # noqa: T201 - what runs is said where the command says the rest

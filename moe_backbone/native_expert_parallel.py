@@ -7,7 +7,7 @@ no part in it. `moe_backbone.expert_parallel` is the other way; see there for wh
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed._functional_collectives import all_to_all_single_autograd
 from torch.distributed.distributed_c10d import all_to_all_single
 from transformers.distributed import DistributedConfig
@@ -22,6 +22,26 @@ def native_expert_parallel_options(ep_size: int, world_size: int) -> dict[str, A
     """Options of `from_pretrained` that spread the experts over `ep_size` processes, and all else over all of them."""
     distributed = DistributedConfig(fsdp_size=world_size, ep_size=ep_size, ep_implementation=NAME)
     return {"distributed_config": distributed, "experts_implementation": NAME}
+
+
+def require_native_expert_parallelism(model: nn.Module, ep_size: int) -> str:
+    """Describes what really runs, after making sure that the experts of a model were spread as asked.
+
+    Raises:
+        RuntimeError: They were not.
+    """
+    experts: list[Any] = [module for module in model.modules() if getattr(module, "_is_expert_parallel", False)]
+    sizes = {len(module.gate_up_proj) // module.num_experts for module in experts}
+    if sizes != {ep_size}:
+        raise RuntimeError(
+            f"Expert parallelism of {ep_size} was asked for, but transformers spread {len(experts)} layers, over "
+            f"{sorted(sizes)} process(es)."
+        )
+    local = experts[0].num_experts
+    return (
+        f"{local} of {local * ep_size} in each process, over {ep_size} process(es), in {len(experts)} layers; "
+        "transformers' own, with FSDP2"
+    )
 
 
 class MemcpyEP(AllToAllEP):

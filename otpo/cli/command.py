@@ -66,7 +66,12 @@ def run(command: TrainingCommand, argv: Sequence[str] | None = None) -> int:
         parsed, trainer, checkpoint = _prepare(command, parser, given)
     except REFUSALS as error:
         return refuse(parser.prog, error)
-    _train(command.describe(trainer, parsed), trainer, checkpoint)
+    lines = command.describe(trainer, parsed)
+    if parsed[0].expert_parallel_size != 1:
+        from .expert_parallel import describe_native
+
+        lines |= describe_native(parsed[0], trainer.model)
+    _train(lines, trainer, checkpoint)
     _finish(command, parsed, trainer, changed_options(given), begin)
     # A model that outlives its process group takes the group's threads down with the interpreter locked, which those
     # of gloo may be waiting for. So it goes first.

@@ -47,7 +47,7 @@ def prepare(values: Mapping[str, Any], environ: MutableMapping[str, str]) -> lis
             f"`expert_parallel_size={size}` with FSDP of the accelerate configuration. Use zero2, zero3 or ddp."
         )
     if backend == "transformers":
-        _require_native()
+        _require_native(values)
         return []
     base = _deepspeed_options(values.get("deepspeed"), environ)
     stage = int(environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", _DEFAULT_STAGE))
@@ -87,11 +87,32 @@ def model_options(options: RunArguments) -> dict[str, Any]:
     return native_expert_parallel_options(options.expert_parallel_size, int(os.environ["WORLD_SIZE"]))
 
 
-def _require_native() -> None:
+def describe_native(options: RunArguments, model: Any) -> dict[str, str]:
+    """A line on how transformers spread the experts; none where DeepSpeed does, or nothing.
+
+    Raises:
+        RuntimeError: They were not spread as asked.
+    """
+    if options.expert_parallel_size == 1 or options.expert_parallel_backend == "deepspeed":
+        return {}
+    from moe_backbone.native_expert_parallel import require_native_expert_parallelism
+
+    return {"parallel": require_native_expert_parallelism(model, options.expert_parallel_size)}
+
+
+def _require_native(values: Mapping[str, Any]) -> None:
     if find_spec("transformers.distributed.expert_parallel") is None:
         raise ValueError(
             "`expert_parallel_backend=transformers` needs transformers 5.21 or later. Install it, or set "
             "`expert_parallel_backend` to deepspeed."
+        )
+    if (
+        not values["save_only_model"]
+        and str(getattr(values["save_strategy"], "value", values["save_strategy"])) != "no"
+    ):
+        raise ValueError(
+            "`expert_parallel_backend=transformers` can't resume: transformers saves no optimizer's states of models "
+            "that are spread as they load. Add `--save_only_model true` or `--save_strategy no`, or use deepspeed."
         )
 
 

@@ -1,0 +1,82 @@
+"""Resuming a DeepSpeed checkpoint of spread experts in another layout: expert-parallel size, processes or ZeRO stage.
+
+DeepSpeed loads such a checkpoint without an error and with the optimizer's states of other experts. So each checkpoint
+says how it was made, and one of another layout goes through DeepSpeed's universal format first. Not with ZeRO-3, where
+the conversion of DeepSpeed 0.19.8 does not give back the optimizer's states of experts exactly: it is refused.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch.distributed as dist
+
+LAYOUT_FILE = "expert_parallel.json"
+_LATEST, _LATEST_UNIVERSAL = "latest", "latest_universal"
+
+
+class Layout(NamedTuple):
+    """How a run divides a model: processes that share experts, all processes, and ZeRO's stage."""
+
+    ep_size: int
+    world_size: int
+    zero_stage: int
+
+
+def write_layout(folder: Path, layout: Layout) -> None:
+    """Leaves the layout beside the weights of a checkpoint."""
+    (folder / LAYOUT_FILE).write_text(json.dumps(layout._asdict()) + "\n", encoding="utf-8")
+
+
+def fit_checkpoint(checkpoint: str | Path, layout: Layout, deepspeed_config: dict[str, Any]) -> bool:
+    """Makes a checkpoint loadable in this layout; all processes call it, before the engine is made.
+
+    Args:
+        checkpoint: A folder of the Trainer's.
+        layout: Of this run.
+        deepspeed_config: Of this run; told to load the universal format where the checkpoint had to be converted.
+
+    Returns:
+        Whether the checkpoint was of another layout.
+
+    Raises:
+        ValueError: The checkpoint does not say how it was made, or cannot be brought into this layout exactly.
+        RuntimeError: DeepSpeed could not convert it.
+    """
+    checkpoint = Path(checkpoint)
+    path = checkpoint / LAYOUT_FILE
+    if not path.is_file():
+        raise ValueError(
+            f"`resume_from_checkpoint={checkpoint}` has no {LAYOUT_FILE}: it was not saved by a run with expert "
+            "parallelism. Start from its weights (`model_name_or_path`) in place of resuming it."
+        )
+    saved = Layout(**json.loads(path.read_text(encoding="utf-8")))
+    if saved == layout:
+        return False
+    if saved.zero_stage != layout.zero_stage or layout.zero_stage == 3:
+        raise ValueError(
+            f"`resume_from_checkpoint={checkpoint}` was saved as {saved} and can't be resumed as {layout}: another "
+            "`ep_size` or `world_size` can with ZeRO-1 and ZeRO-2, of the same stage. Set them as they were, or start "
+            "from its weights (`model_name_or_path`)."
+        )
+    failure = [_convert(checkpoint) if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(failure, src=0)
+    if failure[0]:
+        raise RuntimeError(f"DeepSpeed could not convert {checkpoint} to its universal format: {failure[0]}")
+    deepspeed_config["checkpoint"] = {**deepspeed_config.get("checkpoint", {}), "load_universal": True}
+    return True
+
+
+def _convert(checkpoint: Path) -> str | None:
+    """Writes the universal format beside the checkpoint's own, unless it is there; returns what went wrong."""
+    if (checkpoint / _LATEST_UNIVERSAL).is_file():  # written last
+        return None
+    tag = (checkpoint / _LATEST).read_text(encoding="utf-8").strip()
+    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+    command += ["--input_folder", str(checkpoint / tag), "--output_folder", str(checkpoint / f"{tag}_universal")]
+    kept = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    done = subprocess.run(command, env=kept, capture_output=True, text=True, check=False)
+    return None if done.returncode == 0 else (done.stderr.strip().splitlines() or ["no output"])[-1]
