@@ -13,7 +13,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before `helpers` imports Triton: its kernels run on the CPU
 
-from helpers import IMAGE_TEMPLATE, MARKED_TEMPLATE, make_tokenizer, save_model
+from helpers import IMAGE_TEMPLATE, MARKED_TEMPLATE, make_pairs, make_tokenizer, save_model
 
 
 @pytest.fixture(autouse=True)
@@ -107,6 +107,13 @@ def compass_folder(tmp_path_factory):
         router_aux_loss_coef=0.1,
     )
     return save_model(CompassForCausalLM(config), tmp_path_factory.mktemp("compass"), tokenizer)
+
+
+@pytest.fixture(scope="session")
+def pairs_file(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
+    make_pairs(12).to_json(path)
+    return str(path)
 
 
 @pytest.fixture(scope="session")

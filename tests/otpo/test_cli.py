@@ -33,13 +33,6 @@ OFFICIAL = {  # weights of the plan's two terms, beta, accumulation, GPUs, model
 }
 
 
-@pytest.fixture(scope="module")
-def pairs_file(tmp_path_factory) -> str:
-    path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
-    make_pairs(12).to_json(path)
-    return str(path)
-
-
 # The console script
 
 

@@ -1,0 +1,305 @@
+"""Experts spread over processes: two of them, over gloo, against one with the whole model."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from cli_helpers import ROOT, arguments, launched, python, refusal
+from compass_helpers import compass_model
+from expert_parallel_worker import STEPS, losses, rows
+from expert_parallel_worker import arguments as training_arguments
+from transformers import (
+    AutoModelForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+    Trainer,
+)
+
+from moe_backbone.expert_parallel import check_expert_parallel, expert_parallel_config
+from moe_backbone.expert_parallel_resume import LAYOUT_FILE, Layout, fit_checkpoint
+from moe_backbone.expert_parallel_trainer import separate_experts
+from otpo.cli import align, expert_parallel, pretrain
+from otpo.cli.command import find_checkpoint
+
+pytest.importorskip("deepspeed", reason="DeepSpeed is an extra")
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="DeepSpeed compiles its operator for the CPU")
+SIZES = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "num_experts_per_tok": 2,
+    "initializer_range": 0.2,
+    "router_aux_loss_coef": 0.1,
+}
+CLOSE = 1e-4
+
+
+def start(name, folder, processes=2, **options):
+    """Runs a function of the worker in several processes and returns what it found."""
+    folder.mkdir(parents=True, exist_ok=True)
+    launch = [
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        str(processes),
+        "--master_port",
+        "0",
+        "--rdzv_backend",
+    ]
+    launch += ["c10d", "--rdzv_endpoint", "localhost:0", str(ROOT / "tests" / "expert_parallel_worker.py")]
+    done = python(*launch, name, str(folder), json.dumps(options), DS_ACCELERATOR="cpu", TRITON_INTERPRET="0")
+    path = folder / "result.json"
+    return (json.loads(path.read_text()) if done.returncode == 0 else None), done
+
+
+def result(*args, **options):
+    found, done = start(*args, **options)
+    assert found is not None, (done.stdout + done.stderr)[-6000:]
+    return found
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    torch.manual_seed(0)
+    qwen = Qwen3MoeConfig(**SIZES, moe_intermediate_size=24, num_experts=4)
+    mixtral = MixtralConfig(**SIZES, intermediate_size=24, num_local_experts=4)
+    compass_model(num_experts=4, num_mtp_layers=1, num_shared_experts=1, router_aux_loss_coef=0.1).save_pretrained(
+        folder / "compass"
+    )
+    Qwen3MoeForCausalLM(qwen).save_pretrained(folder / "qwen3_moe")
+    MixtralForCausalLM(mixtral).save_pretrained(folder / "mixtral")
+    return {name: str(folder / name) for name in ("compass", "qwen3_moe", "mixtral")}
+
+
+@pytest.fixture(scope="module")
+def alone(models, tmp_path_factory):
+    """Losses of one process that takes the rows of both, one after the other."""
+    model = AutoModelForCausalLM.from_pretrained(models["compass"])
+    args = training_arguments(tmp_path_factory.mktemp("alone"), gradient_accumulation_steps=2, save_strategy="no")
+    trainer = Trainer(model=model, args=args, train_dataset=rows())
+    trainer.train()
+    return losses(trainer)
+
+
+@pytest.fixture(scope="module")
+def run(models, tmp_path_factory):
+    """A run of ZeRO-2 in two processes that share the experts, with its checkpoints."""
+    folder = tmp_path_factory.mktemp("run")
+    return folder, result("train", folder, model=models["compass"])
+
+
+def by_step(found):
+    return {int(step): loss for step, loss in found["losses"].items()}
+
+
+def assert_saved(folder, found):
+    """What was saved loads as any model and is the one that was trained."""
+    model = AutoModelForCausalLM.from_pretrained(folder / "final").eval()
+    with torch.no_grad():
+        logits = model(torch.stack([row["input_ids"] for row in rows()[:2]])).logits
+    torch.testing.assert_close(logits.flatten()[:50], torch.tensor(found["logits"]), rtol=1e-4, atol=1e-5)
+
+
+def test_the_layer_is_the_whole_experts(tmp_path):
+    """Uneven tokens, none, an expert without any, all of them in one process or expert; every gradient."""
+    errors = result("layers", tmp_path)
+    assert len(errors) == 4 * 5 * 6
+    assert max(errors.values()) < 1e-5, max(errors, key=errors.__getitem__)
+
+
+@pytest.mark.parametrize(
+    ("name", "stage"), [("compass", 1), ("compass", 2), ("compass", 3), ("qwen3_moe", 2), ("mixtral", 3)]
+)
+def test_five_steps_are_those_of_the_whole_model(models, tmp_path, name, stage):
+    errors = result("engine", tmp_path, model=models[name], stage=stage)
+    assert sum(part.startswith("gradient") for part in errors) > 20
+    assert {"loss", "aux_loss"} <= errors.keys()
+    assert max(errors.values()) < 1e-3, max(errors, key=errors.__getitem__)
+
+
+def test_the_trainer_is_that_of_one_process(run, alone):
+    folder, found = run
+    assert found["engine"] == "DeepSpeedEngine"
+    assert by_step(found) == pytest.approx(alone, abs=CLOSE)
+    assert_saved(folder, found)
+    index = json.loads((folder / "final" / "model.safetensors.index.json").read_text())["weight_map"]
+    assert "model.layers.1.mlp.experts.3.gate_proj.weight" in index
+    assert not any(".w1" in name or ".experts.experts" in name for name in index)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_other_stages_of_the_trainer(models, tmp_path, alone, stage):
+    found = result("train", tmp_path, model=models["compass"], stage=stage)
+    assert by_step(found) == pytest.approx(alone, abs=CLOSE)
+    assert_saved(tmp_path, found)
+
+
+@pytest.mark.parametrize("ep_size", [2, 1])
+def test_a_checkpoint_resumes_in_this_and_another_size(run, models, tmp_path, alone, ep_size):
+    folder = tmp_path / "checkpoint-2"
+    shutil.copytree(run[0] / "checkpoint-2", folder)
+    found = result("train", tmp_path, model=models["compass"], ep_size=ep_size, resume=str(folder))
+    assert by_step(found) == pytest.approx(alone, abs=CLOSE)
+    assert_saved(tmp_path, found)
+
+
+def test_a_run_killed_while_saving_goes_on_from_the_last_good_checkpoint(models, tmp_path, alone):
+    found, done = start("train", tmp_path, model=models["compass"], die_saving=True)
+    assert found is None
+    assert done.returncode
+    assert (tmp_path / "checkpoint-4").is_dir()
+    checkpoint = find_checkpoint("true", str(tmp_path))
+    assert checkpoint == str(tmp_path / "checkpoint-2")
+    found = result("train", tmp_path, model=models["compass"], resume=checkpoint)
+    assert by_step(found) == pytest.approx(alone, abs=CLOSE)
+
+
+def test_a_process_that_dies_ends_the_run_and_is_named(models, tmp_path):
+    found, done = start("train", tmp_path, model=models["compass"], die_at=1)
+    assert found is None
+    assert done.returncode
+    assert "rank      : 1 (local_rank: 1)" in done.stderr
+    assert "exitcode  : 17" in done.stderr
+
+
+def test_the_native_backend_is_that_of_one_process(models, tmp_path, alone):
+    pytest.importorskip("transformers.distributed.expert_parallel", reason="transformers 5.21 or later")
+    found = result("native", tmp_path, model=models["compass"])
+    assert found["running"].startswith("2 of 4 in each process, over 2 process(es), in 3 layers; transformers' own")
+    assert by_step(found) == pytest.approx(alone, abs=CLOSE)
+    assert_saved(tmp_path, found)
+
+
+@pytest.mark.parametrize("backend", ["deepspeed", "transformers"])
+def test_alignment_from_the_command_line(compass_folder, pairs_file, tmp_path, backend):
+    """OTPO with its reference; the same losses whatever spreads the experts, and without spreading them."""
+    found = {}
+    for size in (1, 2):
+        out = tmp_path / str(size)
+        options = arguments(compass_folder, pairs_file, out, report=out / "report.json", expert_parallel_size=size)
+        options += ["--expert_parallel_backend", backend, "--ddp_find_unused_parameters", "true"]
+        done = python(*launched("otpo.cli.align", *options), DS_ACCELERATOR="cpu", TRITON_INTERPRET="0")
+        assert done.returncode == 0, done.stderr[-4000:]
+        found[size] = json.loads((out / "report.json").read_text())["metrics"]
+        assert ("parallel   2 of 4 in each process" in done.stdout) == (size == 2)
+        AutoModelForCausalLM.from_pretrained(out)
+    for name in ("loss", "aux_loss", "rewards/margins"):
+        assert found[2][name] == pytest.approx(found[1][name], rel=1e-3, abs=1e-5), name
+
+
+def test_the_optimizer_keeps_its_groups():
+    model = compass_model(num_experts=4)
+    decayed = [p for p in model.parameters() if p.dim() > 1]
+    others = [p for p in model.parameters() if p.dim() == 1]
+    optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": 0.3}, {"params": others, "weight_decay": 0.0}])
+    separate_experts(optimizer, model, 4)
+    assert [group.get("moe", False) for group in optimizer.param_groups] == [False, True, False]
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.3, 0.3, 0.0]
+    assert optimizer.param_groups[1]["name"] == "ep_size_4"
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(decayed) + len(others)
+    assert {p.dim() for p in optimizer.param_groups[1]["params"]} == {3}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ((3, 16, 8, 8), r"does not divide the 16 experts. Set `expert_parallel_size` to one of \[1, 2, 4, 8\]"),
+        ((16, 16, 16, 8), r"does not divide the 8 process\(es\) of a machine.*one of \[1, 2, 4, 8\]"),
+        ((0, 16, 8, 8), "must be at least 1, got 0"),
+        ((4, 16, 6, 6), r"does not divide the 6 process\(es\).*one of \[1, 2\]"),
+    ],
+)
+def test_sizes_that_do_not_fit(sizes, message):
+    with pytest.raises(ValueError, match=message):
+        check_expert_parallel(*sizes)
+
+
+def test_the_configuration_and_its_errors(monkeypatch):
+    config = expert_parallel_config("compass", 8, 1, base={"gradient_clipping": 0.5})
+    assert config["expert_parallel"] == {"enabled": True, "autoep_size": 8, "preset_model": "otpo_compass"}
+    assert config["zero_optimization"]["stage"] == 1
+    assert config["gradient_clipping"] == 0.5
+    assert (
+        expert_parallel_config("compass", 8, 1, base={"zero_optimization": {"stage": 3}})["zero_optimization"]["stage"]
+        == 3
+    )
+    with pytest.raises(ValueError, match=r"of type 'llama' can't be spread.*compass, mixtral, qwen3_moe"):
+        expert_parallel_config("llama", 2)
+    with pytest.raises(ValueError, match=r"ZeRO stage 0 can't be trained and saved.*one of 1, 2, 3"):
+        expert_parallel_config("compass", 2, 0)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"needs DeepSpeed: `pip install 'otpo\[deepspeed\]'`"):
+        expert_parallel_config("compass", 2)
+
+
+def test_checkpoints_that_cannot_be_resumed_exactly(tmp_path):
+    with pytest.raises(ValueError, match=r"has no expert_parallel.json.*Start from its weights"):
+        fit_checkpoint(tmp_path, Layout(2, 2, 2), {})
+    for saved, wanted in ((Layout(2, 2, 3), Layout(1, 2, 3)), (Layout(2, 2, 2), Layout(2, 2, 3))):
+        (tmp_path / LAYOUT_FILE).write_text(json.dumps(saved._asdict()))
+        with pytest.raises(ValueError, match="another `ep_size` or `world_size` can with ZeRO-1 and ZeRO-2"):
+            fit_checkpoint(tmp_path, wanted, {})
+
+
+def options(**changes):
+    values = {
+        "expert_parallel_size": 2,
+        "expert_parallel_backend": "deepspeed",
+        "model_name_or_path": None,
+        "use_cpu": False,
+        "save_only_model": False,
+        "save_strategy": "steps",
+    }
+    return {**values, **changes}
+
+
+@pytest.mark.parametrize(
+    ("changes", "environ", "message"),
+    [
+        (
+            {"expert_parallel_backend": "megatron"},
+            {},
+            "`expert_parallel_backend=megatron` is not known.*deepspeed,",
+        ),
+        ({"use_peft": True}, {}, "adapters of spread experts are not covered"),
+        ({}, {}, "needs several processes. Add `--num_processes N`, a multiple of 2"),
+        ({}, {"WORLD_SIZE": "2", "ACCELERATE_USE_FSDP": "true"}, "with FSDP.*Use zero2, zero3 or ddp"),
+        ({"deepspeed": "{wrong"}, {"WORLD_SIZE": "2"}, "`deepspeed={wrong` is not JSON"),
+        ({"expert_parallel_backend": "transformers"}, {"WORLD_SIZE": "2"}, "save_only_model|5.21 or later"),
+    ],
+)
+def test_options_that_contradict_each_other(changes, environ, message):
+    with pytest.raises(ValueError, match=message):
+        expert_parallel.prepare(options(**changes), environ)
+
+
+def test_the_stage_is_that_of_the_accelerate_configuration():
+    environ = {"WORLD_SIZE": "2", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}
+    name, config = expert_parallel.prepare(options(), environ)
+    assert name == "--deepspeed"
+    assert json.loads(config)["zero_optimization"]["stage"] == 3
+
+
+def test_one_process_is_refused(capsys, compass_folder, pairs_file, tmp_path, own_process):
+    argv = arguments(compass_folder, pairs_file, tmp_path, expert_parallel_size=2)
+    assert "needs several processes" in refusal(align.main, capsys, argv)
+    argv = [
+        "--preset",
+        "compass-tiny",
+        "--tokenizer_name_or_path",
+        compass_folder,
+        "--dataset_name",
+        "otpo/demo-corpus",
+    ]
+    argv += ["--expert_parallel_size", "2", "--output_dir", str(tmp_path), "--use_cpu", "true"]
+    assert "needs several processes" in refusal(pretrain.main, capsys, argv)
+    assert Path(tmp_path).is_dir()
+    assert STEPS == 4
