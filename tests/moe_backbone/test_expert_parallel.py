@@ -188,7 +188,7 @@ def test_alignment_from_the_command_line(compass_folder, pairs_file, tmp_path, b
         options += ["--expert_parallel_backend", backend, "--ddp_find_unused_parameters", "true"]
         done = python(*launched("otpo.cli.align", *options), DS_ACCELERATOR="cpu", TRITON_INTERPRET="0")
         assert done.returncode == 0, done.stderr[-4000:]
-        found[size] = json.loads((out / "report.json").read_text())["metrics"]
+        found[size] = json.loads((out / "report.json").read_text())["metrics"]["train"]
         assert ("parallel   2 of 4 in each process" in done.stdout) == (size == 2)
         AutoModelForCausalLM.from_pretrained(out)
     for name in ("loss", "aux_loss", "rewards/margins"):
