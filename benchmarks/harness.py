@@ -86,7 +86,8 @@ def measure_device(
 def describe_machine(*packages: str) -> dict[str, str]:
     """GPU, versions and date, for every line of a CSV."""
     versions = {name: _version(name) for name in ("torch", "triton", *packages)}
-    return {"gpu": torch.cuda.get_device_name(), **versions, "date": datetime.date.today().isoformat()}
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    return {"gpu": gpu, **versions, "date": datetime.date.today().isoformat()}
 
 
 def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 
 
-def python(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+def python(*arguments: str, timeout: float = 180, **variables: str) -> subprocess.CompletedProcess[str]:
     path = f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"
     return subprocess.run(
         [sys.executable, *arguments],
@@ -18,7 +18,7 @@ def python(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
+        timeout=timeout,
     )
 
 

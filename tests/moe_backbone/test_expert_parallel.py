@@ -39,6 +39,7 @@ SIZES = {
     "router_aux_loss_coef": 0.1,
 }
 CLOSE = 1e-4
+ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "TRITON_INTERPRET": "0"}
 
 
 def start(name, folder, processes=2, **options):
@@ -54,7 +55,7 @@ def start(name, folder, processes=2, **options):
         "--rdzv_backend",
     ]
     launch += ["c10d", "--rdzv_endpoint", "localhost:0", str(ROOT / "tests" / "expert_parallel_worker.py")]
-    done = python(*launch, name, str(folder), json.dumps(options), DS_ACCELERATOR="cpu", TRITON_INTERPRET="0")
+    done = python(*launch, name, str(folder), json.dumps(options), timeout=90 * processes, **ENVIRONMENT)
     path = folder / "result.json"
     return (json.loads(path.read_text()) if done.returncode == 0 else None), done
 
@@ -125,6 +126,15 @@ def test_five_steps_are_those_of_the_whole_model(models, tmp_path, name, stage):
     assert max(errors.values()) < 1e-3, max(errors, key=errors.__getitem__)
 
 
+@pytest.mark.slow
+def test_sixteen_experts_over_eight_processes(tmp_path):
+    """Compass-v3's own setting, two experts in each process, at a tiny size."""
+    model = compass_model(num_experts=16, num_experts_per_tok=4, router_aux_loss_coef=0.1)
+    model.save_pretrained(tmp_path / "model")
+    errors = result("engine", tmp_path, processes=8, model=str(tmp_path / "model"), stage=2)
+    assert max(errors.values()) < 1e-3, max(errors, key=errors.__getitem__)
+
+
 def test_the_trainer_is_that_of_one_process(run, alone):
     folder, found = run
     assert found["engine"] == "DeepSpeedEngine"
@@ -186,7 +196,7 @@ def test_alignment_from_the_command_line(compass_folder, pairs_file, tmp_path, b
         out = tmp_path / str(size)
         options = arguments(compass_folder, pairs_file, out, report=out / "report.json", expert_parallel_size=size)
         options += ["--expert_parallel_backend", backend, "--ddp_find_unused_parameters", "true"]
-        done = python(*launched("otpo.cli.align", *options), DS_ACCELERATOR="cpu", TRITON_INTERPRET="0")
+        done = python(*launched("otpo.cli.align", *options), **ENVIRONMENT)
         assert done.returncode == 0, done.stderr[-4000:]
         found[size] = json.loads((out / "report.json").read_text())["metrics"]["train"]
         assert ("parallel   2 of 4 in each process" in done.stdout) == (size == 2)
