@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .callbacks import LogTokenWeightsCallback as LogTokenWeightsCallback
     from .config import OTPOConfig as OTPOConfig
     from .trainer import OTPOTrainer as OTPOTrainer
     from .weighting import PairBatch as PairBatch
@@ -15,12 +16,13 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "LogTokenWeightsCallback": "otpo.callbacks",
     "OTPOConfig": "otpo.config",
     "OTPOTrainer": "otpo.trainer",
     "PairBatch": "otpo.weighting",
     "TokenWeights": "otpo.weighting",
 }
-__all__ = ["OTPOConfig", "OTPOTrainer", "PairBatch", "TokenWeights", "__version__"]
+__all__ = ["LogTokenWeightsCallback", "OTPOConfig", "OTPOTrainer", "PairBatch", "TokenWeights", "__version__"]
 
 
 def __getattr__(name: str) -> Any:

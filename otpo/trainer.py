@@ -22,6 +22,7 @@ from torch import Tensor
 from trl import DPOTrainer
 from trl.trainer.utils import get_config_model_id
 
+from .callbacks import LogTokenWeightsCallback
 from .config import OTPOConfig
 from .data.validation import PairRule, drop_unusable_pairs, is_tokenized, require_preference_columns
 from .guards import (
@@ -144,6 +145,13 @@ class OTPOTrainer(DPOTrainer):
             Weights of the shape of `batch.mask`, alone or with numbers to log.
         """
         return self.weighting(batch)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Trains as [`trl.DPOTrainer`] does; callbacks that look at the weights get to know the trainer first."""
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, LogTokenWeightsCallback):
+                callback.attach(self)
+        return super().train(*args, **kwargs)
 
     # The data, before training
 

@@ -158,6 +158,53 @@ def transport_weights(
     return TransportWeights(*weights, solver="torch")
 
 
+@torch.no_grad()
+def transport_plan(
+    chosen: Tensor,
+    rejected: Tensor,
+    *,
+    reg: float = 1.0,
+    reg_m: float = 0.2,
+    cost_scale: CostScale = "release",
+    tolerance: float = 1e-6,
+    max_iterations: int = 1000,
+) -> Tensor:
+    """The transport plan of one pair, scaled so that its marginals are the weights of [`transport_weights`].
+
+    `G_ij` is what the weight of chosen token `i` and of rejected token `j` have in common; `G` sums to
+    `min(M, N)`. For looking at: it holds a number for each pair of tokens, which training never does outside
+    the solver.
+
+    Args:
+        chosen: Hidden states that predict the chosen tokens, `(M, D)`, without padding, any floating dtype.
+        rejected: Hidden states that predict the rejected tokens, `(N, D)`.
+        reg: See [`transport_weights`], and so are the other options.
+        reg_m: See there.
+        cost_scale: See there.
+        tolerance: See there.
+        max_iterations: See there.
+
+    Returns:
+        `(M, N)` in float64 (float32 on devices without it). `G 1` are the chosen weights; `G^T 1` the rejected ones,
+        up to the tolerance. Zero rows or columns for an empty response.
+
+    Raises:
+        ValueError: An option is outside its range.
+    """
+    check_positive(reg=reg, reg_m=reg_m)
+    check_cost_scale(cost_scale)
+    if not len(chosen) or not len(rejected):
+        return torch.zeros(len(chosen), len(rejected), dtype=torch.float64, device=chosen.device)
+    chosen, rejected = chosen.unsqueeze(0), rejected.unsqueeze(0)
+    masks = [torch.ones(states.shape[:2], dtype=torch.bool, device=states.device) for states in (chosen, rejected)]
+    cost = pairwise_cost(chosen, rejected, *masks, scale=cost_scale)
+    solved = unbalanced_sinkhorn(
+        cost, *masks, reg=reg, reg_m=reg_m, tolerance=tolerance, max_iterations=max_iterations
+    )
+    plan = solved.plan(cost, reg)[0]
+    return plan * (min(plan.shape) / plan.sum())
+
+
 def _torch_weights(
     chosen: Tensor,
     rejected: Tensor,

@@ -49,6 +49,7 @@ def prepare(values: Mapping[str, Any], environ: MutableMapping[str, str]) -> lis
     if backend == "transformers":
         _require_native(values)
         return []
+    _take_over(environ)
     base = _deepspeed_options(values.get("deepspeed"), environ)
     stage = int(environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", _DEFAULT_STAGE))
     config = expert_parallel_config(_model_type(values), size, stage, base=base)
@@ -130,6 +131,18 @@ def _deepspeed_options(value: Any, environ: Mapping[str, str]) -> dict[str, Any]
         return json.loads(value if value.lstrip().startswith("{") else Path(value).read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"`deepspeed={value}` is not JSON: {error}.") from error
+
+
+def _take_over(environ: MutableMapping[str, str]) -> None:
+    """Makes room for our DeepSpeed configuration where accelerate's has fields of its own: the stage is taken over."""
+    for kind in ("OPTIMIZER", "PARAM"):
+        device = environ.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{kind}_DEVICE", "none")
+        if device != "none":
+            raise ValueError(
+                f"`offload_{kind.lower()}_device: {device}` of the accelerate configuration would be lost. Set it in "
+                "a DeepSpeed configuration (`deepspeed`), under `zero_optimization`."
+            )
+    environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)  # of which accelerate refuses each beside a configuration
 
 
 def _start_gloo(environ: MutableMapping[str, str]) -> None:

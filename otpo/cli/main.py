@@ -20,6 +20,7 @@ COMMANDS = {
     "align": Command("Align a model on preference pairs, on one device or many.", "otpo.cli.align"),
     "pretrain": Command("Pretrain a Compass Mixture-of-Experts model, stage by stage.", "otpo.cli.pretrain"),
     "sft": Command("Fine-tune a model on instructions and their answers.", "otpo.cli.sft"),
+    "explain": Command("Show which tokens of a pair count, as an HTML page or a PNG.", "otpo.cli.explain"),
     "env": Command("Print versions, devices and folders, to be pasted into an issue.", "otpo.cli.env"),
     "plan": Command("Plan a training run: parameters, memory of a GPU, communication, time.", "otpo.cli.plan"),
 }

@@ -282,6 +282,11 @@ def options(**changes):
         ({"use_peft": True}, {}, "adapters of spread experts are not covered"),
         ({}, {}, "needs several processes. Add `--num_processes N`, a multiple of 2"),
         ({}, {"WORLD_SIZE": "2", "ACCELERATE_USE_FSDP": "true"}, "with FSDP.*Use zero2, zero3 or ddp"),
+        (
+            {},
+            {"WORLD_SIZE": "2", "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu"},
+            "`offload_optimizer_device: cpu` of the accelerate configuration would be lost",
+        ),
         ({"deepspeed": "{wrong"}, {"WORLD_SIZE": "2"}, "`deepspeed={wrong` is not JSON"),
         ({"expert_parallel_backend": "transformers"}, {"WORLD_SIZE": "2"}, "save_only_model|5.21 or later"),
     ],
@@ -292,9 +297,10 @@ def test_options_that_contradict_each_other(changes, environ, message):
 
 
 def test_the_stage_is_that_of_the_accelerate_configuration():
-    environ = {"WORLD_SIZE": "2", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}
+    environ = {"WORLD_SIZE": "2", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3", "ACCELERATE_CONFIG_DS_FIELDS": "zero_stage"}
     name, config = expert_parallel.prepare(options(), environ)
     assert name == "--deepspeed"
+    assert "ACCELERATE_CONFIG_DS_FIELDS" not in environ
     assert json.loads(config)["zero_optimization"]["stage"] == 3
 
 

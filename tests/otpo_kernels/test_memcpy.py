@@ -136,7 +136,7 @@ def check_moves(index, experts, hidden, dtype, alignment=1, weights_dtype=None):
     assert got["rows"].cpu()[~taken].eq(0).all()
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25 if DEVICE == "cpu" else 8, deadline=None)  # a GPU tunes and compiles each new shape
 @given(case=CASES, dtype=st.sampled_from(DTYPES))
 def test_kernels_are_the_definition(case, dtype):
     torch.manual_seed(case["seed"])

@@ -1,0 +1,311 @@
+"""`otpo explain`: which tokens of a pair count, what they are aligned with, and what that does to the rewards."""
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # at run time they are imported when options have been read, since they bring torch
+    from datasets import Dataset
+
+    from otpo.explain import ExplainedPair
+
+_DESCRIPTION = """\
+Show the token weights of a model on a pair, or on rows of a dataset: each token coloured by its weight, the transport
+plan as a heat map, the tokens that it aligns, and what each token adds to the rewards of DPO and of OTPO. The page
+needs no network; `--format png` makes a picture.
+
+  otpo explain --model_name_or_path MODEL --dataset_name otpo/demo --rows 0 3 17 --ot_reg 0.05 --output page.html
+  otpo explain --model_name_or_path runs/align --reference MODEL --prompt "Which colour?" --chosen "It is red." \\
+      --rejected "It is blue." --output page.html
+
+Rewards need the model that training started from: `--reference`, or, where the model is a LoRA adapter, the model
+under it. Without one, log-probabilities are shown instead. OTPO_TRACEBACK=1 in the environment shows where an error
+comes from.
+"""
+_WEIGHTS = ("weighting", "ot_reg", "ot_reg_m", "ot_cost_scale", "ld_alpha", "beta", "max_length", "seed")
+_TEXTS = ("prompt", "chosen", "rejected")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser. Options without a default take `OTPOConfig`'s, which also checks them."""
+    parser = argparse.ArgumentParser(
+        prog="otpo explain",
+        usage="otpo explain --model_name_or_path MODEL (--dataset_name NAME | --prompt ... --chosen ... "
+        "--rejected ...) [options]",
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    group = parser.add_argument_group("model")
+    add = group.add_argument
+    add(
+        "--model_name_or_path",
+        metavar="MODEL",
+        help="the policy: a name on the Hub, or a folder of a model or adapter",
+    )
+    add("--reference", metavar="MODEL", help="the reference model that rewards are measured against")
+    add("--model_revision", default="main", metavar="TEXT", help="branch, tag or commit of the policy (main)")
+    add("--dtype", default="float32", metavar="NAME", help="auto, bfloat16, float16, float32 (float32)")
+    add("--attn_implementation", metavar="NAME", help="attention that transformers takes for both models")
+    add("--trust_remote_code", action="store_true", help="run the code that comes with a model")
+    add("--use_cpu", nargs="?", const=True, default=False, type=_boolean, metavar="BOOL", help="leave GPUs alone")
+
+    group = parser.add_argument_group("pairs")
+    add = group.add_argument
+    add(
+        "--dataset_name",
+        metavar="NAME",
+        help="a name on the Hub, a folder written by `save_to_disk`, a .jsonl, .json or .parquet file, or 'otpo/demo'",
+    )
+    add("--dataset_config", metavar="NAME", help="configuration of the dataset")
+    add("--dataset_train_split", default="train", metavar="NAME", help="split that the rows are of (train)")
+    add("--rows", type=int, nargs="+", metavar="N", help="rows of the split, numbered from 0 (0)")
+    add(
+        "--prompt",
+        metavar="TEXT",
+        help="the prompt of one pair, as a user's message where the model has a chat template",
+    )
+    add("--chosen", metavar="TEXT", help="its better response")
+    add("--rejected", metavar="TEXT", help="its worse response")
+    add("--max_length", type=int, metavar="N", help="tokens kept of prompt and response together (1024)")
+
+    group = parser.add_argument_group("token weights")
+    add = group.add_argument
+    add("--weighting", metavar="NAME", help="otpo, uniform, budget, length, sampo, ld, as in `otpo align` (otpo)")
+    add("--ot_reg", type=float, metavar="X", help="weight of the plan's entropy; small values give contrast (1)")
+    add("--ot_reg_m", type=float, metavar="X", help="weight of the marginal terms (0.2)")
+    add("--ot_cost_scale", metavar="NAME", help="release, pairwise (release)")
+    add("--ld_alpha", type=float, metavar="X", help="weight past the shorter response's length, of `--weighting ld`")
+    add("--beta", type=float, metavar="X", help="factor of the rewards (0.1)")
+    add("--seed", type=int, metavar="N", help="seed of `--weighting sampo` (42)")
+
+    group = parser.add_argument_group("output")
+    add = group.add_argument
+    add("--output", metavar="FILE", help="file to write (explain.html or explain.png)")
+    add("--format", metavar="NAME", help="html, png (by the ending of `--output`, else html)")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Writes the page or the picture and returns 0; 2 with one message for what can't be used."""
+    parser = make_parser()
+    options = parser.parse_args(argv)
+    try:
+        path, kind = _output(options.output, options.format)
+        _check_source(options)
+    except ValueError as error:
+        parser.error(str(error))
+    from rich.console import Console
+
+    from .command import REFUSALS, refuse
+
+    try:
+        pairs, facts = _explain(options)
+        content = _rendered(pairs, facts, kind)
+        path.write_bytes(content)
+    except REFUSALS as error:
+        return refuse(parser.prog, error)
+    line = f"saved      {path}, {len(pairs)} pair(s), {len(content) / 1024:.0f} KiB"
+    Console(soft_wrap=True).print(line, highlight=False, markup=False)
+    return 0
+
+
+def _boolean(word: str) -> bool:
+    words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+    if word.lower() not in words:
+        raise argparse.ArgumentTypeError(f"true or false, got {word!r}")
+    return words[word.lower()]
+
+
+def _output(output: str | None, kind: str | None) -> tuple[Path, str]:
+    """Where to write what, checked before any model is loaded."""
+    ending = Path(output or "").suffix.lower()
+    known = {".html": "html", ".htm": "html", ".png": "png"}
+    kind = kind or known.get(ending, "html")
+    if kind not in ("html", "png"):
+        raise ValueError(f"`format={kind}` is not known. Set html or png.")
+    path = Path(output or f"explain.{kind}")
+    if known.get(ending, kind) != kind:
+        raise ValueError(f"`format={kind}` does not fit `output={output}`. Change one of them.")
+    if not path.parent.is_dir():
+        raise ValueError(f"`output={output}`: the folder {path.parent} does not exist. Make it, or name another file.")
+    if path.is_dir():
+        raise ValueError(f"`output={output}` is a folder. Name a file, such as {path / f'explain.{kind}'}.")
+    if kind == "png" and find_spec("matplotlib") is None:
+        raise ValueError("`format=png` needs matplotlib: `pip install 'otpo[plots]'`. `format=html` needs nothing.")
+    return path, kind
+
+
+def _check_source(options: argparse.Namespace) -> None:
+    """Raises a `ValueError` unless the options name one pair or rows of a dataset."""
+    texts = {name: getattr(options, name) for name in _TEXTS}
+    given = [name for name, text in texts.items() if text is not None]
+    if given and options.dataset_name:
+        raise ValueError(f"Both `dataset_name={options.dataset_name}` and `{given[0]}` name a pair. Leave one out.")
+    if not given and not options.dataset_name:
+        raise ValueError("No pair is named. Set `dataset_name`, or `prompt`, `chosen` and `rejected`.")
+    if given and options.rows is not None:
+        raise ValueError(f"`rows={options.rows}` are rows of a dataset, and `{given[0]}` gives a pair. Leave one out.")
+    for name, text in texts.items() if given else ():
+        if text is None:
+            raise ValueError(f"`{name}` is missing: a pair is `prompt`, `chosen` and `rejected`.")
+        if name != "prompt" and not text.strip():
+            raise ValueError(f"`{name}={text!r}` is empty, so there are no tokens to weigh. Give the response's text.")
+    if options.ld_alpha is not None and options.weighting != "ld":
+        raise ValueError(f"`ld_alpha={options.ld_alpha:g}` is an option of `weighting=ld`. Set that, or leave it out.")
+
+
+def _explain(options: argparse.Namespace) -> tuple[list["ExplainedPair"], dict[str, str]]:
+    """The pairs, and what was looked at."""
+    from transformers import AutoProcessor
+    from trl import ModelConfig
+    from trl.trainer.utils import create_model_from_path
+
+    from otpo import OTPOConfig
+
+    from . import compass  # noqa: F401 - makes its models known to the Auto classes
+    from .command import require_model, with_model_options
+
+    model = ModelConfig(
+        model_name_or_path=options.model_name_or_path,
+        model_revision=options.model_revision,
+        dtype=options.dtype,
+        attn_implementation=options.attn_implementation,
+    )
+    name = require_model(model)
+    base, reference = _model_under(name), options.reference
+    if reference and reference.startswith(("/", ".", "~")) and not Path(reference).is_dir():
+        raise ValueError(f"`reference={reference}`: there is no such folder.")
+    chosen = {name: getattr(options, name) for name in _WEIGHTS if getattr(options, name) is not None}
+    with tempfile.TemporaryDirectory() as folder:
+        args = OTPOConfig(
+            output_dir=folder,
+            use_cpu=options.use_cpu,
+            bf16=False,
+            gradient_checkpointing=False,
+            report_to="none",
+            disable_tqdm=True,
+            drop_identical_pairs=True,
+            **chosen,
+        )
+        rows, data = (None, None) if options.dataset_name is None else _load_rows(options)
+        kwargs = {**with_model_options(None, model), "trust_remote_code": options.trust_remote_code}
+        policy: Any = create_model_from_path(base or name, **kwargs)
+        if base is not None:
+            from peft import PeftModel
+
+            policy = PeftModel.from_pretrained(policy, name)
+        processor = AutoProcessor.from_pretrained(
+            base or name, revision=options.model_revision, trust_remote_code=options.trust_remote_code
+        )
+        if data is None:
+            data = _typed_pair(options, processor)
+        other = None if reference is None else create_model_from_path(reference, **{**kwargs, "revision": "main"})
+        pairs = _explained(policy, other, args, data, processor, rows)
+    told = reference or base or "none"
+    source = "typed" if options.dataset_name is None else f"{options.dataset_name}, {options.dataset_train_split}"
+    return pairs, {"model": name, "reference": told, "pairs": source}
+
+
+def _explained(
+    policy: Any, reference: Any, args: Any, data: "Dataset", processor: Any, rows: list[int] | None
+) -> list["ExplainedPair"]:
+    """Explains all of `data`, whose rows are `rows` of the user's dataset, or a pair of the user's own."""
+    import copy
+    from dataclasses import replace
+
+    from accelerate.utils import is_peft_model
+
+    from otpo import OTPOTrainer
+    from otpo.explain import explain_rows
+
+    size = policy.config.get_text_config().vocab_size
+    if reference is not None and reference.config.get_text_config().vocab_size != size:
+        raise ValueError(
+            f"The reference has {reference.config.get_text_config().vocab_size} tokens in its vocabulary, the model "
+            f"{size}. Set `reference` to the model that this one was trained from."
+        )
+    adapted = is_peft_model(policy)
+    # Without a reference it is never asked, and a shallow copy spares a second model in memory.
+    stand_in = copy.copy(policy) if reference is None and not adapted else reference
+    args._n_gpu = min(1, args.n_gpu)  # one pair at a time, on one device
+    trainer = OTPOTrainer(policy, stand_in, args=args, train_dataset=data, processing_class=processor)
+    if adapted and reference is None:
+        policy.delete_adapter("ref")  # TRL's copy of the adapter, for training it on; without, the model under it
+    names = ["the pair"] if rows is None else [f"row {row}" for row in rows]
+    kept = trainer._kept_rows.get("train", range(len(data)))
+    lost = [name for place, name in enumerate(names) if place not in kept]
+    if lost:
+        raise ValueError(
+            f"`rows`: {', '.join(lost)} can't be weighed: a response is empty within `max_length={args.max_length}`, "
+            "or both are the same. Name other rows, or raise `max_length`."
+        )
+    pairs = explain_rows(trainer, range(len(data)), reference=adapted or reference is not None)
+    return [replace(pair, name=name) for pair, name in zip(pairs, names, strict=True)]
+
+
+def _load_rows(options: argparse.Namespace) -> tuple[list[int], "Dataset"]:
+    """The numbers of the rows and the rows."""
+    from trl import DatasetMixtureConfig
+
+    from .loading import DataArguments, load_pairs
+
+    source = DataArguments(
+        dataset_name=options.dataset_name,
+        dataset_config=options.dataset_config,
+        dataset_train_split=options.dataset_train_split,
+    )
+    data: Any = load_pairs(source, DatasetMixtureConfig(), seed=0, evaluate=False)[0]
+    rows = [0] if options.rows is None else options.rows
+    wrong = [row for row in rows if not 0 <= row < len(data)]
+    if wrong:
+        raise ValueError(
+            f"`rows={wrong[0]}`: {options.dataset_name} has {len(data)} rows in its split "
+            f"{options.dataset_train_split!r}. Name rows from 0 to {len(data) - 1}."
+        )
+    data = data.select(rows)
+    for row, example in zip(rows, data, strict=True):
+        for name in {"chosen", "rejected"} & set(example):
+            if _is_blank(example[name]):
+                raise ValueError(f"`rows={row}`: its {name} response is empty, so there are no tokens to weigh.")
+    return rows, data
+
+
+def _is_blank(response: Any) -> bool:
+    if isinstance(response, list):
+        return not response or _is_blank(response[-1].get("content", ""))
+    return isinstance(response, str) and not response.strip()
+
+
+def _typed_pair(options: argparse.Namespace, processor: Any) -> "Dataset":
+    """The pair of the command line, as messages where the model has a chat template."""
+    from datasets import Dataset
+
+    texts = {name: getattr(options, name) for name in _TEXTS}
+    if getattr(processor, "chat_template", None) is None:
+        return Dataset.from_list([texts])
+    roles = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
+    return Dataset.from_list([{name: [{"role": roles[name], "content": text}] for name, text in texts.items()}])
+
+
+def _model_under(name: str) -> str | None:
+    """The model that a folder's adapter was trained on; None for a folder without an adapter."""
+    config = Path(name) / "adapter_config.json"
+    if not config.is_file():
+        return None
+    return json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
+
+
+def _rendered(pairs: Sequence["ExplainedPair"], facts: Mapping[str, str], kind: str) -> bytes:
+    from otpo.explain import draw_picture, render_page
+
+    return draw_picture(pairs) if kind == "png" else render_page(pairs, facts=facts).encode("utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

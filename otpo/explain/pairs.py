@@ -1,0 +1,252 @@
+"""What a trainer computes of a pair, token by token: weights, log-probabilities, rewards, the transport plan.
+
+Shapes: M tokens of the chosen response, N tokens of the rejected one, T scored positions.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import torch
+from datasets import IterableDataset
+from torch import Tensor
+
+from otpo.config import OTPOConfig
+from otpo.metrics import weight_metrics
+from otpo.swap import swapped
+from otpo.timing import DeviceTimer
+from otpo.transport import transport_plan
+from otpo.weighting import WEIGHTINGS, PairBatch, ld
+
+from .pieces import Piece, split_pieces
+
+if TYPE_CHECKING:
+    from otpo.scoring import Scored
+    from otpo.trainer import OTPOTrainer
+
+# Weights that are the plan's marginals differ from them by what the solvers differ, at most 1e-4 of a weight.
+_SAME_SHARE = 1e-3
+
+
+@dataclass(frozen=True)
+class ExplainedResponse:
+    """A response of n tokens. All tensors are `(n,)` float64 on the CPU.
+
+    Attributes:
+        pieces: Its text, in pieces of one or more tokens.
+        weights: Weight of each token, those that multiply the log-probabilities in the loss.
+        logps: The policy's log-probabilities, in nats.
+        reference_logps: The reference's; None when there is no reference.
+        beta: The loss's, by which rewards are multiplied.
+    """
+
+    pieces: list[Piece]
+    weights: Tensor
+    logps: Tensor
+    reference_logps: Tensor | None
+    beta: float
+
+    def contributions(self, *, weighted: bool) -> Tensor:
+        """What each token adds to the response's reward: `beta * w * (log pi - log pi_ref)`, with `w = 1` for DPO.
+
+        They sum to the trainer's `rewards/*` when `weighted`, and to its `rewards/*_unweighted` otherwise. Without a
+        reference there is no reward: then these are the log-probabilities themselves, times `w` when `weighted`.
+        """
+        scores = self.logps if self.reference_logps is None else self.beta * (self.logps - self.reference_logps)
+        return scores * self.weights if weighted else scores
+
+
+@dataclass(frozen=True)
+class ExplainedPair:
+    """A pair of responses and what aligns them.
+
+    Attributes:
+        name: What the pair is called, such as `"row 3"`.
+        prompt: The prompt as the model reads it.
+        chosen: The chosen response, M tokens.
+        rejected: The rejected response, N tokens.
+        plan: `(M, N)` float64, see [`otpo.transport.transport_plan`].
+        plan_gives_weights: Whether the weights are the plan's marginals, up to a factor for each response.
+        weighting: The weighting and its options, to be read.
+    """
+
+    name: str
+    prompt: str
+    chosen: ExplainedResponse
+    rejected: ExplainedResponse
+    plan: Tensor
+    plan_gives_weights: bool
+    weighting: str
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether the contributions are rewards rather than log-probabilities."""
+        return self.chosen.reference_logps is not None
+
+    def numbers(self) -> dict[str, float]:
+        """Numbers of the pair: `ess`, `entropy` and `max` of the weights as in `otpo.metrics`, and reward margins."""
+        sides = (self.chosen, self.rejected)
+        weights = torch.nn.utils.rnn.pad_sequence([side.weights for side in sides], batch_first=True)
+        lengths = torch.tensor([len(side.weights) for side in sides])
+        mask = torch.arange(weights.size(1)) < lengths[:, None]
+        named = {name.split("/")[1]: float(value) for name, value in weight_metrics(weights, mask).items()}
+        for name, weighted in (("margin", True), ("margin_unweighted", False)):
+            chosen, rejected = (float(side.contributions(weighted=weighted).sum()) for side in sides)
+            named[name] = chosen - rejected
+        return named
+
+    def top_alignments(self, count: int = 10) -> list[tuple[int, int, float]]:
+        """The largest entries of the plan, largest first: chosen token, rejected token, mass."""
+        masses, places = self.plan.flatten().topk(min(count, self.plan.numel()))
+        width = self.plan.size(1)
+        return [
+            (place // width, place % width, mass) for place, mass in zip(places.tolist(), masses.tolist(), strict=True)
+        ]
+
+
+def explain_rows(
+    trainer: "OTPOTrainer", rows: Sequence[int], *, split: str = "train", reference: bool = True
+) -> list[ExplainedPair]:
+    """Explains rows of a trainer's dataset with the trainer's own tokenization, weights and reference.
+
+    Before, in or after training. Nothing of the trainer is changed, nor its metrics; random generators are left
+    alone. In distributed training every process has to call it, with the same rows.
+
+    Args:
+        trainer: The trainer, whose model is the policy.
+        rows: Numbers of rows in the dataset that the trainer was given, from 0.
+        split: `"train"`, `"eval"`, or a name of an `eval_dataset` that is a dictionary.
+        reference: Whether the trainer's reference is asked; without it, pairs have log-probabilities alone.
+
+    Raises:
+        ValueError: There is no such split or row, or the trainer has dropped the row; the message says which.
+        FloatingPointError: A hidden state or a log-probability is not finite.
+    """
+    examples = [find_row(trainer, row, split) for row in rows]
+    return [_explain(trainer, example, f"row {row}", reference) for row, example in zip(rows, examples, strict=True)]
+
+
+def find_row(trainer: "OTPOTrainer", row: int, split: str = "train") -> dict[str, Any]:
+    """A row of a trainer's prepared dataset by its number in the dataset that the trainer was given.
+
+    Raises:
+        ValueError: There is no such split or row, or the trainer has dropped the row.
+    """
+    evaluation: Any = trainer.eval_dataset
+    named = evaluation if isinstance(evaluation, dict) else {"eval": evaluation}
+    splits = {name: dataset for name, dataset in {"train": trainer.train_dataset, **named}.items() if dataset}
+    if split not in splits:
+        raise ValueError(f"`split={split!r}`: the trainer has the dataset(s) {sorted(splits)}. Name one of them.")
+    dataset: Any = splits[split]
+    if isinstance(dataset, IterableDataset):
+        found = next(islice(dataset, row, None), None) if row >= 0 else None
+        if found is None:
+            raise ValueError(f"`rows`: the {split} stream has no row {row}. Rows are numbered from 0.")
+        return found
+    kept = trainer._kept_rows.get(split, range(len(dataset)))
+    if row not in kept:
+        raise ValueError(
+            f"`rows`: the {split} dataset has no row {row} that can be trained on; it has {len(dataset)}, the last of "
+            f"them {max(kept)}, numbered from 0. Name another row; rows are dropped where a response is empty within "
+            f"`max_length={trainer.args.max_length}`."
+        )
+    return dataset[kept.index(row)]
+
+
+def describe_weighting(trainer: "OTPOTrainer") -> str:
+    """The weighting that the trainer uses and its options, in one line."""
+    from otpo.trainer import OTPOTrainer
+
+    args: OTPOConfig = trainer.args
+    if type(trainer).token_weights is not OTPOTrainer.token_weights:
+        return f"{type(trainer).__name__}.token_weights"
+    if _function(trainer.weighting) is not _function(WEIGHTINGS[args.weighting](args)):
+        return "a weighting of your own"
+    if args.weighting == "otpo":
+        return f"otpo, ot_reg {args.ot_reg:g}, ot_reg_m {args.ot_reg_m:g}, ot_cost_scale {args.ot_cost_scale}"
+    return f"ld, ld_alpha {args.ld_alpha:g}" if args.weighting == "ld" else args.weighting
+
+
+def _function(weighting: Any) -> Any:
+    return weighting.func if isinstance(weighting, partial) else weighting
+
+
+def _explain(trainer: "OTPOTrainer", example: dict[str, Any], name: str, reference: bool) -> ExplainedPair:
+    inputs = trainer._prepare_inputs(trainer.data_collator([example]))
+    scored, batch = _score(trainer, inputs, reference)
+    weights = scored.weights_for(trainer.loss_types[0])
+    if trainer.ld_alpha is not None:  # TRL's own, beside a weighting
+        weights = weights * ld(batch, alpha=trainer.ld_alpha)
+
+    sides = []
+    for row, mask in enumerate(batch.mask):
+        values = [_on_cpu(value[row][mask]) for value in (weights, scored.policy_logps, scored.reference_logps)]
+        pieces = split_pieces(trainer._tokenizer, batch.token_ids[row][mask].tolist())
+        sides.append(ExplainedResponse(pieces, values[0], values[1], values[2] if reference else None, trainer.beta))
+    args: OTPOConfig = trainer.args
+    states = [batch.hidden_states[row][mask] for row, mask in enumerate(batch.mask)]
+    plan = _on_cpu(
+        transport_plan(
+            *states,
+            reg=args.ot_reg,
+            reg_m=args.ot_reg_m,
+            cost_scale=args.ot_cost_scale,
+            tolerance=args.ot_tolerance,
+            max_iterations=args.ot_max_iterations,
+        )
+    )
+    agrees = _same_shares(sides[0].weights, plan.sum(1)) and _same_shares(sides[1].weights, plan.sum(0))
+    prompt_mask = inputs["attention_mask"][0].bool() & ~inputs["completion_mask"][0].bool()
+    prompt = split_pieces(trainer._tokenizer, inputs["input_ids"][0][prompt_mask].tolist())
+    text = "".join(piece.text for piece in prompt)
+    return ExplainedPair(name, text, sides[0], sides[1], plan, agrees, describe_weighting(trainer))
+
+
+def _score(trainer: "OTPOTrainer", inputs: dict[str, Any], reference: bool) -> tuple["Scored", PairBatch]:
+    """The trainer's scores of one pair, and what its weighting has looked at."""
+    batches: list[PairBatch] = []
+    token_weights = trainer.token_weights
+
+    def record(batch: PairBatch) -> Any:
+        batches.append(batch)
+        return token_weights(batch)
+
+    labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
+    not_the_models = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps")
+    asked = {name: value for name, value in inputs.items() if name not in not_the_models}
+    asked.update(labels=labels, use_cache=False, fused_lm_head=True)
+    if not reference:
+        nothing = torch.zeros(1, inputs["completion_mask"].size(1), device=labels.device)
+        inputs = {**inputs, "ref_chosen_logps": nothing, "ref_rejected_logps": nothing}
+    model: Any = trainer.model_wrapped
+    with (
+        torch.no_grad(),
+        _evaluating(model),
+        trainer.accelerator.autocast(),
+        swapped(trainer, token_weights=record, _timers={"train": DeviceTimer(), "eval": DeviceTimer()}),
+    ):
+        scored = trainer._score(model, inputs, asked)
+    return scored, batches[0]
+
+
+@contextmanager
+def _evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Dropout off inside the block."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def _on_cpu(values: Tensor) -> Tensor:
+    return values.detach().cpu().double()
+
+
+def _same_shares(weights: Tensor, marginal: Tensor) -> bool:
+    mass = weights.sum()
+    return bool(mass > 0) and torch.allclose(weights / mass, marginal / marginal.sum(), rtol=_SAME_SHARE, atol=1e-9)
