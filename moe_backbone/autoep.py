@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import wraps
 from typing import Any
 
+from deepspeed import DeepSpeedEngine
 from deepspeed.module_inject.auto_ep import AutoEP
 from deepspeed.module_inject.auto_ep_layer import ReplacementSourceMap
 from deepspeed.module_inject.auto_ep_presets import registry
@@ -33,6 +34,7 @@ def register_presets() -> None:
         )
     AutoEP._replace_moe_layer_without_retarget = _replace_experts_alone(AutoEP._replace_moe_layer_without_retarget)
     AutoEP.ep_parser = _spread_once(AutoEP.ep_parser)
+    DeepSpeedEngine._configure_bf16_optimizer = _without_optimizer(DeepSpeedEngine._configure_bf16_optimizer)
 
 
 def _spread_once(parse: Any) -> Any:
@@ -42,6 +44,20 @@ def _spread_once(parse: Any) -> Any:
         return [] if next(parallel_experts(self.model), None) else parse(self)
 
     return ep_parser
+
+
+def _without_optimizer(configure: Any) -> Any:
+    @wraps(configure)
+    def configure_bf16_optimizer(self: DeepSpeedEngine, optimizer: Any) -> Any:
+        # A bfloat16 engine that trains nothing, as a reference's, is asked for groups of experts all the same.
+        spread = self.has_moe_layers
+        self.has_moe_layers = spread and optimizer is not None
+        try:
+            return configure(self, optimizer)
+        finally:
+            self.has_moe_layers = spread
+
+    return configure_bf16_optimizer
 
 
 def _replace_experts_alone(replace_block: Any) -> Any:

@@ -205,6 +205,14 @@ def test_alignment_from_the_command_line(compass_folder, pairs_file, tmp_path, b
         assert found[2][name] == pytest.approx(found[1][name], rel=1e-3, abs=1e-5), name
 
 
+def test_a_bfloat16_reference(compass_folder, pairs_file, tmp_path):
+    """The engine of a reference trains nothing, and has spread experts."""
+    options = arguments(compass_folder, pairs_file, tmp_path, expert_parallel_size=2, bf16=True)
+    done = python(*launched("otpo.cli.align", *options), **ENVIRONMENT)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "parallel   2 of 4 in each process" in done.stdout
+
+
 def test_the_optimizer_keeps_its_groups():
     model = compass_model(num_experts=4)
     decayed = [p for p in model.parameters() if p.dim() > 1]

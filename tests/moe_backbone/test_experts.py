@@ -83,7 +83,7 @@ def make_model(name, implementation="memcpy", seed=0, dtype=torch.float32):
 
 def make_experts(name, implementation="memcpy", seed=0):
     of_class, sizes = EXPERTS[name]
-    if of_class is None:
+    if of_class is None or not hasattr(of_class, "_apply_gate"):
         pytest.skip("this transformers has no such experts")
     config = SimpleNamespace(**{"hidden_size": 32, **sizes}, _experts_implementation=implementation)
     module = of_class(config)
@@ -152,6 +152,8 @@ def test_checkpointing_changes_nothing(name):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "mixtral"])
 def test_they_compile_as_one_graph(name, dtype):
+    if dtype is torch.float32 and not hasattr(torch.ops.transformers, "grouped_mm_fallback_backward"):
+        pytest.skip("this transformers' fallback for float32 does not compile")
     torch._dynamo.reset()
     ids, model = prompts(), make_model(name, dtype=dtype)
     expected = model(ids, labels=ids, use_cache=False)
