@@ -1,8 +1,8 @@
 """Resuming a DeepSpeed checkpoint of spread experts in another layout: expert-parallel size, processes or ZeRO stage.
 
 DeepSpeed loads such a checkpoint without an error and with the optimizer's states of other experts. So each checkpoint
-says how it was made, and one of another layout goes through DeepSpeed's universal format first. Not with ZeRO-3, where
-the conversion of DeepSpeed 0.19.8 does not give back the optimizer's states of experts exactly: it is refused.
+says how it was made, and one of another layout goes through DeepSpeed's universal format first. That of a ZeRO-3
+checkpoint leaves out how many steps the optimizer has taken (DeepSpeed 0.19.8), so `restore_steps` gives them back.
 """
 
 import json
@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 import torch.distributed as dist
 
 LAYOUT_FILE = "expert_parallel.json"
@@ -56,11 +57,11 @@ def fit_checkpoint(checkpoint: str | Path, layout: Layout, deepspeed_config: dic
     saved = Layout(**json.loads(path.read_text(encoding="utf-8")))
     if saved == layout:
         return False
-    if saved.zero_stage != layout.zero_stage or layout.zero_stage == 3:
+    if saved.zero_stage != layout.zero_stage:
         raise ValueError(
             f"`resume_from_checkpoint={checkpoint}` was saved as {saved} and can't be resumed as {layout}: another "
-            "`ep_size` or `world_size` can with ZeRO-1 and ZeRO-2, of the same stage. Set them as they were, or start "
-            "from its weights (`model_name_or_path`)."
+            "`ep_size` or `world_size` can, another ZeRO stage can't. Set the stage as it was, or start from its "
+            "weights (`model_name_or_path`)."
         )
     failure = [_convert(checkpoint) if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(failure, src=0)
@@ -68,6 +69,13 @@ def fit_checkpoint(checkpoint: str | Path, layout: Layout, deepspeed_config: dic
         raise RuntimeError(f"DeepSpeed could not convert {checkpoint} to its universal format: {failure[0]}")
     deepspeed_config["checkpoint"] = {**deepspeed_config.get("checkpoint", {}), "load_universal": True}
     return True
+
+
+def restore_steps(optimizer: Any, steps: int) -> None:
+    """Sets the number of steps that an optimizer under DeepSpeed has taken, which Adam's bias correction follows."""
+    for state in optimizer.optimizer.state.values():
+        if "step" in state:
+            state["step"] = torch.full_like(torch.as_tensor(state["step"], dtype=torch.float32), steps)
 
 
 def _convert(checkpoint: Path) -> str | None:

@@ -12,7 +12,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 from .expert_parallel import require_expert_parallelism
-from .expert_parallel_resume import Layout, fit_checkpoint, write_layout
+from .expert_parallel_resume import Layout, fit_checkpoint, restore_steps, write_layout
 
 
 @cache
@@ -31,6 +31,8 @@ class ExpertParallelMixin:
     """Marks the experts' parameters for the optimizer, makes sure of the engine, saves plain checkpoints."""
 
     ep_size: int
+    converted = False
+    """Whether training resumes a checkpoint of another layout."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -52,7 +54,7 @@ class ExpertParallelMixin:
             resume_from_checkpoint = get_last_checkpoint(trainer.args.output_dir)
         if resume_from_checkpoint:
             config = trainer.accelerator.state.deepspeed_plugin.deepspeed_config
-            fit_checkpoint(str(resume_from_checkpoint), self._layout(), config)
+            self.converted = fit_checkpoint(str(resume_from_checkpoint), self._layout(), config)
         parent: Any = super()
         return parent.train(resume_from_checkpoint, *args, **kwargs)
 
@@ -112,6 +114,9 @@ class _RequireExpertParallelism(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        running = require_expert_parallelism(self.trainer.model_wrapped, self.trainer.ep_size)
+        engine = self.trainer.model_wrapped
+        running = require_expert_parallelism(engine, self.trainer.ep_size)
+        if self.trainer.converted and engine.zero_optimization_stage() == 3:
+            restore_steps(engine.optimizer, engine.global_steps - engine.skipped_steps)
         if state.is_world_process_zero:
             print(f"{'parallel':<10} {running}")  # noqa: T201 - what runs is said where the command says the rest

@@ -141,7 +141,7 @@ def test_numbers_are_those_of_a_direct_computation(pairs, tokenizer, model_folde
         {"ot_reg": 0.05, "loss_type": ["ipo"]},
         {"own": hashed_weights},
     ],
-    ids=str,
+    ids=lambda options: ", ".join(options),
 )
 def test_contributions_sum_to_the_trainers_rewards(model_folder, other_model_folder, tmp_path, changes):
     changes = dict(changes)
