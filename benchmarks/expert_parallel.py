@@ -4,6 +4,7 @@
     torchrun --nproc_per_node 2 -m benchmarks.expert_parallel        all cases; CSV, figure and verdict
     torchrun --nproc_per_node 2 -m benchmarks.expert_parallel --cases compass-small --steps 20
     DS_ACCELERATOR=cpu torchrun --nproc_per_node 2 -m benchmarks.expert_parallel --tiny --output /tmp/tiny
+    python -m benchmarks.expert_parallel --plan benchmarks/results/expert_parallel_plan.csv
     python -m benchmarks.expert_parallel --figure benchmarks/results/expert_parallel_h100_x2.csv
 
 A step is forward, backward and the optimizer's, in bfloat16 under ZeRO-2, experts over all GPUs, no checkpointing:
@@ -107,20 +108,39 @@ def run_contender(case: Case, name: str, ranks: Ranks, steps: int, expected: dic
     return row
 
 
+def plan_case(case: Case, gpu: Any, gpus: int, ep_size: int) -> Any:
+    setup = TrainingSetup(
+        gpus_per_node=gpus,
+        strategy="zero2",
+        expert_parallel_size=ep_size,
+        micro_batch_size=case.rows,
+        sequence_length=case.length,
+        precision="bf16",
+    )
+    return make_plan(case.config("compass"), gpu, setup)
+
+
+def write_plan(path: Path) -> list[dict[str, Any]]:
+    """What is to be expected of compass-small at 1, 2, 4 and 8 H100, written down before any of it is run."""
+    case = contenders.cases(1, 80 << 30)[0]
+    rows: list[dict[str, Any]] = []
+    for gpus in (1, 2, 4, 8):
+        plan = plan_case(case, find_gpu("h100"), gpus, gpus)
+        rate = gpus * case.rows * case.length / plan.time.total
+        alone = rows[0]["tokens_per_s"] if rows else rate
+        row = {"case": case.name, "gpus": gpus, "mib": round(plan.memory.allocated / harness.MIB)}
+        row |= {"ms": round(1e3 * plan.time.total, 2), "all_to_all_ms": round(1e3 * plan.time.all_to_all, 2)}
+        rows.append({**row, "tokens_per_s": round(rate), "efficiency": round(rate / gpus / alone, 3)})
+    harness.write_rows(path, rows)
+    return rows
+
+
 def predict(case: Case, name: str, ranks: Ranks) -> dict[str, float]:
     """What `otpo plan` says; it knows no SGD."""
     gpu = recognise_gpu(torch.cuda.get_device_name()) if ranks.device.type == "cuda" else find_gpu("h100")
     if name not in PREDICTED or case.optimizer != "adamw" or gpu is None:
         return {}
-    setup = TrainingSetup(
-        gpus_per_node=ranks.world,
-        strategy="zero2",
-        expert_parallel_size=ranks.world if PREDICTED[name] else 1,
-        micro_batch_size=case.rows,
-        sequence_length=case.length,
-        precision="bf16",
-    )
-    plan = make_plan(case.config("compass"), gpu, setup)
+    plan = plan_case(case, gpu, ranks.world, ranks.world if PREDICTED[name] else 1)
     return {
         "predicted_mib": round(plan.memory.allocated / harness.MIB),
         "predicted_ms": round(1e3 * plan.time.total, 2),
@@ -259,11 +279,16 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"), help="folder")
     parser.add_argument("--tiny", action="store_true", help="small models, on the CPU too: a test of this program")
     parser.add_argument("--figure", type=Path, metavar="CSV", help="only print the verdict on this CSV and draw it")
+    parser.add_argument("--plan", type=Path, metavar="CSV", help="only write what is to be expected at 1 to 8 GPUs")
     args = parser.parse_args()
     console = Console(width=200, highlight=False)
     if args.figure:
         verdict(harness.read_rows(args.figure), console)
         console.print(f"{draw(args.figure)}")
+        return
+    if args.plan:
+        for row in write_plan(args.plan):
+            console.print(" ".join(map(str, row.values())))
         return
     if "LOCAL_RANK" not in os.environ:
         parser.error("start this benchmark by torchrun")
