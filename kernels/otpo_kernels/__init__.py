@@ -1,1 +1,4 @@
-"""Triton kernels of otpo: the transport between two responses' tokens. Importing this package imports no Triton."""
+"""Triton kernels of otpo: the transport between two responses' tokens, and token rows moved between tokens and experts.
+
+Importing this package imports no Triton.
+"""
