@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint data clean
+.PHONY: demo test lint data ablation-quick clean
 
 demo: $(VENV)/installed
 	$(BIN)/python examples/demo.py
@@ -19,6 +19,10 @@ lint: $(VENV)/installed
 
 data: $(VENV)/installed
 	$(BIN)/python -m otpo.data.ecommerce.generate
+
+ablation-quick: $(VENV)/installed
+	OMP_NUM_THREADS=2 $(BIN)/python -m benchmarks.ablation --matrix benchmarks/ablation/quick.yaml \
+		--output runs/ablation_quick
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

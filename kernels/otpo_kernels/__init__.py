@@ -1,4 +1,4 @@
-"""Triton kernels of otpo: the transport between two responses' tokens, and token rows moved between tokens and experts.
+"""Triton kernels of otpo: the transport between two responses' tokens, and row moves between tokens and experts.
 
 Importing this package imports no Triton.
 """
