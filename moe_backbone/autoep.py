@@ -16,9 +16,10 @@ from deepspeed.module_inject.auto_ep_presets import registry
 from deepspeed.moe.ep_repack import repack_expert_source_params
 from torch import nn
 
+from .expert_parallel import MODEL_TYPES
 from .parallel_experts import WEIGHTS, ParallelExperts, parallel_experts
 
-PRESETS = {"compass": "otpo_compass", "mixtral": "otpo_mixtral", "qwen3_moe": "otpo_qwen3_moe"}
+PRESETS = {model_type: f"otpo_{model_type}" for model_type in MODEL_TYPES}
 """Name of the AutoEP preset for each `model_type`. DeepSpeed's own presets keep their names and their layer."""
 
 

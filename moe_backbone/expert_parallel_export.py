@@ -37,7 +37,7 @@ def save_plain_model(model: Any, folder: str | Path) -> None:
     first = dist.get_rank() == 0
     folder.mkdir(parents=True, exist_ok=True)
     written: list[Path] = []
-    sizes: dict[str, int] = {}
+    total = 0
     weight_map: dict[str, int] = {}
     for number, shard in enumerate(_shards(model)):
         if not first:
@@ -47,11 +47,10 @@ def save_plain_model(model: Any, folder: str | Path) -> None:
         path = folder / f".writing-{number}.safetensors"
         save_file(shard, path, metadata={"format": "pt"})
         written.append(path)
-        for name, tensor in shard.items():
-            sizes[name] = tensor.numel() * tensor.element_size()
-            weight_map[name] = number
+        weight_map |= dict.fromkeys(shard, number)
+        total += sum(tensor.nbytes for tensor in shard.values())
     if first:
-        _publish(folder, written, weight_map, sum(sizes.values()))
+        _publish(folder, written, weight_map, total)
         model.config.architectures = [type(model).__name__]
         model.config.dtype = str(model.dtype).removeprefix("torch.")
         model.config.save_pretrained(folder)
@@ -82,13 +81,15 @@ def _shards(model: Any) -> Iterator[dict[str, Tensor]]:
     """State dicts under the names that the model has unspread, whole in the first process and empty elsewhere."""
     layers = dict(parallel_experts(model))
     shard: dict[str, Tensor] = {}
+    size = 0
     for name, tensor in _dense(model, layers):
-        if shard and sum(t.numel() * t.element_size() for t in shard.values()) > _DENSE_BYTES:
+        if size > _DENSE_BYTES:
             yield shard
-            shard = {}
+            shard, size = {}, 0
         whole = _whole(tensor)
         if whole is not None:
             shard[name] = whole
+            size += whole.nbytes
     yield shard
     for name, layer in layers.items():
         yield _gather_experts(name, layer)

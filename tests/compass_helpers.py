@@ -10,19 +10,19 @@ from moe_backbone import CompassConfig, CompassForCausalLM
 
 IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm", "memcpy")
 GROUPED = ("grouped_mm", "memcpy")  # run by torch's grouped products
-SIZES: dict[str, Any] = {
+TINY: dict[str, Any] = {
     "vocab_size": 61,
     "hidden_size": 32,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 8,
-    "moe_intermediate_size": 24,
-    "num_experts": 5,
     "num_experts_per_tok": 2,
-    "max_position_embeddings": 64,
     "initializer_range": 0.2,
 }
+"""Sizes of any Mixture-of-Experts model of transformers."""
+
+SIZES = {**TINY, "moe_intermediate_size": 24, "num_experts": 5, "max_position_embeddings": 64}
 
 
 def compass_config(**changes: Any) -> CompassConfig:

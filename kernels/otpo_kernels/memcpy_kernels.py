@@ -19,12 +19,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_INTERPRETED = triton.knobs.runtime.interpret
-_TAIL = 2 if _INTERPRETED else 128  # programs that share the rows after the last group
+from .distance import INTERPRETED
+
+_TAIL = 2 if INTERPRETED else 128  # programs that share the rows after the last group
 
 
 def _tiles() -> list[triton.Config]:
-    if _INTERPRETED:
+    if INTERPRETED:
         return [triton.Config({"ROWS": 8, "BLOCK": 32})]
     # The best of some thirty on an H100 at five shapes of models, within 1% of each other.
     sizes = ((1, 1024, 4), (1, 2048, 8), (4, 512, 8))
@@ -261,7 +262,7 @@ def unpermute_backward(
 
 def _backward_tile(hidden: int, slots: int) -> dict[str, int]:
     """Follows from shapes alone, tuned in no process: the order of the sums of weights' gradients hangs on it."""
-    if _INTERPRETED:
+    if INTERPRETED:
         return {"BLOCK": 32}
     return {"BLOCK": max(64, min(triton.next_power_of_2(hidden), 16384 // slots)), "num_warps": 8}
 

@@ -103,9 +103,14 @@ def require_model(model: ModelConfig) -> str:
     name = model.model_name_or_path
     if name is None:
         raise ValueError("No model is named. Set `model_name_or_path` to a name on the Hub or a local folder.")
-    if name.startswith(("/", ".", "~")) and not Path(name).is_dir():
-        raise ValueError(f"`model_name_or_path={name}`: there is no such folder.")
+    require_folder("model_name_or_path", name)
     return name
+
+
+def require_folder(option: str, name: str) -> None:
+    """Raises a `ValueError` if an option's value is plainly a path and there is no such folder."""
+    if name.startswith(("/", ".", "~")) and not Path(name).is_dir():
+        raise ValueError(f"`{option}={name}`: there is no such folder.")
 
 
 def with_model_options(chosen: Any, model: ModelConfig) -> dict[str, Any]:

@@ -7,16 +7,14 @@ the model freezes them. The checkpoint says so too; a later pretraining sets `mt
 
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedModel
-from trl import ModelConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from moe_backbone import CompassConfig
 from moe_backbone.modeling_compass import CompassPreTrainedModel
 
 
-def mtp_options(name: str, model: ModelConfig, trust_remote_code: bool) -> dict[str, Any]:
-    """What `model_init_kwargs` needs so that MTP layers stand still; nothing for models that have none."""
-    config = AutoConfig.from_pretrained(name, revision=model.model_revision, trust_remote_code=trust_remote_code)
+def mtp_options(config: PreTrainedConfig) -> dict[str, Any]:
+    """What `model_init_kwargs` needs so that MTP layers of such a model stand still; nothing where it has none."""
     idle = isinstance(config, CompassConfig) and config.num_mtp_layers
     return {"mtp_loss_coef": 0.0} if idle else {}
 

@@ -12,6 +12,7 @@ from transformers import AutoConfig
 from moe_backbone.expert_parallel import check_expert_parallel, expert_parallel_config
 from moe_backbone.expert_parallel_trainer import with_expert_parallelism
 
+from .engine import requested_engines
 from .options import EXPERT_PARALLEL_BACKENDS, RunArguments
 
 _DEFAULT_STAGE = 2
@@ -42,7 +43,7 @@ def prepare(values: Mapping[str, Any], environ: MutableMapping[str, str]) -> lis
         raise ValueError(
             f"`expert_parallel_size={size}` needs several processes. Add `--num_processes N`, a multiple of {size}."
         )
-    if environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+    if "FSDP" in requested_engines(environ=environ):
         raise ValueError(
             f"`expert_parallel_size={size}` with FSDP of the accelerate configuration. Use zero2, zero3 or ddp."
         )

@@ -169,7 +169,7 @@ def _explain(options: argparse.Namespace) -> tuple[list["ExplainedPair"], dict[s
     from otpo import OTPOConfig
 
     from . import compass  # noqa: F401 - makes its models known to the Auto classes
-    from .command import require_model, with_model_options
+    from .command import require_folder, require_model, with_model_options
 
     model = ModelConfig(
         model_name_or_path=options.model_name_or_path,
@@ -179,8 +179,8 @@ def _explain(options: argparse.Namespace) -> tuple[list["ExplainedPair"], dict[s
     )
     name = require_model(model)
     base, reference = _model_under(name), options.reference
-    if reference and reference.startswith(("/", ".", "~")) and not Path(reference).is_dir():
-        raise ValueError(f"`reference={reference}`: there is no such folder.")
+    if reference:
+        require_folder("reference", reference)
     chosen = {name: getattr(options, name) for name in _WEIGHTS if getattr(options, name) is not None}
     with tempfile.TemporaryDirectory() as folder:
         args = OTPOConfig(

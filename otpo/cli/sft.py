@@ -105,7 +105,7 @@ def make_trainer(data: SftArguments, args: SFTConfig, model: ModelConfig, mixtur
     of_class = trainer_class(SFTTrainer, data, config)
     args.model_init_kwargs = {
         **model_options(data),
-        **mtp_options(name, model, args.trust_remote_code),
+        **mtp_options(config),
         **with_model_options(args.model_init_kwargs, model),
     }
     trainer = of_class(

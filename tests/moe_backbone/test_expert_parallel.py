@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from cli_helpers import ROOT, arguments, launched, python, refusal
-from compass_helpers import compass_model
+from compass_helpers import TINY, compass_model
 from expert_parallel_worker import STEPS, losses, rows
 from expert_parallel_worker import arguments as training_arguments
 from transformers import (
@@ -27,17 +27,7 @@ from otpo.cli.command import find_checkpoint
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is an extra")
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="DeepSpeed compiles its operator for the CPU")
-SIZES = {
-    "vocab_size": 61,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "num_experts_per_tok": 2,
-    "initializer_range": 0.2,
-    "router_aux_loss_coef": 0.1,
-}
+SIZES = {**TINY, "router_aux_loss_coef": 0.1}
 CLOSE = 1e-4
 ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "TRITON_INTERPRET": "0"}
 

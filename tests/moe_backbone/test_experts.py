@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from compass_helpers import SIZES, assert_gradients_close, gradients
+from compass_helpers import SIZES, TINY, assert_gradients_close, gradients
 from transformers import (
     AutoModelForCausalLM,
     Glm4MoeConfig,
@@ -28,17 +28,7 @@ except ImportError:  # younger than the lowest transformers that is supported
     MuseSparkExperts = None
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
-COMMON = {
-    "vocab_size": 61,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.2,
-    "num_experts_per_tok": 2,
-}
+COMMON = {**TINY, "max_position_embeddings": 64}
 CONFIGS = {
     "mixtral": MixtralConfig(**COMMON, intermediate_size=24, num_local_experts=5),
     "qwen3_moe": Qwen3MoeConfig(**COMMON, moe_intermediate_size=24, num_experts=5),
