@@ -7,7 +7,7 @@ from trl import DPOConfig
 
 from .sinkhorn import check_positive
 from .solver_choice import Solver, check_solver
-from .transport import check_cost_scale
+from .transport import check_cost, check_cost_scale
 from .weighting import WEIGHTINGS
 
 
@@ -22,11 +22,14 @@ class OTPOConfig(DPOConfig):
         weighting: Name of the token weighting, see `otpo.weighting`. `"otpo"`: optimal transport (arXiv
             2505.18720). `"uniform"`: ones, which is DPO. `"budget"`: every token of a response alike, with OTPO's
             budget min(|y_c|, |y_r|). `"length"`: 1/|y|. `"sampo"`: a seeded random subset of the longer response
-            (arXiv 2406.10957). `"ld"`: `ld_alpha` past the shorter response's length (arXiv 2409.06411). A callable
-            goes to the trainer's own argument `weighting` instead.
+            (arXiv 2406.10957). `"ld"`: `ld_alpha` past the shorter response's length (arXiv 2409.06411). `"d2po"`:
+            `d2po_gamma` to the power of the position (arXiv 2502.14340). A callable goes to the trainer's own argument
+            `weighting` instead.
         ot_reg: Weight of the entropy of the plan, > 0. Small values concentrate the weights: at 1 they are within
             5% of uniform on a 135M chat model, at 0.02 the largest is 2.6 times the mean.
         ot_reg_m: Weight of the two marginal terms, > 0. Large values push the weights towards uniform.
+        ot_cost: What moving mass between two tokens costs. `"euclidean"`: the distance of their hidden states, as in
+            the paper. `"cosine"`: one less their cosine, which is ours; `ot_cost_scale` makes no difference to it.
         ot_cost_scale: What the largest cost is taken over before the costs are divided by it. `"release"`: the
             distances and the norms of the hidden states, which is what the official release computes because it
             pads with zero vectors. `"pairwise"`: the distances between real tokens alone.
@@ -35,6 +38,10 @@ class OTPOConfig(DPOConfig):
         ot_solver: `"triton"`: the library's kernels, on a GPU, for 16-bit and float32 hidden states; under half a
             percent of a training step. `"torch"`: plain torch in float64, anywhere. `"auto"`: the kernels where they
             can run; on a GPU where they cannot, a warning says why.
+        d2po_gamma: Factor by which a token counts less than the one before it with `weighting="d2po"`, within (0, 1].
+        hidden_layer: Hidden states that the weights are made of, as transformers numbers them: 0 for the embeddings,
+            `l` for the output of the l-th layer, negative from the end. -1: the last ones, after the final norm, as
+            in the paper.
         drop_identical_pairs: What happens to a pair whose chosen and rejected completions are the same tokens
             after truncation. It carries no preference. False: an error that names the row. True: the pair is
             dropped and counted.
@@ -47,8 +54,8 @@ class OTPOConfig(DPOConfig):
         default="otpo",
         metadata={
             "help": "Token weighting: 'otpo' (optimal transport), 'uniform' (DPO), 'budget' (uniform under OTPO's "
-            "budget), 'length' (1/|y|), 'sampo' (seeded subset of the longer response) or 'ld' (ld_alpha past the "
-            "shorter response's length).",
+            "budget), 'length' (1/|y|), 'sampo' (seeded subset of the longer response), 'ld' (ld_alpha past the "
+            "shorter response's length) or 'd2po' (d2po_gamma to the power of the position).",
             "choices": sorted(WEIGHTINGS),
         },
     )
@@ -59,6 +66,10 @@ class OTPOConfig(DPOConfig):
     ot_reg_m: float = field(
         default=0.2,
         metadata={"help": "Weight of the marginal terms, > 0. Large values push the weights towards uniform."},
+    )
+    ot_cost: Literal["euclidean", "cosine"] = field(
+        default="euclidean",
+        metadata={"help": "Cost between two tokens: the distance of their hidden states, or one less their cosine."},
     )
     ot_cost_scale: Literal["release", "pairwise"] = field(
         default="release",
@@ -74,6 +85,16 @@ class OTPOConfig(DPOConfig):
         metadata={
             "help": "What solves the transport: the GPU kernels ('triton'), float64 in plain torch ('torch'), or "
             "the kernels where they can run ('auto')."
+        },
+    )
+    d2po_gamma: float = field(
+        default=0.98, metadata={"help": "Weight of a token over that of the one before it with 'd2po', in (0, 1]."}
+    )
+    hidden_layer: int = field(
+        default=-1,
+        metadata={
+            "help": "Hidden states that the weights are made of: 0 for the embeddings, l for the output of the l-th "
+            "layer, negative from the end; -1 for the last, after the final norm."
         },
     )
     drop_identical_pairs: bool = field(
@@ -92,10 +113,13 @@ class OTPOConfig(DPOConfig):
                 "weighting, pass a callable as the trainer's argument `weighting`."
             )
         check_positive(ot_reg=self.ot_reg, ot_reg_m=self.ot_reg_m, ot_tolerance=self.ot_tolerance)
+        check_cost(self.ot_cost, "ot_cost")
         check_cost_scale(self.ot_cost_scale, "ot_cost_scale")
         check_solver(self.ot_solver, "ot_solver")
         if self.ot_max_iterations < 1:
             raise ValueError(f"`ot_max_iterations` must be at least 1, got {self.ot_max_iterations}.")
+        if not 0.0 < self.d2po_gamma <= 1.0:
+            raise ValueError(f"`d2po_gamma` must be within (0, 1], got {self.d2po_gamma}.")
         if self.ld_alpha is not None and not 0.0 <= self.ld_alpha <= 1.0:
             raise ValueError(f"`ld_alpha` must be within [0, 1], got {self.ld_alpha}.")
         if self.weighting == "ld" and self.ld_alpha is None:
@@ -103,3 +127,15 @@ class OTPOConfig(DPOConfig):
                 "`weighting='ld'` needs `ld_alpha`, got None. Set it within [0, 1]; the LD-DPO paper finds 0.5 best "
                 "for Llama-3-8B-Instruct."
             )
+
+    def describe_weighting(self) -> str:
+        """The weighting and those of its options that matter, in one line."""
+        if self.weighting == "ld":
+            return f"ld, ld_alpha {self.ld_alpha:g}"
+        if self.weighting == "d2po":
+            return f"d2po, d2po_gamma {self.d2po_gamma:g}"
+        if self.weighting != "otpo":
+            return self.weighting
+        cost = f"ot_cost_scale {self.ot_cost_scale}" if self.ot_cost == "euclidean" else f"ot_cost {self.ot_cost}"
+        layer = "" if self.hidden_layer == -1 else f", hidden_layer {self.hidden_layer}"
+        return f"otpo, ot_reg {self.ot_reg:g}, ot_reg_m {self.ot_reg_m:g}, {cost}{layer}"

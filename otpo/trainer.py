@@ -10,8 +10,7 @@ then the rejected ones.
 
 import textwrap
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -32,6 +31,7 @@ from .guards import (
     require_same_start,
     states_not_finite,
 )
+from .hidden_states import captured_states, check_hidden_layer
 from .metrics import reward_metrics, weight_metrics
 from .reference import dataset_key, longest_completion, shared_cache_file
 from .scoring import Scored, loss_groups
@@ -39,6 +39,8 @@ from .swap import swapped
 from .timing import DeviceTimer
 from .token_rows import pack_rows, unpack_rows
 from .weighting import WEIGHTINGS, PairBatch, TokenWeights, Weighting
+
+_NOT_THE_MODELS = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps")
 
 
 class OTPOTrainer(DPOTrainer):
@@ -129,6 +131,7 @@ class OTPOTrainer(DPOTrainer):
         self._kept_rows: dict[str, list[int]] = {}
         self._row_width = 0
         super().__init__(model, ref_model, args, data_collator, train_dataset, eval_dataset, *trl_args, **trl_kwargs)
+        check_hidden_layer(self.model, args.hidden_layer)
         self._reference_is_copy = ref_model is None and not is_peft_model(self.model)
         if weighting is None and args.weighting == "ld":
             self.ld_alpha = None  # the weights carry it
@@ -226,7 +229,8 @@ class OTPOTrainer(DPOTrainer):
     def _score(self, model: Callable[..., Any], inputs: dict[str, Any], kwargs: dict[str, Any]) -> Scored:
         """Runs policy and reference on a micro-batch and solves for its weights."""
         mask = inputs["completion_mask"][:, 1:].bool()
-        with self._last_hidden_states() as captured:
+        causal_lm = self.accelerator.unwrap_model(self.model)
+        with captured_states(causal_lm, self.args.hidden_layer) as captured:
             outputs = model(**kwargs)
         # Prompt-learning adapters prepend virtual tokens; the real ones are the last.
         logps = outputs.log_probs[:, -mask.size(1) :]
@@ -241,7 +245,8 @@ class OTPOTrainer(DPOTrainer):
         self._require_finite(states_not_finite(states, logps, mask), "Hidden states or log-probabilities", inputs)
 
         token_ids = inputs["input_ids"][:, 1:].to(device)
-        batch = PairBatch(mask, token_ids, logps.detach().clone(), states, self.state.global_step)
+        called_with = {name: value for name, value in inputs.items() if name not in _NOT_THE_MODELS}
+        batch = PairBatch(mask, token_ids, logps.detach().clone(), states, self.state.global_step, called_with)
         timed = self._timers[self._mode].region(device)
         with torch.no_grad(), torch.autocast(device.type, enabled=False), timed:
             answer = self.token_weights(batch)
@@ -284,22 +289,6 @@ class OTPOTrainer(DPOTrainer):
     def _summed(self, logps: Tensor, inputs: dict[str, Any]) -> tuple[Tensor, ...]:
         """Sums per-token reference log-probabilities as TRL does, `ld_alpha` included."""
         return super().compute_ref_log_probs(lambda **_: SimpleNamespace(log_probs=logps), inputs)
-
-    @contextmanager
-    def _last_hidden_states(self) -> Iterator[list[Tensor]]:
-        """Collects the backbone's output. Adapters bypass the causal LM's hooks, never its backbone's."""
-        causal_lm: Any = self.accelerator.unwrap_model(self.model)
-        if is_peft_model(causal_lm):
-            causal_lm = causal_lm.get_base_model()
-        captured: list[Tensor] = []
-        handle = causal_lm.base_model.register_forward_hook(
-            # Left out of compiled graphs: a graph would go on filling the list of the step it was traced in.
-            torch.compiler.disable(lambda _module, _args, output: captured.append(output.last_hidden_state.detach()))
-        )
-        try:
-            yield captured
-        finally:
-            handle.remove()
 
     # The log and the checkpoints
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from .sinkhorn import check_positive, unbalanced_sinkhorn
 from .solver_choice import Solver, choose_solver
 
+Cost = Literal["euclidean", "cosine"]
 CostScale = Literal["release", "pairwise"]
 
 # Matrices of float64 that the torch way holds of every pair at its peak: the cost, the kernel and two sums.
@@ -51,6 +52,12 @@ def check_cost_scale(scale: str, name: str = "cost_scale") -> None:
         raise ValueError(f"`{name}` must be 'release' or 'pairwise', got {scale!r}.")
 
 
+def check_cost(cost: str, name: str = "cost") -> None:
+    """Raises a `ValueError` that names the option unless `cost` is one of `Cost`."""
+    if cost not in get_args(Cost):
+        raise ValueError(f"`{name}` must be 'euclidean' or 'cosine', got {cost!r}.")
+
+
 @torch.no_grad()
 def pairwise_cost(
     chosen: Tensor,
@@ -58,19 +65,21 @@ def pairwise_cost(
     chosen_mask: Tensor,
     rejected_mask: Tensor,
     *,
+    cost: Cost = "euclidean",
     scale: CostScale = "release",
 ) -> Tensor:
-    """Euclidean distances between hidden states, divided by their maximum where that exceeds 1.
+    """Distances between hidden states, divided by their maximum where that exceeds 1.
 
     Args:
         chosen: Hidden states `(B, M, D)`, any floating dtype.
         rejected: Hidden states `(B, N, D)`.
         chosen_mask: `(B, M)` bool, true at real tokens.
         rejected_mask: `(B, N)` bool.
+        cost: `"euclidean"`, or `"cosine"`: `1 - <h, g> / (|h| |g|)`, which is 1 where a state is zero; our choice.
         scale: Over what the maximum is taken. `"release"`: over the distances and the norms of the states,
             which is what the official OTPO release computes, since it pads with zero vectors.
             `"pairwise"`: over the distances between real tokens alone, which keeps more contrast where the
-            states share a large common part.
+            states share a large common part. The same for cosines, whose padding costs 1.
 
     Returns:
         `(B, M, N)` in float64 (float32 on devices without it), within [0, 1], zero outside the masks.
@@ -78,8 +87,9 @@ def pairwise_cost(
         which is right to 1e-7 of their norm and a tenth of the time.
 
     Raises:
-        ValueError: `scale` is unknown.
+        ValueError: `cost` or `scale` is unknown.
     """
+    check_cost(cost)
     check_cost_scale(scale)
     wide = torch.float32 if chosen.device.type == "mps" else torch.float64
     by_product = chosen.dtype != wide and wide == torch.float64
@@ -88,15 +98,20 @@ def pairwise_cost(
     chosen = chosen.to(wide).masked_fill(~chosen_mask.unsqueeze(2), 0.0)
     rejected = rejected.to(wide).masked_fill(~rejected_mask.unsqueeze(2), 0.0)
     valid = chosen_mask.unsqueeze(2) & rejected_mask.unsqueeze(1)
-    cost = torch.cdist(chosen, rejected, compute_mode=mode).masked_fill(~valid, 0.0)
-    largest = cost.flatten(1).amax(1)
-    if scale == "release":
+    if cost == "cosine":
+        unit_chosen, unit_rejected = (torch.nn.functional.normalize(states, dim=2) for states in (chosen, rejected))
+        distances = (1.0 - unit_chosen @ unit_rejected.mT).clamp(min=0.0)
+    else:
+        distances = torch.cdist(chosen, rejected, compute_mode=mode)
+    distances = distances.masked_fill(~valid, 0.0)
+    largest = distances.flatten(1).amax(1)
+    if scale == "release" and cost == "euclidean":
         for states in (chosen, rejected):
             largest = torch.maximum(largest, states.norm(dim=2).amax(1))
         # The release adds this to every distance. Elsewhere it cancels: a constant cost scales the plan,
         # and the budget scales it back.
         largest = largest + 1e-6
-    return cost / largest.clamp(min=1.0)[:, None, None]
+    return distances / largest.clamp(min=1.0)[:, None, None]
 
 
 @torch.no_grad()
@@ -108,6 +123,7 @@ def transport_weights(
     *,
     reg: float = 1.0,
     reg_m: float = 0.2,
+    cost: Cost = "euclidean",
     cost_scale: CostScale = "release",
     tolerance: float = 1e-6,
     max_iterations: int = 1000,
@@ -128,6 +144,7 @@ def transport_weights(
         rejected_mask: `(B, N)` bool.
         reg: Weight of the entropy term, > 0; the release's default is 1, small values give contrast.
         reg_m: Weight of the marginal terms, > 0; the release's default is 0.2.
+        cost: See [`pairwise_cost`].
         cost_scale: See [`pairwise_cost`].
         tolerance: See [`unbalanced_sinkhorn`].
         max_iterations: See [`unbalanced_sinkhorn`].
@@ -142,18 +159,19 @@ def transport_weights(
         ValueError: An option is outside its range, or the kernels were asked for and cannot run.
     """
     check_positive(reg=reg, reg_m=reg_m)
+    check_cost(cost)
     check_cost_scale(cost_scale)
     tensors = (chosen, rejected, chosen_mask, rejected_mask)
     settings = {"reg": reg, "reg_m": reg_m, "tolerance": tolerance, "max_iterations": max_iterations}
     if choose_solver(solver, chosen, rejected, reg=reg, reg_m=reg_m, tolerance=tolerance) == "triton":
         from otpo_kernels.sinkhorn import token_transport
 
-        release = cost_scale == "release"
-        solved = token_transport(*tensors, **settings, release_scale=release, memory_budget=memory_budget)
+        kind = {"cosine": cost == "cosine", "release_scale": cost_scale == "release"}
+        solved = token_transport(*tensors, **settings, **kind, memory_budget=memory_budget)
         return TransportWeights(*solved, solver="triton")
     size = max(1, memory_budget // max(1, 8 * _MATRICES * chosen.size(1) * rejected.size(1)))
     chunks = zip(*(tensor.split(size) for tensor in tensors), strict=True)
-    solved = [_torch_weights(*chunk, cost_scale=cost_scale, settings=settings) for chunk in chunks]
+    solved = [_torch_weights(*chunk, cost=cost, cost_scale=cost_scale, settings=settings) for chunk in chunks]
     weights = [torch.cat(parts) for parts in zip(*solved, strict=True)]
     return TransportWeights(*weights, solver="torch")
 
@@ -165,6 +183,7 @@ def transport_plan(
     *,
     reg: float = 1.0,
     reg_m: float = 0.2,
+    cost: Cost = "euclidean",
     cost_scale: CostScale = "release",
     tolerance: float = 1e-6,
     max_iterations: int = 1000,
@@ -180,6 +199,7 @@ def transport_plan(
         rejected: Hidden states that predict the rejected tokens, `(N, D)`.
         reg: See [`transport_weights`], and so are the other options.
         reg_m: See there.
+        cost: See there.
         cost_scale: See there.
         tolerance: See there.
         max_iterations: See there.
@@ -192,16 +212,17 @@ def transport_plan(
         ValueError: An option is outside its range.
     """
     check_positive(reg=reg, reg_m=reg_m)
+    check_cost(cost)
     check_cost_scale(cost_scale)
     if not len(chosen) or not len(rejected):
         return torch.zeros(len(chosen), len(rejected), dtype=torch.float64, device=chosen.device)
     chosen, rejected = chosen.unsqueeze(0), rejected.unsqueeze(0)
     masks = [torch.ones(states.shape[:2], dtype=torch.bool, device=states.device) for states in (chosen, rejected)]
-    cost = pairwise_cost(chosen, rejected, *masks, scale=cost_scale)
+    costs = pairwise_cost(chosen, rejected, *masks, cost=cost, scale=cost_scale)
     solved = unbalanced_sinkhorn(
-        cost, *masks, reg=reg, reg_m=reg_m, tolerance=tolerance, max_iterations=max_iterations
+        costs, *masks, reg=reg, reg_m=reg_m, tolerance=tolerance, max_iterations=max_iterations
     )
-    plan = solved.plan(cost, reg)[0]
+    plan = solved.plan(costs, reg)[0]
     return plan * (min(plan.shape) / plan.sum())
 
 
@@ -211,6 +232,7 @@ def _torch_weights(
     chosen_mask: Tensor,
     rejected_mask: Tensor,
     *,
+    cost: Cost,
     cost_scale: CostScale,
     settings: dict[str, Any],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -218,9 +240,9 @@ def _torch_weights(
     dtype = torch.promote_types(chosen.dtype, torch.float32)
     chosen, chosen_index, chosen_valid = _gather_left(chosen, chosen_mask)
     rejected, rejected_index, rejected_valid = _gather_left(rejected, rejected_mask)
-    cost = pairwise_cost(chosen, rejected, chosen_valid, rejected_valid, scale=cost_scale)
-    solved = unbalanced_sinkhorn(cost, chosen_valid, rejected_valid, **settings)
-    budget = torch.minimum(chosen_mask.sum(1), rejected_mask.sum(1)).to(cost.dtype)
+    costs = pairwise_cost(chosen, rejected, chosen_valid, rejected_valid, cost=cost, scale=cost_scale)
+    solved = unbalanced_sinkhorn(costs, chosen_valid, rejected_valid, **settings)
+    budget = torch.minimum(chosen_mask.sum(1), rejected_mask.sum(1)).to(costs.dtype)
     return (
         _scatter_back(solved.chosen_marginal, budget, chosen_index, chosen_mask).to(dtype),
         _scatter_back(solved.rejected_marginal, budget, rejected_index, rejected_mask).to(dtype),

@@ -8,8 +8,8 @@ The rows of a batch are the chosen responses followed by the rejected ones, in t
 rows `i` and `B + i` make pair `i`. Shapes: B pairs, T positions, D hidden size.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .solver_choice import Solver
-from .transport import CostScale, transport_weights
+from .transport import Cost, CostScale, transport_weights
 
 if TYPE_CHECKING:
     from .config import OTPOConfig
@@ -31,9 +31,11 @@ class PairBatch:
         mask: `(2B, T)` bool, true at completion tokens.
         token_ids: `(2B, T)` the tokens that are scored.
         logps: `(2B, T)` float, the policy's log-probability of each token, in nats; zero outside the mask.
-        hidden_states: `(2B, T, D)` the policy's last hidden states, after the final norm, at the positions that
-            predict each token.
+        hidden_states: `(2B, T, D)` the policy's hidden states at the positions that predict each token: the last
+            ones, after the final norm, unless the option `hidden_layer` names others.
         step: Optimizer steps done so far.
+        inputs: What the policy was called with, such as `input_ids` `(2B, T + 1)` and `attention_mask`, for
+            weightings that ask another model.
     """
 
     mask: Tensor
@@ -41,6 +43,7 @@ class PairBatch:
     logps: Tensor
     hidden_states: Tensor
     step: int = 0
+    inputs: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def lengths(self) -> Tensor:
@@ -74,6 +77,7 @@ def otpo(
     *,
     reg: float = 1.0,
     reg_m: float = 0.2,
+    cost: Cost = "euclidean",
     cost_scale: CostScale = "release",
     tolerance: float = 1e-6,
     max_iterations: int = 1000,
@@ -92,6 +96,7 @@ def otpo(
         rejected_mask,
         reg=reg,
         reg_m=reg_m,
+        cost=cost,
         cost_scale=cost_scale,
         tolerance=tolerance,
         max_iterations=max_iterations,
@@ -143,11 +148,20 @@ def ld(batch: PairBatch, *, alpha: float = 0.5) -> Tensor:
     return torch.where(batch.positions < batch.shorter, 1.0, alpha).to(batch.logps.dtype)
 
 
+def d2po(batch: PairBatch, *, gamma: float = 0.98) -> Tensor:
+    """`gamma^t`, t from 0 at the first token, gamma in (0, 1]: earlier tokens count more.
+
+    Source: D2PO, arXiv 2502.14340. Its code counts from 1, which is this times gamma.
+    """
+    return torch.pow(gamma, batch.positions.clamp(min=0)).to(batch.logps.dtype)
+
+
 def _otpo_from(args: "OTPOConfig") -> Weighting:
     return partial(
         otpo,
         reg=args.ot_reg,
         reg_m=args.ot_reg_m,
+        cost=args.ot_cost,
         cost_scale=args.ot_cost_scale,
         tolerance=args.ot_tolerance,
         max_iterations=args.ot_max_iterations,
@@ -162,6 +176,7 @@ WEIGHTINGS: dict[str, Callable[["OTPOConfig"], Weighting]] = {
     "length": lambda args: length,
     "sampo": lambda args: partial(sampo, seed=args.seed),
     "ld": lambda args: partial(ld, alpha=args.ld_alpha or 0.0),
+    "d2po": lambda args: partial(d2po, gamma=args.d2po_gamma),
 }
 """Each name's way from the options of an `OTPOConfig` to its weighting."""
 

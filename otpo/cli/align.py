@@ -91,12 +91,9 @@ def describe(trainer: OTPOTrainer, parsed: tuple[Any, ...]) -> dict[str, str]:
     from .compass import describe_mtp
 
     args: OTPOConfig = parsed[1]
-    weighting = args.weighting
-    if weighting == "otpo":
-        weighting += f", ot_reg {args.ot_reg:g}, ot_reg_m {args.ot_reg_m:g}, ot_cost_scale {args.ot_cost_scale}"
+    weighting = args.describe_weighting()
+    if args.weighting == "otpo":
         weighting += f", ot_solver {args.ot_solver}"
-    elif weighting == "ld":
-        weighting += f", ld_alpha {args.ld_alpha:g}"
     lines = {
         **describe_run(trainer, parsed[2].model_name_or_path),
         "weighting": weighting,

@@ -27,7 +27,10 @@ Rewards need the model that training started from: `--reference`, or, where the 
 under it. Without one, log-probabilities are shown instead. OTPO_TRACEBACK=1 in the environment shows where an error
 comes from.
 """
-_WEIGHTS = ("weighting", "ot_reg", "ot_reg_m", "ot_cost_scale", "ld_alpha", "beta", "max_length", "seed")
+_WEIGHTS = (
+    *("weighting", "ot_reg", "ot_reg_m", "ot_cost", "ot_cost_scale", "hidden_layer", "ld_alpha", "d2po_gamma"),
+    *("beta", "max_length", "seed"),
+)
 _TEXTS = ("prompt", "chosen", "rejected")
 
 
@@ -76,11 +79,16 @@ def make_parser() -> argparse.ArgumentParser:
 
     group = parser.add_argument_group("token weights")
     add = group.add_argument
-    add("--weighting", metavar="NAME", help="otpo, uniform, budget, length, sampo, ld, as in `otpo align` (otpo)")
+    add(
+        "--weighting", metavar="NAME", help="otpo, uniform, budget, length, sampo, ld, d2po, as in `otpo align` (otpo)"
+    )
     add("--ot_reg", type=float, metavar="X", help="weight of the plan's entropy; small values give contrast (1)")
     add("--ot_reg_m", type=float, metavar="X", help="weight of the marginal terms (0.2)")
+    add("--ot_cost", metavar="NAME", help="euclidean, cosine (euclidean)")
     add("--ot_cost_scale", metavar="NAME", help="release, pairwise (release)")
+    add("--hidden_layer", type=int, metavar="N", help="hidden states that the weights are made of (-1, the last)")
     add("--ld_alpha", type=float, metavar="X", help="weight past the shorter response's length, of `--weighting ld`")
+    add("--d2po_gamma", type=float, metavar="X", help="weight of a token over the one before, of `d2po` (0.98)")
     add("--beta", type=float, metavar="X", help="factor of the rewards (0.1)")
     add("--seed", type=int, metavar="N", help="seed of `--weighting sampo` (42)")
 

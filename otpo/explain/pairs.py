@@ -165,9 +165,7 @@ def describe_weighting(trainer: "OTPOTrainer") -> str:
         return f"{type(trainer).__name__}.token_weights"
     if _function(trainer.weighting) is not _function(WEIGHTINGS[args.weighting](args)):
         return "a weighting of your own"
-    if args.weighting == "otpo":
-        return f"otpo, ot_reg {args.ot_reg:g}, ot_reg_m {args.ot_reg_m:g}, ot_cost_scale {args.ot_cost_scale}"
-    return f"ld, ld_alpha {args.ld_alpha:g}" if args.weighting == "ld" else args.weighting
+    return args.describe_weighting()
 
 
 def _function(weighting: Any) -> Any:
@@ -193,6 +191,7 @@ def _explain(trainer: "OTPOTrainer", example: dict[str, Any], name: str, referen
             *states,
             reg=args.ot_reg,
             reg_m=args.ot_reg_m,
+            cost=args.ot_cost,
             cost_scale=args.ot_cost_scale,
             tolerance=args.ot_tolerance,
             max_iterations=args.ot_max_iterations,

@@ -47,19 +47,22 @@ def test_few_iterations_suffice(case):
     reg_m=st.sampled_from([0.05, 0.2, 1.0]),
     scale=st.sampled_from([0.01, 1.0, 30.0]),
     cost_scale=st.sampled_from(["release", "pairwise"]),
+    cost=st.sampled_from(["euclidean", "cosine"]),
 )
-def test_agrees_with_pot_on_cropped_problems(seed, m, n, reg, reg_m, scale, cost_scale):
+def test_agrees_with_pot_on_cropped_problems(seed, m, n, reg, reg_m, scale, cost_scale, cost):
     import ot
 
     generator = torch.Generator().manual_seed(seed)
     chosen, rejected = problem(generator, 1, m, n, scale=scale)
     distances = torch.cdist(chosen[0], rejected[0], compute_mode="donot_use_mm_for_euclid_dist").numpy()
+    if cost == "cosine":
+        distances = 1 - torch.cosine_similarity(chosen[0][:, None], rejected[0][None], dim=2).numpy()
     largest = distances.max()
-    if cost_scale == "release":
+    if cost_scale == "release" and cost == "euclidean":
         largest = 1e-6 + max(largest, chosen.norm(dim=2).max().item(), rejected.norm(dim=2).max().item())
-    cost = distances / max(largest, 1.0)
+    costs = distances / max(largest, 1.0)
     plan = ot.unbalanced.sinkhorn_unbalanced(
-        np.ones(m), np.ones(n), cost, reg, reg_m, method="sinkhorn", reg_type="kl", numItermax=20000, stopThr=1e-13
+        np.ones(m), np.ones(n), costs, reg, reg_m, method="sinkhorn", reg_type="kl", numItermax=20000, stopThr=1e-13
     )
     tau = min(m, n)
     got = transport_weights(
@@ -69,6 +72,7 @@ def test_agrees_with_pot_on_cropped_problems(seed, m, n, reg, reg_m, scale, cost
         torch.ones(1, n, dtype=torch.bool),
         reg=reg,
         reg_m=reg_m,
+        cost=cost,
         cost_scale=cost_scale,
         tolerance=1e-11,
     )
@@ -174,6 +178,22 @@ def test_pairwise_scale_keeps_more_contrast_than_release_on_offset_states():
         for scale in ("release", "pairwise")
     }
     assert spread["pairwise"] > 3 * spread["release"]
+
+
+def test_cosine_costs():
+    chosen, rejected = torch.randn(2, 2, 7, 5, dtype=torch.float64)
+    chosen[0, 1], rejected[0, 3], rejected[0, 2] = 0.0, chosen[0, 0] * 3, -chosen[0, 0]
+    mask = torch.ones(2, 7, dtype=torch.bool)
+    mask[1, 4:] = False
+    got = pairwise_cost(chosen, rejected, mask, mask, cost="cosine")
+    want = 1 - torch.cosine_similarity(chosen[:, :, None], rejected[:, None], dim=3)
+    want = want.masked_fill(~(mask[:, :, None] & mask[:, None]), 0.0)
+    torch.testing.assert_close(got, want / want.flatten(1).amax(1).clamp(min=1)[:, None, None])
+    assert got[0, 0, 3] < 1e-15 and got[0, 0, 2] == 1 and got[0, 1].eq(got[0, 1, 0]).all()
+    scaled = pairwise_cost(chosen * 7, rejected / 9, mask, mask, cost="cosine", scale="pairwise")
+    torch.testing.assert_close(scaled, got)
+    with pytest.raises(ValueError, match="`cost` must be 'euclidean' or 'cosine', got 'l1'"):
+        pairwise_cost(chosen, rejected, mask, mask, cost="l1")
 
 
 def test_iteration_limit_is_kept_and_residual_says_so():

@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers import options
 
-from otpo.weighting import WEIGHTINGS, PairBatch, TokenWeights, budget, ld, length, otpo, sampo, uniform
+from otpo.weighting import WEIGHTINGS, PairBatch, TokenWeights, budget, d2po, ld, length, otpo, sampo, uniform
 
 
 def make_batch(lengths: list[int], width: int = 9, step: int = 0, seed: int = 0) -> PairBatch:
@@ -40,6 +40,13 @@ def test_ld_discounts_past_the_shorter_response():
     assert got[0][BATCH.mask[0]].tolist() == [1, 1, 0.25, 0.25, 0.25, 0.25]
     assert got[4][BATCH.mask[4]].tolist() == [1, 0.25, 0.25, 0.25, 0.25]
     assert got[3][BATCH.mask[3]].tolist() == [1, 1]
+
+
+def test_d2po_decays_from_the_first_token():
+    got = d2po(BATCH, gamma=0.5)
+    assert got[0][BATCH.mask[0]].tolist() == [1, 0.5, 0.25, 0.125, 0.0625, 0.03125]
+    assert got[3][BATCH.mask[3]].tolist() == [1, 0.5]
+    assert d2po(BATCH, gamma=1.0).eq(uniform(BATCH)).all()
 
 
 def test_sampo_takes_the_shorter_number_of_tokens_of_each():
@@ -91,3 +98,6 @@ def test_names_take_their_options(tmp_path):
     want = otpo(BATCH, reg=0.05, reg_m=0.7, cost_scale="pairwise", max_iterations=50).values
     torch.testing.assert_close(WEIGHTINGS["otpo"](args)(BATCH).values, want)
     torch.testing.assert_close(WEIGHTINGS["sampo"](args)(BATCH), sampo(BATCH, seed=11))
+    args = options(tmp_path, ot_reg=0.05, ot_cost="cosine", d2po_gamma=0.7)
+    torch.testing.assert_close(WEIGHTINGS["otpo"](args)(BATCH).values, otpo(BATCH, reg=0.05, cost="cosine").values)
+    torch.testing.assert_close(WEIGHTINGS["d2po"](args)(BATCH), d2po(BATCH, gamma=0.7))

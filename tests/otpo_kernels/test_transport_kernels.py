@@ -1,5 +1,7 @@
 """The Triton transport against float64 in plain torch: on the CPU by Triton's interpreter, on a GPU compiled."""
 
+from typing import Any
+
 import pytest
 import torch
 from golden_cases import CASES, golden, problem, relative_error
@@ -22,12 +24,15 @@ def solve(chosen, rejected, chosen_mask, rejected_mask, **options):
     return token_transport(*(tensor.to(DEVICE) for tensor in tensors), **options)
 
 
-def assert_right(got, inputs, rtol=1e-4, release_scale=True, **regs):
+def assert_right(got, inputs, rtol=1e-4, release_scale=True, cosine=False, **regs):
     """Every weight is within `rtol` of the float64 solution of the same states, and zero outside the mask."""
     chosen, rejected, chosen_mask, rejected_mask = inputs
-    scale = "release" if release_scale else "pairwise"
+    kind: Any = {
+        "cost_scale": "release" if release_scale else "pairwise",
+        "cost": "cosine" if cosine else "euclidean",
+    }
     want = transport_weights(
-        chosen.double(), rejected.double(), chosen_mask, rejected_mask, cost_scale=scale, tolerance=1e-11, **regs
+        chosen.double(), rejected.double(), chosen_mask, rejected_mask, **kind, tolerance=1e-11, **regs
     )
     for name, mask in (("chosen", chosen_mask), ("rejected", rejected_mask)):
         torch.testing.assert_close(getattr(got, name).cpu(), getattr(want, name).float(), rtol=rtol, atol=1e-30)
@@ -61,8 +66,9 @@ def test_golden_weights(case):
     reg_m=st.sampled_from([0.05, 0.2, 1.0]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
     release_scale=st.booleans(),
+    cosine=st.booleans(),
 )
-def test_any_shape_and_mask(seed, b, m, n, d, keep, reg, reg_m, dtype, release_scale):
+def test_any_shape_and_mask(seed, b, m, n, d, keep, reg, reg_m, dtype, release_scale, cosine):
     """Holes, empty responses and single tokens; what lies outside the masks is never read as a number."""
     generator = torch.Generator().manual_seed(seed)
     chosen, rejected = (states.to(dtype) for states in problem(generator, b, m, n, d))
@@ -77,8 +83,9 @@ def test_any_shape_and_mask(seed, b, m, n, d, keep, reg, reg_m, dtype, release_s
         reg=reg,
         reg_m=reg_m,
         release_scale=release_scale,
+        cosine=cosine,
     )
-    assert_right(got, inputs, reg=reg, reg_m=reg_m, release_scale=release_scale)
+    assert_right(got, inputs, reg=reg, reg_m=reg_m, release_scale=release_scale, cosine=cosine)
     empty = ~(chosen_mask.any(1) & rejected_mask.any(1))
     assert got.residual.cpu()[empty].eq(0).all() and got.iterations.cpu()[empty].eq(0).all()
 
@@ -112,8 +119,25 @@ def test_a_shared_prefix_is_at_distance_zero(dtype):
     assert found[0].diagonal()[:20].eq(0).all()
     want = torch.cdist(chosen.double(), rejected.double(), compute_mode="donot_use_mm_for_euclid_dist")
     torch.testing.assert_close(found.cpu(), want.float(), rtol=1e-5, atol=0)
-    for options in ({"release_scale": True}, {"release_scale": False}):
+    for options in ({"release_scale": True}, {"release_scale": False}, {"cosine": True}):
         assert_right(solve(*inputs, reg=0.02, reg_m=0.2, **options), inputs, reg=0.02, reg_m=0.2, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_cosine_distances(dtype):
+    """Equal, parallel, opposite and zero states among states whose norms are far apart."""
+    chosen, rejected = torch.randn(2, 1, 21, 48)
+    # The interpreter's products of bfloat16 are garbage, so it takes all distances from differences, which cancel.
+    chosen[0, ::4] *= 1000 if DEVICE == "cuda" else 10
+    rejected[0, :5] = chosen[0, :5]
+    rejected[0, 5], rejected[0, 6], rejected[0, 7] = 2 * chosen[0, 5], -chosen[0, 6], 0.0
+    tensors = [tensor.to(DEVICE) for tensor in (chosen.to(dtype), rejected.to(dtype), full(1, 21), full(1, 21))]
+    found = torch.empty(1, 21, 21, device=DEVICE)
+    distances(*tensors[:2], valid_tokens(*tensors), found, cosine=True)
+    wide = [states.double() for states in tensors[:2]]
+    want = 1 - torch.cosine_similarity(wide[0][0][:, None], wide[1][0][None], dim=2)
+    torch.testing.assert_close(found[0].double(), want, rtol=0, atol=3e-6)
+    assert found[0].diagonal()[:5].abs().max() < 1e-7 and found[0, :, 7].eq(1).all()
 
 
 def test_transposed_and_sliced_inputs():

@@ -1,0 +1,88 @@
+"""The hidden states that weights are made of, taken on their way through the model by a hook on one module.
+
+`output_hidden_states=True` would keep every layer's. Numbered as transformers does: 0 is what enters the first of L
+layers, `l` what leaves the l-th, and L, or -1, the last ones after the final norm.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate.utils import is_peft_model
+from torch import Tensor, nn
+
+
+@contextmanager
+def captured_states(causal_lm: Any, layer: int = -1) -> Iterator[list[Tensor]]:
+    """Collects the hidden states `(R, T, D)` of each forward pass inside the block, detached.
+
+    Adapters bypass the causal LM's hooks, never its backbone's, so that is where the hooks go.
+
+    Args:
+        causal_lm: The model, or a PEFT model around it, without engines around that.
+        layer: See [`check_hidden_layer`].
+    """
+    if is_peft_model(causal_lm):
+        causal_lm = causal_lm.get_base_model()
+    backbone = causal_lm.base_model
+    captured: list[Tensor] = []
+    # Hooks are left out of compiled graphs: a graph would go on filling the list of the step it was traced in.
+    if layer in (-1, _count(backbone)):
+        handle = backbone.register_forward_hook(
+            torch.compiler.disable(lambda _module, _args, output: captured.append(output.last_hidden_state.detach()))
+        )
+    else:
+        layers, count = _layers(backbone), _count(backbone)
+        assert count is not None
+        index = layer % (count + 1)
+        # What leaves a layer enters the next, whatever else layers return. Of the embeddings' states too.
+        handle = layers[index].register_forward_pre_hook(
+            torch.compiler.disable(lambda _module, args, kwargs: captured.append(_states(args, kwargs).detach())),
+            with_kwargs=True,
+        )
+    try:
+        yield captured
+    finally:
+        handle.remove()
+
+
+def check_hidden_layer(causal_lm: Any, layer: int) -> None:
+    """Raises a `ValueError` that names the option unless the model has hidden states of that number.
+
+    Args:
+        causal_lm: The model, or a PEFT model around it.
+        layer: -1 for the last, after the final norm, which every model has; 0 to L, or from -(L + 1) on, as an index
+            of transformers' `hidden_states`, for models whose backbone has its L layers in a list called `layers`.
+    """
+    if layer == -1:
+        return
+    if is_peft_model(causal_lm):
+        causal_lm = causal_lm.get_base_model()
+    count = _count(causal_lm.base_model)
+    if count is None:
+        raise ValueError(
+            f"`hidden_layer={layer}` needs a model whose layers are in a list called `layers`, and "
+            f"{type(causal_lm).__name__} has none. Set `hidden_layer=-1`."
+        )
+    if not -count - 1 <= layer <= count:
+        raise ValueError(
+            f"`hidden_layer` must be within [{-count - 1}, {count}] for {type(causal_lm).__name__}, which has {count} "
+            f"layers, got {layer}."
+        )
+
+
+def _layers(backbone: nn.Module) -> Any:
+    """The decoder's layers: those of the text model where there are several models inside."""
+    text_model = getattr(backbone, "language_model", backbone)
+    return getattr(text_model, "layers", None)
+
+
+def _count(backbone: Any) -> int | None:
+    """L; a list may go on with layers that the backbone does not run, such as those of multi-token prediction."""
+    listed = isinstance(_layers(backbone), nn.ModuleList)
+    return backbone.config.get_text_config().num_hidden_layers if listed else None
+
+
+def _states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    return args[0] if args else kwargs["hidden_states"]
