@@ -33,11 +33,33 @@ def read_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespac
     parser.add_argument("--seeds", nargs="*", type=int, metavar="SEED", help="in place of the file's")
     parser.add_argument("--checkpoint", type=Path, help="SFT model with its tokenizer (default: a tiny one is made)")
     parser.add_argument("--start-steps", type=int, default=120, help="steps of that tiny one (default: 120)")
-    parser.add_argument("--judge", default="checkers", help="'checkers' or package.module:callable")
+    judges = "'checkers', 'none', reward:FOLDER or package.module:callable"
+    parser.add_argument("--judge", default="checkers", help=f"{judges} (default: checkers)")
+    parser.add_argument(
+        "--part",
+        type=_part,
+        default=(0, 1),
+        metavar="K/N",
+        help="run every N-th cell alone, from the K-th on, so that N processes share the matrix; run it once more "
+        "without this for the table",
+    )
+    parser.add_argument("--only-report", action="store_true", help="run nothing, write the table of what is there")
+    parser.add_argument("--keep-models", action="store_true", help="save trained models under OUTPUT/models")
     parser.add_argument("--output", type=Path, default=Path("runs/ablation"))
     args = parser.parse_args(argv)
     weightings = None if args.weightings is None else weightings_of(args.weightings)
     return args, read_matrix(args.matrix, weightings=weightings, data=args.data, seeds=args.seeds)
+
+
+def _part(text: str) -> tuple[int, int]:
+    """`K/N`, from 1, as `(k, n)` with k from 0."""
+    try:
+        place, parts = map(int, text.split("/"))
+    except ValueError:
+        place, parts = 0, 0
+    if not 1 <= place <= parts:
+        raise argparse.ArgumentTypeError(f"must be K/N with 1 <= K <= N, got {text!r}")
+    return place - 1, parts
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,11 +76,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         from .start import make_start
 
         checkpoint = args.checkpoint or make_start(args.output / "start", matrix.languages, args.start_steps)
-        results = run_matrix(matrix, checkpoint, args.output, judge, args.judge, console)
+        part = None if args.only_report else args.part
+        results = run_matrix(
+            matrix, checkpoint, args.output, judge, args.judge, console, part=part, keep_models=args.keep_models
+        )
     except (ValueError, OSError) as error:
         console.print(str(error), style="red", markup=False, highlight=False)
         return 2
-    report(matrix, results, args.output, console)
+    if args.only_report or args.part[1] == 1:
+        report(matrix, results, args.output, console)
     return 1 if results.failed else 0
 
 

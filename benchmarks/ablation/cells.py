@@ -10,10 +10,13 @@ from typing import Any
 import yaml
 
 from otpo import OTPOConfig
-from otpo.data.demo import KINDS
+from otpo.data.demo import KINDS, SPLITS
 from otpo.weighting import WEIGHTINGS
 
+METHODS = ("otpo", "tdpo2", "tis")
+"""What trains a cell: `OTPOTrainer`, or one of the rivals that are no weighting alone, see `methods.py`."""
 _RELEASE, _PAIRWISE = {"weighting": "otpo"}, {"weighting": "otpo", "ot_cost_scale": "pairwise"}
+_COSINE = {"weighting": "otpo", "ot_cost": "cosine"}
 NAMED: dict[str, dict[str, Any]] = {
     "dpo": {"weighting": "uniform"},
     # The mean over tokens is some |y| times smaller than the sum: SimPO takes beta 2 to 2.5 for it.
@@ -27,8 +30,13 @@ NAMED: dict[str, dict[str, Any]] = {
     "otpo-pairwise": {**_PAIRWISE, "ot_reg": 1.0},
     "otpo-pairwise-reg0.1": {**_PAIRWISE, "ot_reg": 0.1},
     "otpo-pairwise-reg0.02": {**_PAIRWISE, "ot_reg": 0.02},
+    "otpo-cosine": {**_COSINE, "ot_reg": 1.0},
+    "otpo-cosine-reg0.02": {**_COSINE, "ot_reg": 0.02},
+    "d2po": {"weighting": "d2po"},
+    "tdpo2": {"weighting": "uniform", "method": "tdpo2"},
+    "tis": {"weighting": "uniform", "method": "tis"},
 }
-"""Options of `OTPOConfig` by the name of a weighting."""
+"""Options of `OTPOConfig`, and a `method` of [`METHODS`] where it is not the first, by the name of a weighting."""
 _IN_NAMED = {options["weighting"] for options in NAMED.values()}
 NAMED |= {name: {"weighting": name} for name in WEIGHTINGS if name not in _IN_NAMED}
 
@@ -58,27 +66,32 @@ class Matrix:
     """The cells of a comparison and what they share.
 
     Attributes:
-        weightings: Options of `OTPOConfig` by name, see [`NAMED`].
+        weightings: Options by name, see [`NAMED`].
         data: Names of [`BUNDLED`], or paths of JSONL files of pairs.
+        held_out: What the models are asked: bundled splits ("test": products that no training has seen;
+            "test_templates": the same with wordings that none has seen), or paths of JSONL files of pairs.
         seeds: Of model, data order and drawn pairs.
         languages: Of the bundled data.
-        pairs: Pairs to train on, >= 1; None for all that are bundled.
-        prompts: Held-out prompts of each of the two splits, >= 1.
+        pairs: Pairs to train on, >= 1; None for all of a file, or all that are bundled.
+        prompts: Held-out prompts of each split, >= 1; beyond the bundled ones, more are drawn.
         answer_tokens: Most tokens of a free answer, >= 1.
+        answer_batch: Prompts that are answered at a time, >= 1.
         training: Options of `OTPOConfig` that all cells share, such as `max_steps`.
     """
 
     weightings: Mapping[str, Mapping[str, Any]]
     data: tuple[str, ...] = ("demo",)
+    held_out: tuple[str, ...] = ("test", "test_templates")
     seeds: tuple[int, ...] = (0,)
     languages: tuple[str, ...] = ("en",)
     pairs: int | None = None
     prompts: int = 48
     answer_tokens: int = 64
+    answer_batch: int = 32
     training: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("weightings", "data", "seeds"):
+        for name in ("weightings", "data", "held_out", "seeds"):
             values = list(getattr(self, name))
             if not values:
                 raise ValueError(f"The matrix has no cells: `{name}` is empty. Give at least one.")
@@ -86,7 +99,7 @@ class Matrix:
                 raise ValueError(f"`{name}` names something twice: {values}.")
         known = {option.name for option in dataclasses.fields(OTPOConfig)}
         for name, options in [*self.weightings.items(), ("training", self.training)]:
-            if unknown := [option for option in options if option not in known]:
+            if unknown := [option for option in options if option not in known and option != "method"]:
                 raise ValueError(f"{name!r} sets {unknown}, which `OTPOConfig` does not have.")
         for name, options in self.weightings.items():
             if not re.fullmatch(r"[\w.-]+", name):
@@ -95,14 +108,17 @@ class Matrix:
                 raise ValueError(
                     f"{name!r} needs `weighting` among {sorted(WEIGHTINGS)}, got {options.get('weighting')!r}."
                 )
+            if options.get("method", METHODS[0]) not in METHODS:
+                raise ValueError(f"{name!r} has the `method` {options['method']!r}. There are {list(METHODS)}.")
             if own := [option for option in options if option in _OWN]:
                 raise ValueError(f"{name!r} sets {own}, which cells share: set `seeds` or `training` of the matrix.")
         if own := [option for option in self.training if option in _OWN and option != "max_steps"]:
             raise ValueError(f"'training' sets {own}, which the matrix sets for each cell.")
-        for name in self.data:
-            if name not in BUNDLED and not Path(name).is_file():
-                raise ValueError(f"`data` must be among {list(BUNDLED)} or a JSONL file of pairs, got {name!r}.")
-        for name in ("pairs", "prompts", "answer_tokens"):
+        for key, bundled in (("data", BUNDLED), ("held_out", SPLITS[1:])):
+            for name in getattr(self, key):
+                if name not in bundled and not Path(name).is_file():
+                    raise ValueError(f"`{key}` must be among {list(bundled)} or a JSONL file of pairs, got {name!r}.")
+        for name in ("pairs", "prompts", "answer_tokens", "answer_batch"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {value}.")
@@ -153,7 +169,7 @@ def read_matrix(path: str | Path, **changes: Any) -> Matrix:
     known = [attribute.name for attribute in dataclasses.fields(Matrix)]
     if unknown := [name for name in values if name not in known]:
         raise ValueError(f"{path} has the keys {unknown}; a matrix has {known}.")
-    for name in ("data", "seeds", "languages"):
+    for name in ("data", "held_out", "seeds", "languages"):
         if name in values:
             values[name] = tuple(values[name] or ())
     return Matrix(**{**values, "weightings": weightings_of(values.get("weightings") or [])})

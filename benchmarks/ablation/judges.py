@@ -9,6 +9,8 @@ import numpy as np
 from otpo.data.checks import check_answer
 
 CHECKS = ("attribute", "price", "language", "format")
+NO_JUDGE = "none"
+"""In place of a judge's name: nobody compares answers, and the table has no win rates."""
 
 
 class JudgeError(RuntimeError):
@@ -45,7 +47,12 @@ def checkers(
     """The bundled data's own judge: the answer that is right in more of attribute, price, language, format wins.
 
     An empty answer is right in nothing. Exact and deterministic, and blind to style and to length.
+
+    Raises:
+        ValueError: A row is not a bundled one, so nobody knows its right answer.
     """
+    if not all("answer" in row for row in rows):
+        raise ValueError("'checkers' knows the bundled pairs alone: name another judge for pairs of a file, or 'none'")
     points = [
         [_points(row, answer) for row, answer in zip(rows, side, strict=True)] for side in (answers_a, answers_b)
     ]
@@ -77,19 +84,25 @@ def judged(
     return values.tolist()
 
 
-def load_judge(name: str) -> Judge:
-    """`"checkers"`, or a callable as `package.module:name`.
+def load_judge(name: str) -> Judge | None:
+    """`"checkers"`, `"none"`, `"reward:FOLDER"` (a reward model), or a callable as `package.module:name`.
 
     Raises:
-        ValueError: There is no such callable.
+        ValueError: There is no such callable, or no model in the folder.
     """
-    if name == "checkers":
-        return checkers
+    if name in ("checkers", NO_JUDGE):
+        return checkers if name == "checkers" else None
+    if name.startswith("reward:"):
+        from .reward_judge import RewardJudge
+
+        return RewardJudge(name.removeprefix("reward:"))
     module, _, attribute = name.partition(":")
     try:
         judge = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"`judge` must be 'checkers' or 'package.module:callable', got {name!r}: {error}.") from None
+        raise ValueError(
+            f"`judge` must be 'checkers', 'none', 'reward:FOLDER' or 'package.module:callable', got {name!r}: {error}."
+        ) from None
     if not callable(judge):
         raise ValueError(f"`judge` must be callable, {name!r} is a {type(judge).__name__}.")
     return cast(Judge, judge)

@@ -1,5 +1,6 @@
 """The table and the figures of a matrix, from its records alone."""
 
+import itertools
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -16,13 +17,12 @@ from .cells import Matrix
 from .length_control import length_controlled_win_rate
 from .run import Results
 from .statistics import Indices, paired_bootstrap, summarise
-from .training import SPLITS
 
 Columns = dict[str, np.ndarray]
 Measure = Callable[[Columns], float]
 MEASURES: dict[str, Measure] = {
     "preferred": lambda c: 100 * float(c["preferred"].mean()),
-    "preferred_new_wordings": lambda c: 100 * float(c["preferred"][c["split"] == 1].mean()),
+    "preferred_new_wordings": lambda c: 100 * float(c["preferred"][c["new_wordings"]].mean()),
     "right": lambda c: 100 * float(c["right"].mean()),
     "win_rate": lambda c: 100 * float(c["wins"].mean()),
     "lc_win_rate": lambda c: (
@@ -33,7 +33,7 @@ MEASURES: dict[str, Measure] = {
     "tokens": lambda c: float(c["tokens"].mean()),
     "length_drift": lambda c: float((c["tokens"] - c["sft_tokens"]).mean()),
 }
-"""What the table tells, each of one number a held-out prompt, both splits together.
+"""What the table tells, each of one number a held-out prompt, all splits together.
 
 `preferred`: percent of pairs whose right answer is the likelier. `right`: percent of free answers that are right in
 everything. `win_rate`, `lc_win_rate`: against the SFT checkpoint's answers, percent; the second controls for length in
@@ -42,31 +42,46 @@ characters. `margin`: unweighted log-ratio of the chosen answer less that of the
 """
 COMPARED = ("preferred", "right", "win_rate", "lc_win_rate", "margin", "length_drift")
 SHOWN = ("preferred", "right", "win_rate", "lc_win_rate", "margin", "margin_variance", "length_drift")
+NEW_WORDINGS = "test_templates"
+"""The held-out split whose wordings no training has seen."""
 _RESAMPLES = 500
 
 
 def columns_of(record: dict[str, Any], sft: dict[str, Any]) -> Columns:
-    """One number a prompt of each kind, `(N,)`, both splits one after the other."""
+    """One number a prompt of each kind, `(N,)`, one split after the other; those that nobody could tell are absent."""
+    splits = list(record["held_out"])
 
     def of(run: dict[str, Any], name: str) -> np.ndarray:
-        return np.concatenate([np.asarray(run["held_out"][split][name], dtype=np.float64) for split in SPLITS])
+        return np.concatenate([np.asarray(run["held_out"][split][name], dtype=np.float64) for split in splits])
 
     def characters(run: dict[str, Any]) -> np.ndarray:
-        return np.array([float(len(answer)) for split in SPLITS for answer in run["held_out"][split]["answers"]])
+        return np.array([float(len(answer)) for split in splits for answer in run["held_out"][split]["answers"]])
 
     chosen, rejected = of(record, "chosen"), of(record, "rejected")
-    sizes = [len(record["wins"][split]) for split in SPLITS]
-    return {
+    columns = {
         "preferred": chosen > rejected,
         "margin": chosen - rejected - (of(sft, "chosen") - of(sft, "rejected")),
-        "right": of(record, "right"),
         "tokens": of(record, "tokens"),
         "sft_tokens": of(sft, "tokens"),
         "characters": characters(record),
         "sft_characters": characters(sft),
-        "wins": np.concatenate([np.asarray(record["wins"][split]) for split in SPLITS]),
-        "split": np.repeat(np.arange(len(SPLITS)), sizes),
     }
+    if all("right" in record["held_out"][split] for split in splits):
+        columns["right"] = of(record, "right")
+    if NEW_WORDINGS in splits:
+        sizes = [len(record["held_out"][split]["chosen"]) for split in splits]
+        columns["new_wordings"] = np.repeat([split == NEW_WORDINGS for split in splits], sizes)
+    if record["wins"]:
+        columns["wins"] = np.concatenate([np.asarray(record["wins"][split]) for split in splits])
+    return columns
+
+
+def measured(measure: str, columns: Columns) -> float | None:
+    """One of [`MEASURES`], or None where it needs a column that is absent."""
+    try:
+        return MEASURES[measure](columns)
+    except KeyError:
+        return None
 
 
 def table_rows(matrix: Matrix, results: Results) -> list[dict[str, Any]]:
@@ -84,12 +99,13 @@ def table_rows(matrix: Matrix, results: Results) -> list[dict[str, Any]]:
             base = [by_name.get((matrix.baseline, data, seed)) for seed in own]
             pairs = [(run, other) for run, other in zip(own.values(), base, strict=True) if other is not None]
             row: dict[str, Any] = {"data": data, "weighting": name, "seeds": len(own)}
-            row["failed"] = len(matrix.seeds) - len(own)
+            row["failed"] = sum((cell.weighting, cell.data) == (name, data) for cell in results.failed)
             for measure in MEASURES:
-                values = summarise([MEASURES[measure](run) for run in own.values()]) if own else ("", "")
+                known = [value for run in own.values() if (value := measured(measure, run)) is not None]
+                values = summarise(known) if known else ("", "")
                 row[measure], row[f"{measure}_std"] = map(_rounded, values)
                 if measure in COMPARED:
-                    compared = pairs and name != matrix.baseline
+                    compared = known and pairs and name != matrix.baseline
                     interval = _interval(measure, pairs)[1:] if compared else ("", "")
                     row[f"{measure}_low"], row[f"{measure}_high"] = map(_rounded, interval)
             rows.append(row)
@@ -97,14 +113,17 @@ def table_rows(matrix: Matrix, results: Results) -> list[dict[str, Any]]:
 
 
 def cost_rows(matrix: Matrix, results: Results) -> list[dict[str, Any]]:
-    """Median time and memory of a step over seeds, apart from the table, since they are never twice the same."""
+    """Median time and memory of a step over seeds, apart from the table, since they are never twice the same.
+
+    Of cells that had the machine for themselves alone.
+    """
     rows = []
     for data in matrix.data:
         for name in matrix.weightings:
             runs = [
                 r["training"]
                 for c, r in results.cells.items()
-                if (c.weighting, c.data) == (name, data) and "training" in r
+                if (c.weighting, c.data) == (name, data) and r.get("training", {}).get("alone")
             ]
             if runs:
                 seconds, memory = (statistics.median(r[key] for r in runs) for key in ("step_seconds", "peak_mib"))
@@ -124,7 +143,7 @@ def report(matrix: Matrix, results: Results, folder: Path, console: Console) -> 
     for name in ("data", "weighting", *SHOWN):
         table.add_column(name.replace("_", " "))
     for row in rows:
-        table.add_row(row["data"], row["weighting"], *(_cell(row, name) for name in SHOWN))
+        table.add_row(Path(row["data"]).stem, row["weighting"], *(_cell(row, name) for name in SHOWN))
     console.print(table)
     for cell, why in results.failed.items():
         console.print(f"failed: {cell.name}: {why}", style="red", markup=False)
@@ -135,19 +154,30 @@ def report(matrix: Matrix, results: Results, folder: Path, console: Console) -> 
 
 def draw(rows: list[dict[str, Any]], costs: list[dict[str, Any]], folder: Path) -> None:
     """`win_rate_length.png`, `margins.png`, `length_drift.png` and `costs.png`."""
-    figure, axis = plt.subplots(figsize=(7, 5))
-    for row in rows:
-        axis.errorbar(row["tokens"], row["win_rate"], row["win_rate_std"], row["tokens_std"], "o", label=_label(row))
-        axis.plot(row["tokens"], row["lc_win_rate"], "x", color=axis.lines[-1].get_color())
-    axis.axhline(50, color="#555555", linewidth=0.8, linestyle=":")
-    axis.set(
-        xlabel="tokens of an answer", ylabel="% won against the SFT checkpoint", title="o raw, x length-controlled"
-    )
-    axis.legend(fontsize=8)
-    _save(figure, folder / "win_rate_length.png")
+    if rows[0]["win_rate"] != "":
+        _win_rates(rows, folder / "win_rate_length.png")
     _bars(rows, {"margin": "margin, nats", "margin_variance": "its variance"}, folder / "margins.png")
     _bars(rows, {"length_drift": "tokens beyond the SFT checkpoint's"}, folder / "length_drift.png")
-    _bars(costs, {"ms_per_step": "ms a step", "peak_mib": "peak MiB"}, folder / "costs.png")
+    if costs:
+        _bars(costs, {"ms_per_step": "ms a step", "peak_mib": "peak MiB"}, folder / "costs.png")
+
+
+def _win_rates(rows: list[dict[str, Any]], path: Path) -> None:
+    figure, axis = plt.subplots(figsize=(8, 5))
+    for row, marker in zip(rows, itertools.cycle("os^vDP*<>hX"), strict=False):
+        axis.errorbar(
+            row["tokens"], row["win_rate"], row["win_rate_std"], row["tokens_std"], marker, label=_label(row)
+        )
+        colour = axis.lines[-1].get_color()
+        axis.plot(row["tokens"], row["lc_win_rate"], marker, color=colour, markerfacecolor="none")
+    axis.axhline(50, color="#555555", linewidth=0.8, linestyle=":")
+    axis.set(
+        xlabel="tokens of an answer",
+        ylabel="% won against the SFT checkpoint",
+        title="filled: raw; hollow: length-controlled",
+    )
+    axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    _save(figure, path)
 
 
 def _bars(rows: list[dict[str, Any]], names: dict[str, str], path: Path) -> None:
@@ -175,12 +205,12 @@ def _interval(measure: str, pairs: list[tuple[Columns, Columns]]) -> tuple[float
             values.append(MEASURES[measure](own) - MEASURES[measure](other))
         return float(np.mean(values))
 
-    return paired_bootstrap(difference, len(pairs), len(pairs[0][0]["wins"]), _RESAMPLES)
+    return paired_bootstrap(difference, len(pairs), len(pairs[0][0]["preferred"]), _RESAMPLES)
 
 
 def _cell(row: dict[str, Any], name: str) -> str:
     if row[name] == "":
-        return "failed"
+        return "" if row["seeds"] else "failed"
     interval = f"\n\\[{row[f'{name}_low']:.1f}, {row[f'{name}_high']:.1f}]" if row.get(f"{name}_low", "") != "" else ""
     return f"{row[name]:.1f} ± {row[f'{name}_std']:.1f}{interval}"
 

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from benchmarks.harness import reason
 
 from .cells import Cell, Matrix
 from .judges import Judge, JudgeError, judged
-from .training import SPLITS, Rows, evaluate, held_out, train
+from .training import Rows, evaluate, held_out, start_model, train
 
 
 @dataclass
@@ -37,9 +37,11 @@ def run_matrix(
     matrix: Matrix,
     checkpoint: str | Path,
     folder: str | Path,
-    judge: Judge,
+    judge: Judge | None,
     judge_name: str = "checkers",
     console: Console | None = None,
+    part: tuple[int, int] | None = (0, 1),
+    keep_models: bool = False,
 ) -> Results:
     """Trains and evaluates what is missing, and judges each cell's answers against the SFT checkpoint's.
 
@@ -50,9 +52,12 @@ def run_matrix(
         matrix: The cells.
         checkpoint: Folder of the SFT model and its tokenizer, which all cells start from.
         folder: Where `cells/*.json` and `sft.json` go.
-        judge: Asked with the cell's answers first; see [`benchmarks.ablation.judges.Judge`].
+        judge: Asked with the cell's answers first; see [`benchmarks.ablation.judges.Judge`]. None for no judge.
         judge_name: What the judge is called in the records; a cell that another judge saw is judged again.
         console: Where progress goes; None for nowhere.
+        part: `(k, n)` to run each n-th cell alone, from the k-th on: n processes share a matrix and its folder, on one
+            GPU or several. Times of cells that shared a machine are left out of the costs. None to run nothing.
+        keep_models: Whether trained models are saved in `models/`.
 
     Raises:
         FileNotFoundError: There is no checkpoint.
@@ -61,7 +66,7 @@ def run_matrix(
     checkpoint, folder = Path(checkpoint), Path(folder)
     if not (checkpoint / "config.json").is_file():
         raise FileNotFoundError(f"There is no SFT checkpoint in {checkpoint}: it has no config.json.")
-    shared = {**asdict(matrix), "checkpoint": _digest(checkpoint)}
+    shared = {**asdict(matrix), "checkpoint": _digest(checkpoint), "held_out": list(map(_data_key, matrix.held_out))}
     del shared["weightings"], shared["data"], shared["seeds"]
     paths = {cell: folder / "cells" / f"{cell.name}.json" for cell in matrix.cells}
     keys = {cell: _key({**shared, "options": cell.options, "data": _data_key(cell.data)}) for cell in paths}
@@ -70,12 +75,13 @@ def run_matrix(
     sft = _read(folder / "sft.json", _key(shared))
     if sft is None:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-        model: Any = AutoModelForCausalLM.from_pretrained(checkpoint)
+        model: Any = start_model(checkpoint)
         model = model.to("cuda" if torch.cuda.is_available() and not matrix.training.get("use_cpu") else "cpu")
         sft = {"key": _key(shared), "held_out": evaluate(model.eval(), tokenizer, rows, matrix)}
         _write(folder / "sft.json", sft)
 
-    todo = [cell for cell, record in records.items() if not _is_done(record, judge_name)]
+    mine = list(records.items())[part[0] :: part[1]] if part else []
+    todo = [cell for cell, record in mine if not _is_done(record, judge_name)]
     progress = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -94,9 +100,10 @@ def run_matrix(
             record = records[cell] or {"key": keys[cell]}
             try:
                 if "held_out" not in record:
-                    record |= _train_and_evaluate(cell, matrix, checkpoint, folder, rows)
+                    record |= _train_and_evaluate(cell, matrix, checkpoint, folder, rows, keep_models)
+                    record["training"]["alone"] = part == (0, 1)
                     _write(paths[cell], {**record, "status": "failed", "error": "stopped before it was judged"})
-                wins = {split: _judge(judge, rows[split], record, sft, split) for split in SPLITS}
+                wins = {name: _judge(judge, rows[name], record, sft, name) for name in rows} if judge else {}
                 record |= {"judge": judge_name, "wins": wins, "status": "ok", "error": ""}
             except Exception as error:
                 why = f"judge: {error}" if isinstance(error, JudgeError) else reason(error)
@@ -109,10 +116,13 @@ def run_matrix(
 
 
 def _train_and_evaluate(
-    cell: Cell, matrix: Matrix, checkpoint: Path, folder: Path, rows: Mapping[str, Rows]
+    cell: Cell, matrix: Matrix, checkpoint: Path, folder: Path, rows: Mapping[str, Rows], keep_model: bool
 ) -> dict[str, Any]:
-    model, training = train(cell, matrix, checkpoint, folder / "trainer")
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    model, training = train(cell, matrix, checkpoint, folder / "trainer" / cell.name)
+    tokenizer: Any = AutoTokenizer.from_pretrained(checkpoint)
+    if keep_model:
+        for part in (model, tokenizer):
+            part.save_pretrained(folder / "models" / cell.name)
     return {"training": training, "held_out": evaluate(model, tokenizer, rows, matrix)}
 
 
@@ -140,7 +150,7 @@ def _read(path: Path, key: str) -> dict[str, Any] | None:
 def _write(path: Path, record: dict[str, Any]) -> None:
     """Writes a file whole or not at all, so that a killed run leaves no half of one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
+    part = path.with_suffix(f".part{os.getpid()}")
     with part.open("w", encoding="utf-8") as file:
         json.dump(record, file, ensure_ascii=False, indent=1)
         file.flush()

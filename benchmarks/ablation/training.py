@@ -1,6 +1,5 @@
 """One cell: training from the SFT checkpoint, and what the trained model does with held-out prompts."""
 
-import hashlib
 import resource
 import statistics
 import time
@@ -20,30 +19,16 @@ from transformers import (
 )
 
 from examples.demo import log_probabilities
-from otpo import OTPOConfig, OTPOTrainer
+from otpo import OTPOConfig
 from otpo.data import load_demo_preferences
 from otpo.data.checks import check_answer
-from otpo.data.demo import KINDS
-from otpo.weighting import PairBatch
+from otpo.data.demo import KINDS, SPLITS
 
-from .cells import BUNDLED, Cell, Matrix
+from .cells import BUNDLED, METHODS, Cell, Matrix
+from .methods import TRAINERS
 
-SPLITS = ("test", "test_templates")
-"""Products that no training has seen, and the same with wordings that none has seen."""
 _BATCH = 32
 Rows = list[dict[str, Any]]
-
-
-class OrderedTrainer(OTPOTrainer):
-    """An `OTPOTrainer` that remembers which batches came in which order, as a digest."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.order = hashlib.sha256()
-        super().__init__(*args, **kwargs)
-
-    def token_weights(self, batch: PairBatch) -> Any:
-        self.order.update((batch.token_ids * batch.mask).cpu().numpy().tobytes())
-        return super().token_weights(batch)
 
 
 class StepTimes(TrainerCallback):
@@ -83,13 +68,40 @@ def training_pairs(name: str, matrix: Matrix, seed: int) -> Dataset:
 
 
 def held_out(matrix: Matrix) -> dict[str, Rows]:
-    """The same held-out pairs for every cell, by split; kinds and languages mixed."""
-    rows: dict[str, Any] = {split: load_demo_preferences(split, matrix.languages) for split in SPLITS}
-    return {split: list(pairs.shuffle(seed=0))[: matrix.prompts] for split, pairs in rows.items()}
+    """The same held-out pairs for every cell, by split; kinds and languages mixed.
+
+    Raises:
+        ValueError: A file's pairs are not conversations; the message names the file and the row.
+    """
+    return {name: _bundled(name, matrix) if name in SPLITS else _of_file(name, matrix) for name in matrix.held_out}
+
+
+def _bundled(split: str, matrix: Matrix) -> Rows:
+    pairs = load_demo_preferences(split, matrix.languages)
+    if len(pairs) < matrix.prompts:
+        pairs = load_demo_preferences(split, matrix.languages, count=matrix.prompts)
+    return list(pairs.shuffle(seed=0))[: matrix.prompts]
+
+
+def _of_file(path: str, matrix: Matrix) -> Rows:
+    pairs: Any = load_dataset("json", data_files=path, split="train")
+    rows = list(pairs.select(range(min(matrix.prompts, len(pairs)))))
+    for place, row in enumerate(rows):
+        if not all(isinstance(row.get(side), list) and row[side] for side in ("prompt", "chosen", "rejected")):
+            raise ValueError(
+                f"`held_out`: row {place} of {path} needs `prompt`, `chosen` and `rejected` as lists of messages "
+                "with `role` and `content`."
+            )
+    return rows
+
+
+def start_model(checkpoint: Path) -> PreTrainedModel:
+    """The SFT model in float32: small steps would be lost in 16 bits."""
+    return AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
 
 
 def train(cell: Cell, matrix: Matrix, checkpoint: Path, folder: Path) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """Trains a cell's model from the checkpoint.
+    """Trains a cell's model from the checkpoint, its weights in float32.
 
     Returns:
         The model, and `order` (a digest of the batches in their order), `dropped` pairs by reason, `margins` (of the
@@ -99,20 +111,17 @@ def train(cell: Cell, matrix: Matrix, checkpoint: Path, folder: Path) -> tuple[P
     set_seed(cell.seed)
     _reset_peak_memory()
     defaults = {"report_to": "none", "save_strategy": "no", "disable_tqdm": True, "logging_steps": 1}
-    args = OTPOConfig(
-        **{**defaults, **matrix.training, **cell.options},
-        output_dir=str(folder),
-        seed=cell.seed,
-        data_seed=cell.seed,
-    )
+    options = {**defaults, **matrix.training, **cell.options}
+    method = options.pop("method", METHODS[0])
+    args = OTPOConfig(**options, output_dir=str(folder), seed=cell.seed, data_seed=cell.seed)
     times = StepTimes()
-    trainer = OrderedTrainer(
-        AutoModelForCausalLM.from_pretrained(checkpoint),
+    trainer = TRAINERS[method](
+        start_model(checkpoint),
         args=args,
         train_dataset=training_pairs(cell.data, matrix, cell.seed),
         processing_class=AutoTokenizer.from_pretrained(checkpoint),
-        callbacks=[times],
     )
+    trainer.add_callback(times)
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     log = [entry for entry in trainer.state.log_history if "rewards/margins" in entry]
@@ -130,8 +139,8 @@ def evaluate(model: Any, tokenizer: Any, rows: Mapping[str, Rows], matrix: Matri
     """What a model prefers and answers on held-out rows: by split, lists with one value a prompt.
 
     Returns:
-        For each split `chosen` and `rejected` (log-probabilities of the answers, nats), `answers` (greedy), `right`
-        (whether each is right in everything) and `tokens` (of each answer).
+        For each split `chosen` and `rejected` (log-probabilities of the answers, nats), `answers` (greedy), `tokens`
+        (of each answer) and, where the rows are bundled ones, `right` (whether each is right in everything).
     """
     results = {}
     model.generation_config.max_length = None  # or `generate` warns of two limits
@@ -141,10 +150,13 @@ def evaluate(model: Any, tokenizer: Any, rows: Mapping[str, Rows], matrix: Matri
             batch = pairs[begin : begin + _BATCH]
             for side in ("chosen", "rejected"):
                 found[side] += log_probabilities(model, tokenizer, batch, side).tolist()
+        for begin in range(0, len(pairs), matrix.answer_batch):
+            batch = pairs[begin : begin + matrix.answer_batch]
             found["answers"] += _answers(model, tokenizer, batch, matrix.answer_tokens)
-        found["right"] = [
-            check_answer(row, answer)["all"] for row, answer in zip(pairs, found["answers"], strict=True)
-        ]
+        if split in SPLITS:
+            found["right"] = [
+                check_answer(row, answer)["all"] for row, answer in zip(pairs, found["answers"], strict=True)
+            ]
         found["tokens"] = [len(tokenizer(answer)["input_ids"]) for answer in found["answers"]]
         results[split] = found
     return results

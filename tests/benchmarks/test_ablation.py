@@ -6,13 +6,15 @@ import json
 import datasets
 import numpy as np
 import pytest
+from helpers import make_pairs
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging
 
 from benchmarks.ablation import __main__, run
 from benchmarks.ablation.cells import NAMED, Matrix, read_matrix, weightings_of
-from benchmarks.ablation.judges import checkers, judged
+from benchmarks.ablation.judges import checkers, judged, load_judge
 from benchmarks.ablation.report import report, table_rows
-from benchmarks.ablation.training import training_pairs
+from benchmarks.ablation.training import evaluate, held_out, start_model, training_pairs
 from otpo import OTPOConfig
 from otpo.data import load_demo_preferences
 
@@ -116,6 +118,65 @@ def test_killed_matrix_goes_on_and_agrees(finished, model_folder, tmp_path, monk
     assert {n: without_costs(r) for n, r in ours.items()} == {n: without_costs(r) for n, r in theirs.items()}
 
 
+def test_parts_make_the_whole(finished, small_file, model_folder, tmp_path):
+    command = ["--matrix", small_file, "--checkpoint", model_folder, "--output", str(tmp_path)]
+    assert __main__.main([*command, "--part", "2/2"]) == 0
+    assert set(records(tmp_path)) == {"otpo-reg0.02__demo__seed0", "otpo-reg0.02__demo__seed1"}
+    assert not (tmp_path / "table.csv").exists()
+    assert __main__.main([*command, "--only-report"]) == 0
+    with (tmp_path / "table.csv").open() as file:
+        assert [(row["seeds"], row["failed"]) for row in csv.DictReader(file)] == [("0", "0"), ("2", "0")]
+    assert __main__.main([*command, "--part", "1/2", "--keep-models"]) == 0
+    assert __main__.main(command) == 0
+    assert (tmp_path / "table.csv").read_bytes() == (finished / "table.csv").read_bytes()
+    assert not (tmp_path / "costs.csv").exists()  # none of them was alone
+    kept = start_model(tmp_path / "models" / "dpo__demo__seed1")
+    rows = held_out(matrix())
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    assert evaluate(kept.eval(), tokenizer, rows, matrix()) == records(tmp_path)["dpo__demo__seed1"]["held_out"]
+
+
+def test_rivals_are_cells_like_others(model_folder, tmp_path):
+    rivals = matrix(weightings=["dpo", "tdpo2", "tis", "d2po", "otpo-cosine"], seeds=[0])
+    results = run.run_matrix(rivals, model_folder, tmp_path, checkers)
+    assert not results.failed
+    assert len({record["training"]["order"] for record in results.cells.values()}) == 1
+    margins = {tuple(record["held_out"]["test"]["chosen"]) for record in results.cells.values()}
+    assert len(margins) == 5
+
+
+def test_held_out_files_and_reward_models(model_folder, tmp_path):
+    pairs, judge_folder = tmp_path / "pairs.jsonl", tmp_path / "reward"
+    make_pairs(5).to_json(pairs)
+    config = AutoConfig.from_pretrained(model_folder, num_labels=1)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(judge_folder)
+    AutoTokenizer.from_pretrained(model_folder).save_pretrained(judge_folder)
+    judge = load_judge(f"reward:{judge_folder}")
+    files = matrix(weightings=["dpo", "budget"], seeds=[0], held_out=(str(pairs),), data=[str(pairs)])
+    results = run.run_matrix(files, model_folder, tmp_path / "out", judge, "reward")
+    assert not results.failed
+    row = table_rows(files, results)[1]
+    assert row["right"] == row["preferred_new_wordings"] == row["right_low"] == ""
+    assert 0 <= row["win_rate"] <= 100 and 0 <= row["preferred"] <= 100
+    report(files, results, tmp_path, __main__.Console(quiet=True))
+    again = run.run_matrix(files, model_folder, tmp_path / "out", None, "none")
+    assert [row["win_rate"] for row in table_rows(files, again)] == ["", ""]
+    report(files, again, tmp_path, __main__.Console(quiet=True))
+    failing = run.run_matrix(files, model_folder, tmp_path / "out", checkers, "checkers")
+    assert all("'checkers' knows the bundled pairs alone" in why for why in failing.failed.values())
+    for folder, message in ((tmp_path, "no reward model in"), (model_folder, "2 labels, a reward model has one")):
+        with pytest.raises(ValueError, match=message):
+            load_judge(f"reward:{folder}")
+    pairs.write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
+    with pytest.raises(ValueError, match=r"row 0 of .*pairs\.jsonl needs `prompt`, `chosen` and `rejected` as lists"):
+        held_out(files)
+
+
+def test_more_prompts_than_are_bundled_are_drawn():
+    rows = held_out(matrix(prompts=300, held_out=("test",)))["test"]
+    assert len({row["product_id"] for row in rows}) > 40 and len(rows) == 300
+
+
 def test_failing_judges_cost_their_cells_alone(model_folder, tmp_path, monkeypatch):
     asked = []
 
@@ -192,6 +253,7 @@ def test_other_options_do_not_overwrite(finished, model_folder):
         (["--data", "nowhere.jsonl"], "or a JSONL file of pairs, got 'nowhere.jsonl'"),
         (["--seeds", "1", "1"], "names something twice"),
         (["--judge", "json:nothing"], "has no attribute 'nothing'"),
+        (["--judge", "reward:nowhere"], "there is no reward model in nowhere"),
     ],
 )
 def test_what_cannot_be_run_is_refused(small_file, arguments, message, capsys):
@@ -212,6 +274,8 @@ def test_matrix_files(tmp_path):
         ("weightings: [dpo]\nfoo: 1", r"has the keys \['foo'\]"),
         ("weightings: {a: {weighting: otpo, reg: 1}}", r"'a' sets \['reg'\], which `OTPOConfig` does not have"),
         ("weightings: {a: {weighting: tdpo9}}", "needs `weighting` among"),
+        ("weightings: {a: {weighting: otpo, method: ppo}}", r"'a' has the `method` 'ppo'. There are \['otpo', "),
+        ("weightings: [dpo]\nheld_out: [validation]", r"`held_out` must be among \['test', 'test_templates'\] or a"),
         ("weightings: {a: {weighting: otpo, seed: 1}}", r"'a' sets \['seed'\], which cells share"),
         ("weightings: [dpo]\ntraining: {seed: 1}", r"'training' sets \['seed'\]"),
         ("- dpo", "must hold a mapping"),
@@ -234,7 +298,8 @@ def test_data_by_name(tmp_path):
 
 @pytest.mark.parametrize("name", NAMED)
 def test_named_weightings_are_options(name, tmp_path):
-    OTPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, **NAMED[name])
+    named = {option: value for option, value in NAMED[name].items() if option != "method"}
+    OTPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, **named)
 
 
 def test_checkers_know_right_from_wrong():

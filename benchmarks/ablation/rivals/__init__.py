@@ -1,0 +1,1 @@
+"""Methods that the library does not have, to compare it with."""
