@@ -72,10 +72,9 @@ def check_hidden_layer(causal_lm: Any, layer: int) -> None:
         )
 
 
-def _layers(backbone: nn.Module) -> Any:
+def _layers(backbone: Any) -> Any:
     """The decoder's layers: those of the text model where there are several models inside."""
-    text_model = getattr(backbone, "language_model", backbone)
-    return getattr(text_model, "layers", None)
+    return getattr(backbone.get_decoder(), "layers", None)
 
 
 def _count(backbone: Any) -> int | None:

@@ -1,17 +1,20 @@
 """TDPO2 and TIS-DPO against their formulas, written out from all logits."""
 
 import copy
+import dataclasses
 from typing import Any
 
 import pytest
 import torch
-from helpers import make_pairs, options
+from helpers import assert_same_parameters, collate, hashed_weights, make_pairs, options, parameters
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config
 
+from benchmarks.ablation.rivals import tdpo
 from benchmarks.ablation.rivals.contrastive import ContrastiveWeighting
 from benchmarks.ablation.rivals.tdpo import TDPOTrainer
 from otpo import OTPOTrainer, PairBatch
+from otpo.explain import explain_rows
 
 
 def load(folder) -> Any:
@@ -41,8 +44,9 @@ def batch(model_folder, tmp_path):
     return next(iter(trainer.get_train_dataloader()))
 
 
-def written(policy, reference, batch, alpha, beta=0.1):
-    mask = batch["completion_mask"][:, 1:].double()
+def written(policy, reference, batch, alpha, beta=0.1, weights: Any = 1.0):
+    """TDPO2's loss in float64; each token's log-ratio and divergence times its weight."""
+    mask = batch["completion_mask"][:, 1:].double() * weights
     seen = {name: batch[name] for name in ("input_ids", "attention_mask")}
     logps, wanted = (model(**seen).logits[:, :-1].double().log_softmax(2) for model in (policy, reference))
     wanted = wanted.detach()
@@ -69,8 +73,36 @@ def test_loss_and_gradients_are_the_papers(model_folder, other_model_folder, tmp
         torch.testing.assert_close(parameter.grad, grads[name].grad, rtol=1e-3, atol=1e-6, msg=lambda m, n=name: n + m)
 
 
+def test_weights_multiply_the_divergence_too_in_chunks_of_any_size(
+    model_folder, other_model_folder, tmp_path, batch, monkeypatch
+):
+    mask = batch["completion_mask"][:, 1:].bool()
+    weights = hashed_weights(PairBatch(mask, batch["input_ids"][:, 1:], mask, mask))
+    want = written(load(model_folder), load(other_model_folder), batch, 0.5, weights=weights)
+    monkeypatch.setattr(tdpo, "_TOKENS", 3)
+    changes = {"ref_model": load(other_model_folder), "weighting_callable": hashed_weights}
+    trainer = trainer_of(model_folder, tmp_path, **changes)
+    loss = trainer.compute_loss(trainer.model, batch)
+    torch.testing.assert_close(loss.double(), want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("settings", [{"bf16": True}, {"gradient_checkpointing": True}], ids=["bf16", "checkpointing"])
+def test_it_trains_and_evaluates(model_folder, tmp_path, settings):
+    trainer = trainer_of(model_folder, tmp_path, max_steps=3, **settings)
+    trainer.train()
+    found = trainer.evaluate(trainer.train_dataset)
+    assert found["eval_rewards/margins"] != pytest.approx(found["eval_rewards/margins_unweighted"], rel=1e-3)
+
+
+def test_explaining_needs_the_reference(model_folder, tmp_path):
+    trainer = trainer_of(model_folder, tmp_path)
+    assert explain_rows(trainer, [0])[0].has_reference
+    with pytest.raises(ValueError, match=r"needs the reference's distributions.*`reference=True`"):
+        explain_rows(trainer, [0], reference=False)
+
+
 def test_without_alpha_and_at_the_start_it_is_dpo(model_folder, tmp_path):
-    losses = {}
+    losses, after = {}, {}
     for name, kind, extra in (
         ("dpo", OTPOTrainer, {}),
         ("none", TDPOTrainer, {"alpha": 0.0}),
@@ -79,7 +111,9 @@ def test_without_alpha_and_at_the_start_it_is_dpo(model_folder, tmp_path):
         trainer = trainer_of(model_folder, tmp_path / name, kind, max_steps=3, **extra)
         trainer.train()
         losses[name] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    assert losses["none"] == pytest.approx(losses["dpo"], rel=1e-6)
+        after[name] = parameters(trainer.model)
+    assert losses["none"] == losses["dpo"]
+    assert_same_parameters(after["none"], after["dpo"])
     assert losses["half"][0] == pytest.approx(losses["dpo"][0], rel=1e-6)
     assert losses["half"][2] != pytest.approx(losses["dpo"][2], rel=1e-6)
 
@@ -90,6 +124,7 @@ def test_without_alpha_and_at_the_start_it_is_dpo(model_folder, tmp_path):
         ({"peft_config": LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")}, "an adapter"),
         ({"precompute_ref_log_probs": True}, "`precompute_ref_log_probs`"),
         ({"loss_type": ["ipo"]}, "another loss"),
+        ({"f_divergence_type": "js_divergence"}, "another divergence"),
         ({"use_weighting": True}, "`use_weighting`"),
         ({"alpha": -1.0}, "`alpha` must be at least 0, got -1.0"),
     ],
@@ -97,6 +132,13 @@ def test_without_alpha_and_at_the_start_it_is_dpo(model_folder, tmp_path):
 def test_what_tdpo_cannot_do_is_refused(model_folder, tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         trainer_of(model_folder, tmp_path, **changes)
+
+
+@pytest.mark.parametrize("name", ["final_logit_softcapping", "logit_scale", "lm_head_multiplier"])
+def test_logits_that_are_not_the_heads_are_refused(model_folder, tmp_path, monkeypatch, name):
+    monkeypatch.setattr(Qwen3Config, name, 2.0, raising=False)
+    with pytest.raises(ValueError, match=rf"can't be trained with (capped|scaled) logits \(`{name}`\)\."):
+        trainer_of(model_folder, tmp_path)
 
 
 def pair_batch(batch):
@@ -123,6 +165,38 @@ def test_contrastive_weights(model_folder, other_model_folder, batch):
     assert ContrastiveWeighting(*models, mu=0.0)(pairs)[pairs.mask].eq(1).all()
     with pytest.raises(ValueError, match=r"`lower` at most `upper`, got 1\.0, 2, 1"):
         ContrastiveWeighting(*models, lower=2, upper=1)
+
+
+@torch.no_grad()
+def test_contrastive_weights_know_no_padding_side(model_folder, other_model_folder, tmp_path):
+    trainer = trainer_of(model_folder, tmp_path, OTPOTrainer)
+    right = collate(trainer, [0, 1, 2])
+    shifts = right["attention_mask"].eq(0).sum(1).tolist()
+    assert max(shifts) > 0
+    left = {
+        name: torch.stack([row.roll(shift) for row, shift in zip(value, shifts, strict=True)])
+        for name, value in right.items()
+    }
+    weighting = ContrastiveWeighting(load(model_folder), load(other_model_folder))
+    of_right, of_left = (weighting(pairs)[pairs.mask] for pairs in map(pair_batch, (right, left)))
+    torch.testing.assert_close(of_right, of_left, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_contrastive_weights_stay_in_their_bounds(model_folder, other_model_folder, batch):
+    pairs = pair_batch(batch)
+    weights = ContrastiveWeighting(load(model_folder), load(other_model_folder))(pairs)
+    for side, mask, low, high in zip(weights.chunk(2), pairs.mask.chunk(2), (-0.5, -1.5), (1.5, 0.5), strict=True):
+        log_weights = side[mask].log()
+        assert (low - 1e-6 <= log_weights.min()) and (log_weights.max() <= high + 1e-6)
+        torch.testing.assert_close(log_weights.aminmax(), (torch.tensor(low), torch.tensor(high)))  # both are met
+
+
+def test_contrastive_weights_of_images_are_refused(model_folder, other_model_folder, batch):
+    pairs = pair_batch(batch)
+    seen = {**pairs.inputs, "pixel_values": torch.zeros(1)}
+    with pytest.raises(ValueError, match=r"reads text alone, and the batch has \['pixel_values'\] too"):
+        ContrastiveWeighting(load(model_folder), load(other_model_folder))(dataclasses.replace(pairs, inputs=seen))
 
 
 def test_contrastive_weights_train(model_folder, other_model_folder, tmp_path):

@@ -15,6 +15,7 @@ from transformers import (
 )
 
 from otpo import OTPOTrainer, PairBatch
+from otpo.explain import explain_rows
 from otpo.hidden_states import captured_states, check_hidden_layer
 
 FOLDERS = ("model_folder", "moe_folder", "compass_folder")
@@ -102,6 +103,27 @@ def test_layers_give_other_weights_and_other_models(model_folder, tmp_path):
         losses[layer] = trainer.state.log_history[-2]["loss"]
     assert losses[-1] == losses[2]  # of two layers
     assert len(set(losses.values())) == 3
+
+
+def test_compiled_models_hand_out_each_steps_own(model_folder, tmp_path):
+    torch._dynamo.reset()
+    losses = []
+    for compiled in ({}, {"torch_compile": True, "torch_compile_backend": "eager"}):
+        args = options(tmp_path, hidden_layer=1, ot_reg=0.05, max_steps=2, pad_to_multiple_of=64, **compiled)
+        trainer = OTPOTrainer(model_folder, args=args, train_dataset=make_pairs())
+        trainer.train()
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    torch._dynamo.reset()
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-5, atol=1e-6)
+
+
+def test_explanations_follow(model_folder, tmp_path):
+    """The plan is of the same states, so its marginals are the weights; the line under the page names the layer."""
+    args = options(tmp_path, hidden_layer=0, ot_reg=0.05)
+    trainer = OTPOTrainer(model_folder, args=args, train_dataset=make_pairs(4))
+    pair = explain_rows(trainer, [1])[0]
+    assert pair.plan_gives_weights
+    assert pair.weighting.endswith(", hidden_layer 0")
 
 
 def test_what_a_model_has_not_is_refused(model_folder, tmp_path):

@@ -75,9 +75,9 @@ class TDPOTrainer(OTPOTrainer):
         rows = len(scored.mask) // 2
         for side, grad in ((slice(0, rows), False), (slice(rows, None), torch.is_grad_enabled())):
             mask = scored.mask[side]
-            states = [kept[-1][side, :-1][mask] for kept in (of_policy, of_reference)]
+            own, other = (kept[-1][side, :-1][mask] for kept in (of_policy, of_reference))
             with torch.set_grad_enabled(grad):
-                divergence[side] = divergence[side].masked_scatter(mask, _divergence(*states, *heads))
+                divergence[side] = divergence[side].masked_scatter(mask, _divergence(own, other, *heads))
         log_probs = scored.outputs.log_probs + self.alpha * divergence
         outputs = type(scored.outputs)(**{**scored.outputs, "log_probs": log_probs})
         return dataclasses.replace(scored, outputs=outputs)

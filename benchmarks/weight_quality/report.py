@@ -1,0 +1,169 @@
+"""The rows, the table and the figure of a run. Shapes: S scores, N pairs, R draws."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib.pyplot as plt
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.harness import write_rows
+from otpo.data.demo import KINDS
+
+from .scores import SIDES, TRANSPORT, Found
+
+_DRAWS = 1000
+Rows = list[dict[str, Any]]
+
+
+class Means(NamedTuple):
+    """Of each of S scores, the mean over responses and its 95% interval, `(S,)`; how many responses there are."""
+
+    mean: NDArray[np.float64]
+    low: NDArray[np.float64]
+    high: NDArray[np.float64]
+    responses: int
+
+
+def means_of(values: NDArray[np.float64], draws: int = _DRAWS) -> Means:
+    """Means over responses, with percentile intervals of a bootstrap over pairs, whose seed is fixed.
+
+    Args:
+        values: `(S, N, sides)`; NaN, for all scores alike, where a response does not count.
+        draws: R, >= 1.
+
+    Returns:
+        NaN in all of them where no response counts.
+    """
+    counted = ~np.isnan(values[0])
+    values, counted = values[:, counted.any(1)], counted[counted.any(1)]
+    size = len(counted)
+    if not size:
+        nothing = np.full(len(values), np.nan)
+        return Means(nothing, nothing, nothing, 0)
+    sums, counts = np.nansum(values, axis=2), counted.sum(1)
+    times = np.random.default_rng(0).multinomial(size, np.full(size, 1 / size), size=draws)
+    low, high = np.quantile((times @ sums.T) / (times @ counts)[:, None], [0.025, 0.975], axis=0)
+    return Means(sums.sum(1) / counts.sum(), low, high, int(counts.sum()))
+
+
+def table_rows(found: Found, model: str, reference: str | None) -> Rows:
+    """One row for each score, side (`both` too) and kind (`all` too); empty where no response has both classes."""
+    kinds = np.array(found.kinds)
+    rows = []
+    for number, side in enumerate((*SIDES, "both")):
+        for kind in ("all", *KINDS):
+            of_kind = np.full(len(kinds), True) if kind == "all" else kinds == kind
+            values = found.auroc[:, of_kind, :] if side == "both" else found.auroc[:, of_kind, number : number + 1]
+            means = means_of(values)
+            for place, column in enumerate(found.columns):
+                row = {
+                    **column._asdict(),
+                    "layer": "" if column.layer is None else column.layer,
+                    "last": column.layer == found.last,
+                    "side": side,
+                    "kind": kind,
+                    "responses": means.responses,
+                    "left_out": values[0].size - means.responses,
+                    "auroc": _rounded(means.mean[place]),
+                    "low": _rounded(means.low[place]),
+                    "high": _rounded(means.high[place]),
+                }
+                rows.append({**row, "model": model, "reference": reference or ""})
+    return rows
+
+
+def report(rows: Rows, folder: Path, console: Console) -> None:
+    """Writes `weight_quality.csv` and `weight_quality.png` into the folder and shows the table."""
+    overall = [row for row in rows if row["kind"] == "all"]
+    write_rows(folder / "weight_quality.csv", rows)
+    console.print(_table(overall))
+    of_kinds = {row["kind"]: row for row in rows if row["side"] == "both"}
+    told = ", ".join(f"{kind} {row['responses']} ({row['left_out']} left out)" for kind, row in of_kinds.items())
+    console.print(f"responses: {told}; left out where the span is the whole answer", highlight=False)
+    draw(overall, folder / "weight_quality.png")
+    console.print(f"table and figure: {folder}", highlight=False)
+
+
+def draw(overall: Rows, path: Path) -> None:
+    """AUROC over layers on both sides, a line a scheme; contributions, where there are any, as bars below."""
+    contributions = _of(overall, "contribution", "both")
+    size = (12, 9) if contributions else (12, 4.5)
+    figure, axes = plt.subplots(2 if contributions else 1, 2, figsize=size, squeeze=False)
+    palette = plt.get_cmap("tab20")
+    colors = {name: palette(place) for place, name in enumerate(dict.fromkeys(row["scheme"] for row in overall))}
+    for axis, side in zip(axes[0], SIDES, strict=True):
+        for name, color in colors.items():
+            own = [row for row in overall if row["scheme"] == name and row["side"] == side]
+            own = [row for row in own if row["score"] != "contribution"]
+            if own[0]["layer"] == "":
+                axis.axhline(own[0]["auroc"], color=color, linestyle="--", linewidth=1, label=name)
+                continue
+            line = ":" if "pairwise" in name else "-"  # it lies over the release's scale where distances are large
+            axis.plot(
+                [row["layer"] for row in own], [row["auroc"] for row in own], f".{line}", color=color, label=name
+            )
+        axis.set(xlabel="layer of the hidden states", ylabel="AUROC", title=f"token weights, {side} responses")
+        axis.locator_params(axis="x", integer=True)
+    axes[0, 1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    for axis, side in zip(axes[1] if contributions else (), SIDES, strict=False):
+        last = [row for row in _of(overall, "contribution", side) if row["last"] or row["layer"] == ""]
+        last = last or _of(overall, "contribution", side)
+        errors = np.abs([[row["auroc"] - row[key] for row in last] for key in ("low", "high")])
+        axis.barh(
+            [_label(row) for row in last],
+            [row["auroc"] for row in last],
+            xerr=errors,
+            color=[colors[row["scheme"]] for row in last],
+        )
+        axis.axvline(0.5, color="#555555", linewidth=0.8, linestyle=":")
+        axis.invert_yaxis()
+        axis.tick_params(axis="y", labelsize=7)
+        axis.set(xlabel="AUROC", title=f"contributions to the reward, {side} responses")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _table(overall: Rows) -> Table:
+    table = Table(
+        title="AUROC of the tokens of the known spans [95% interval]; the best layer is chosen on these very pairs"
+    )
+    for name in ("scheme", "score", "last layer", "best layer", "AUROC there", "chosen", "rejected"):
+        table.add_column(name)
+    keys = dict.fromkeys((row["scheme"], row["score"]) for row in overall)
+    for scheme, score in sorted(keys, key=lambda key: key[1] == "contribution"):
+        own = [row for row in overall if (row["scheme"], row["score"]) == (scheme, score)]
+        both = [row for row in own if row["side"] == "both"]
+        best = max(both, key=lambda row: row["auroc"])
+        last = next((row for row in both if row["last"] or row["layer"] == ""), None)
+        sides = [next(r for r in own if (r["side"], r["layer"]) == (side, best["layer"])) for side in SIDES]
+        layered = scheme in TRANSPORT
+        table.add_row(
+            scheme,
+            score,
+            "" if last is None else _cell(last),
+            str(best["layer"]) if layered else "",
+            _cell(best) if layered else "",
+            *(f"{row['auroc']:.3f}" for row in sides),
+        )
+    return table
+
+
+def _of(rows: Rows, score: str, side: str) -> Rows:
+    return [row for row in rows if (row["score"], row["side"]) == (score, side)]
+
+
+def _label(row: dict[str, Any]) -> str:
+    name = "uniform (DPO)" if row["scheme"] == "uniform" else row["scheme"]
+    return name if row["last"] or row["layer"] == "" else f"{name}, layer {row['layer']}"
+
+
+def _cell(row: dict[str, Any]) -> str:
+    return f"{row['auroc']:.3f} \\[{row['low']:.3f}, {row['high']:.3f}]"
+
+
+def _rounded(value: float) -> float | str:
+    return "" if np.isnan(value) else round(float(value), 4)

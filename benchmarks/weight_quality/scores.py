@@ -1,0 +1,261 @@
+"""Scores of the tokens of bundled pairs, by weightings and layers, and how well each finds the known spans.
+
+Shapes: B pairs of a batch, N pairs in all, W tokens of the longest completion, D hidden size, K layers that are asked
+for, S scores; rows are the chosen responses, then the rejected ones.
+"""
+
+import copy
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from datasets import Dataset
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import moe_backbone  # noqa: F401 - makes Compass known to transformers
+from otpo import OTPOConfig, OTPOTrainer
+from otpo.data.validation import token_lists
+from otpo.transport import transport_weights
+from otpo.weighting import PairBatch, d2po, ld, sampo, uniform
+
+from .labels import TokenLabels, auroc, token_labels, unmatched
+
+SIDES = ("chosen", "rejected")
+REGS = {"": 1.0, "-reg0.1": 0.1, "-reg0.02": 0.02}
+COSTS: dict[str, dict[str, Any]] = {"": {}, "-pairwise": {"cost_scale": "pairwise"}, "-cosine": {"cost": "cosine"}}
+TRANSPORT = {
+    f"otpo{cost}{name}": {"reg": reg, **settings} for cost, settings in COSTS.items() for name, reg in REGS.items()
+}
+"""Settings of [`transport_weights`] by name; these depend on the layer."""
+FREE = {"uniform": uniform, "sampo": sampo, "ld": partial(ld, alpha=0.5), "d2po": d2po}
+"""Weightings that look at no hidden states. `budget` and `length` rank tokens as `uniform` does: not at all."""
+BASELINES = ("surprisal", "unmatched")
+"""What needs no weighting: -log pi of the policy, and one where a diff finds no such token in the other response."""
+SCHEMES = (*TRANSPORT, *FREE, *BASELINES)
+
+
+class Column(NamedTuple):
+    """What a score is: the name of its scheme, its layer (None where it has none), and which kind of score.
+
+    Kinds: `"weight"`, `"baseline"`, or `"contribution"`, which is `w (log pi - log pi_ref)` for chosen responses and
+    its negative for rejected ones: what is right should be raised and what is wrong lowered.
+    """
+
+    scheme: str
+    layer: int | None
+    score: str
+
+
+@dataclass(frozen=True)
+class Found:
+    """How well S scores found the spans of N pairs.
+
+    Attributes:
+        columns: What the scores are.
+        auroc: `(S, N, 2)`, chosen and rejected; NaN for responses whose span leaves nothing to find.
+        kinds: What is wrong with the rejected answer, of each pair.
+        last: Number of the last layer, L.
+    """
+
+    columns: list[Column]
+    auroc: NDArray[np.float64]
+    kinds: list[str]
+    last: int
+
+
+def resolve_layers(asked: Sequence[str], last: int) -> list[int]:
+    """Numbers within 0 to `last` of the layers that `--layers` names: `all`, `last`, or numbers.
+
+    Raises:
+        ValueError: It names something else, or a layer that is not there.
+    """
+    if list(asked) == ["all"]:
+        return list(range(last + 1))
+    if list(asked) == ["last"]:
+        return [last]
+    wrong = [word for word in asked if not word.lstrip("-").isdigit() or not -last - 1 <= int(word) <= last]
+    if wrong or not asked:
+        raise ValueError(
+            f"`--layers {' '.join(asked)}`: give 'all', 'last', or numbers within [{-last - 1}, {last}], which this "
+            "model has."
+        )
+    return sorted({int(word) % (last + 1) for word in asked})
+
+
+class Scorer:
+    """A policy, and a reference or none, that score pairs as the trainer tokenizes them."""
+
+    def __init__(
+        self, rows: Dataset, model: str, reference: str | None, *, dtype: torch.dtype, use_cpu: bool = False
+    ) -> None:
+        tokenizer: Any = _loaded("model", AutoTokenizer, model)
+        if tokenizer.chat_template is None:
+            raise ValueError(
+                f"`--model {model}` has no chat template, and the bundled pairs are conversations. Name a chat model, "
+                "or put a `chat_template.jinja` into its folder."
+            )
+        policy = _loaded("model", AutoModelForCausalLM, model, dtype=dtype)
+        # Without a reference none is asked, and a shallow copy spares a second model in memory.
+        other = copy.copy(policy)
+        if reference is not None:
+            other = _loaded("reference", AutoModelForCausalLM, reference, dtype=dtype)
+        sizes = [one.config.get_text_config().vocab_size for one in (policy, other)]
+        if sizes[0] != sizes[1]:
+            raise ValueError(
+                f"`--reference {reference}` has {sizes[1]} tokens in its vocabulary, `--model {model}` {sizes[0]}. "
+                "Name the model that the policy was trained from."
+            )
+        self.has_reference = reference is not None
+        with tempfile.TemporaryDirectory() as folder:
+            args = OTPOConfig(
+                folder,
+                use_cpu=use_cpu,
+                bf16=False,
+                gradient_checkpointing=False,
+                max_length=None,
+                report_to="none",
+                disable_tqdm=True,
+            )
+            args._n_gpu = min(1, args.n_gpu)
+            pairs = rows.select_columns(["prompt", *SIDES])
+            self.trainer = OTPOTrainer(policy, other, args, train_dataset=pairs, processing_class=tokenizer)
+        self.trainer.model.eval()
+        self.trainer.ref_model.eval()
+        self.last: int = policy.config.get_text_config().num_hidden_layers
+        prepared: Any = self.trainer.train_dataset
+        self.tokens = [tokens[1:] for tokens in token_lists(prepared)]
+        self.labels: list[list[TokenLabels]] = []
+        for row, ids in zip(rows, self.tokens, strict=True):
+            pair: Any = row
+            sides = [(pair[side][0]["content"], pair[f"{side}_spans"]) for side in SIDES]
+            self.labels.append([token_labels(tokenizer, own, *side) for own, side in zip(ids, sides, strict=True)])
+        self.kinds: list[str] = rows["kind"][:]
+
+    def find(self, schemes: Sequence[str], layers: Sequence[int], batch: int = 16) -> Found:
+        """Scores the pairs whose spans leave something to find, `batch` of like length at a time.
+
+        Raises:
+            ValueError: There is no such pair.
+            FloatingPointError: A score is not finite.
+        """
+        places = [place for place, sides in enumerate(self.labels) if any(labels.searchable for labels in sides)]
+        if not places:
+            raise ValueError(
+                "Every answer of these pairs is right or wrong as a whole, as those of the kinds language and format "
+                "are, so there is no span to find. Raise `--pairs`, or name other `--languages`."
+            )
+        places.sort(key=lambda place: max(map(len, self.tokens[place])))
+        columns: list[Column] = []
+        found = np.empty(0)
+        for begin in range(0, len(places), batch):
+            chunk = places[begin : begin + batch]
+            columns, scores = self._scores(chunk, schemes, layers)
+            if not begin:
+                found = np.full((len(columns), len(self.kinds), len(SIDES)), np.nan)
+            found[:, chunk] = self._auroc(chunk, scores)
+        return Found(columns, found, self.kinds, self.last)
+
+    @torch.no_grad()
+    def _scores(
+        self, places: Sequence[int], schemes: Sequence[str], layers: Sequence[int]
+    ) -> tuple[list[Column], NDArray[np.float64]]:
+        """All scores of some pairs, `(S, 2B, W)`, of each response from its first token on."""
+        pairs, states, reference_logps = self._forward(places, layers)
+        weights: dict[Column, Tensor] = {}
+        for name in schemes:
+            if name in TRANSPORT:
+                weights |= zip(
+                    (Column(name, layer, "weight") for layer in layers), _transport(pairs, states, name), strict=True
+                )
+            elif name in FREE:
+                weights[Column(name, None, "weight")] = FREE[name](pairs)
+        scores = dict(weights)
+        if "surprisal" in schemes:
+            scores[Column("surprisal", None, "baseline")] = -pairs.logps
+        if "unmatched" in schemes:
+            scores[Column("unmatched", None, "baseline")] = self._unmatched(places, pairs)
+        if reference_logps is not None:
+            gains = pairs.logps - reference_logps
+            size = len(places)
+            gains = torch.cat([gains[:size], -gains[size:]])
+            scores |= {Column(c.scheme, c.layer, "contribution"): weight * gains for c, weight in weights.items()}
+        stacked = torch.stack([score.double() for score in scores.values()])
+        if not bool(stacked[:, pairs.mask].isfinite().all()):
+            raise FloatingPointError("A hidden state or a log-probability is not finite. Try `--dtype float32`.")
+        return list(scores), stacked.cpu().numpy()
+
+    def _forward(self, places: Sequence[int], layers: Sequence[int]) -> tuple[PairBatch, Tensor, Tensor | None]:
+        """What both models say of the completions: the batch, states `(K, 2B, W, D)`, reference log-probabilities."""
+        trainer = self.trainer
+        prepared: Any = trainer.train_dataset
+        inputs = trainer._prepare_inputs(trainer.data_collator([prepared[place] for place in places]))
+        ids = inputs["input_ids"]
+        completion = inputs["completion_mask"].bool()
+        labels = ids.masked_fill(~completion, -100)
+        asked = {"input_ids": ids, "attention_mask": inputs["attention_mask"], "labels": labels}
+        kept: list[Any] = []
+        model: Any = trainer.accelerator.unwrap_model(trainer.model)
+        handle = model.base_model.register_forward_hook(
+            lambda _module, _args, output: kept.append(output.hidden_states)
+        )
+        try:
+            outputs = trainer.model(**asked, use_cache=False, fused_lm_head=True, output_hidden_states=True)
+        finally:
+            handle.remove()
+        mask = completion[:, 1:]
+        width = int(mask.sum(1).max())
+        index = mask.byte().argsort(dim=1, descending=True, stable=True)[:, :width]
+        pairs = PairBatch(
+            mask.gather(1, index), ids[:, 1:].gather(1, index), outputs.log_probs.gather(1, index), ids.new_zeros(0)
+        )
+        wide = index.unsqueeze(2).expand(-1, -1, kept[0][0].size(2))
+        states = torch.stack([kept[0][layer].gather(1, wide) for layer in layers])
+        if not self.has_reference:
+            return pairs, states, None
+        reference = trainer.ref_model(**asked, use_cache=False, fused_lm_head=True)
+        return pairs, states, reference.log_probs.gather(1, index)
+
+    def _unmatched(self, places: Sequence[int], pairs: PairBatch) -> Tensor:
+        result = torch.zeros(pairs.mask.shape, dtype=torch.float64)
+        for row, place in enumerate(places):
+            for number, (own, other) in enumerate((self.tokens[place], self.tokens[place][::-1])):
+                result[number * len(places) + row, : len(own)] = torch.from_numpy(unmatched(own, other))
+        return result.to(pairs.mask.device)
+
+    def _auroc(self, places: Sequence[int], scores: NDArray[np.float64]) -> NDArray[np.float64]:
+        """`(S, B, 2)`."""
+        result = np.full((len(scores), len(places), len(SIDES)), np.nan)
+        for row, place in enumerate(places):
+            for number, labels in enumerate(self.labels[place]):
+                if labels.searchable:
+                    own = scores[:, number * len(places) + row, : len(labels.in_span)]
+                    result[:, row, number] = auroc(own, labels.in_span)
+        return result
+
+
+def _transport(pairs: PairBatch, states: Tensor, name: str) -> Tensor:
+    """Weights of all layers at once, `(K, 2B, W)`."""
+    layers, rows, width, _ = states.shape
+    chosen, rejected = (side.flatten(0, 1) for side in states.chunk(2, dim=1))
+    masks = [side.repeat(layers, 1) for side in pairs.mask.chunk(2)]
+    # A CPU is some seven times faster on matrices that stay in its caches.
+    budget = 1 << (24 if states.device.type == "cpu" else 30)
+    solved = transport_weights(chosen, rejected, *masks, memory_budget=budget, **TRANSPORT[name])
+    sides = [side.view(layers, rows // 2, width) for side in (solved.chosen, solved.rejected)]
+    return torch.cat(sides, dim=1)
+
+
+def _loaded(option: str, auto_class: Any, name: str, **kwargs: Any) -> Any:
+    try:
+        return auto_class.from_pretrained(name, **kwargs)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"`--{option} {name}` can't be loaded: {' '.join(str(error).split())[:200]} Name a folder that holds a "
+            "model and its tokenizer, or a model of the Hub."
+        ) from error
