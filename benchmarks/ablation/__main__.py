@@ -18,6 +18,7 @@ from transformers.utils import logging
 
 from .cells import NAMED, Matrix, read_matrix, weightings_of
 from .judges import load_judge
+from .start import DOCUMENTS, make_start
 
 
 def read_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, Matrix]:
@@ -31,8 +32,16 @@ def read_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespac
         "--data", nargs="*", metavar="NAME", help="in place of the file's: bundled data or JSONL files"
     )
     parser.add_argument("--seeds", nargs="*", type=int, metavar="SEED", help="in place of the file's")
-    parser.add_argument("--checkpoint", type=Path, help="SFT model with its tokenizer (default: a tiny one is made)")
-    parser.add_argument("--start-steps", type=int, default=120, help="steps of that tiny one (default: 120)")
+    parser.add_argument("--checkpoint", type=Path, help="SFT model with its tokenizer (default: one is made)")
+    parser.add_argument("--start", choices=list(DOCUMENTS), default="tiny", help="which one is made (default: tiny)")
+    parser.add_argument(
+        "--start-steps",
+        type=int,
+        nargs=2,
+        default=(120, 120),
+        metavar="N",
+        help="of its pretraining and its SFT (120)",
+    )
     judges = "'checkers', 'none', reward:FOLDER or package.module:callable"
     parser.add_argument("--judge", default="checkers", help=f"{judges} (default: checkers)")
     parser.add_argument(
@@ -73,9 +82,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         disable_progress_bars()
         from .report import report
         from .run import run_matrix
-        from .start import make_start
 
-        checkpoint = args.checkpoint or make_start(args.output / "start", matrix.languages, args.start_steps)
+        checkpoint = args.checkpoint or make_start(
+            args.output / "start", matrix.languages, tuple(args.start_steps), args.start
+        )
         part = None if args.only_report else args.part
         results = run_matrix(
             matrix, checkpoint, args.output, judge, args.judge, console, part=part, keep_models=args.keep_models

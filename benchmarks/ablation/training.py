@@ -27,7 +27,7 @@ from otpo.data.demo import KINDS, SPLITS
 from .cells import BUNDLED, METHODS, Cell, Matrix
 from .methods import TRAINERS
 
-_BATCH = 32
+_BATCH = 8
 Rows = list[dict[str, Any]]
 
 

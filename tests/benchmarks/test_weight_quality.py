@@ -141,17 +141,19 @@ def test_means_over_responses():
 # The command
 
 
-@pytest.fixture(autouse=True)
-def _loud():
+def command(folder, model, *options):
+    """The command's exit code; it leaves no logger silenced."""
     verbosity = logging.get_verbosity()
-    yield
-    logging.set_verbosity(verbosity)
-    logging.enable_progress_bar()
-    datasets.enable_progress_bars()
+    try:
+        return __main__.main(["--model", model, "--use_cpu", "--output", str(folder), *options])
+    finally:
+        logging.set_verbosity(verbosity)
+        logging.enable_progress_bar()
+        datasets.enable_progress_bars()
 
 
 def run(folder, model, *options):
-    assert __main__.main(["--model", model, "--use_cpu", "--output", str(folder), *options]) == 0
+    assert command(folder, model, *options) == 0
     with (folder / "weight_quality.csv").open() as file:
         return list(csv.DictReader(file))
 
@@ -255,7 +257,7 @@ def test_layers_by_name():
     ],
 )
 def test_what_is_refused(options, message, model_folder, tmp_path, capsys):
-    assert __main__.main(["--model", model_folder, "--use_cpu", "--output", str(tmp_path / "out"), *options]) == 2
+    assert command(tmp_path / "out", model_folder, *options) == 2
     assert message in " ".join(capsys.readouterr().out.split())
     assert not (tmp_path / "out").exists()
 
