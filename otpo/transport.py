@@ -128,7 +128,7 @@ def transport_weights(
     tolerance: float = 1e-6,
     max_iterations: int = 1000,
     solver: Solver = "auto",
-    memory_budget: int = 1 << 30,
+    memory_budget: int | None = None,
 ) -> TransportWeights:
     """OTPO's token weights: the plan's marginals, scaled to the budget `tau = min(|y_c|, |y_r|)`.
 
@@ -150,7 +150,8 @@ def transport_weights(
         max_iterations: See [`unbalanced_sinkhorn`].
         solver: See [`otpo.solver_choice.choose_solver`]; the result says what ran.
         memory_budget: Bytes of matrices between tokens that are held at a time, at least one pair's: pairs
-            beyond that go through in chunks.
+            beyond that go through in chunks. None: 1 GiB, and 16 MiB on a CPU, which is
+            faster on matrices that stay in its caches.
 
     Returns:
         Weights in float64 for float64 states and in float32 otherwise.
@@ -161,6 +162,8 @@ def transport_weights(
     check_positive(reg=reg, reg_m=reg_m)
     check_cost(cost)
     check_cost_scale(cost_scale)
+    if memory_budget is None:
+        memory_budget = 1 << (24 if chosen.device.type == "cpu" else 30)
     tensors = (chosen, rejected, chosen_mask, rejected_mask)
     settings = {"reg": reg, "reg_m": reg_m, "tolerance": tolerance, "max_iterations": max_iterations}
     if choose_solver(solver, chosen, rejected, reg=reg, reg_m=reg_m, tolerance=tolerance) == "triton":

@@ -1,5 +1,6 @@
 """Runs a matrix cell by cell. Each cell is a JSON file, so a matrix that was killed goes on where it stopped."""
 
+import gc
 import hashlib
 import json
 import os
@@ -111,6 +112,7 @@ def run_matrix(
                 progress.console.print(f"{cell.name} failed: {why}", style="red", markup=False)
             _write(paths[cell], record)
             records[cell] = record
+            _release()
             progress.advance(task)
     return Results(sft, {cell: record for cell, record in records.items() if record is not None})
 
@@ -130,6 +132,13 @@ def _judge(judge: Judge, rows: Rows, record: dict[str, Any], sft: dict[str, Any]
     prompts = [row["prompt"][-1]["content"] for row in rows]
     own, other = (run["held_out"][split]["answers"] for run in (record, sft))
     return judged(judge, prompts, own, other, rows)
+
+
+def _release() -> None:
+    """Gives memory back that other parts on the same GPU can use; trainers are in cycles."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _is_done(record: dict[str, Any] | None, judge_name: str) -> bool:
