@@ -29,7 +29,7 @@ class OTPOConfig(DPOConfig):
             5% of uniform on a 135M chat model, at 0.02 the largest is 2.6 times the mean.
         ot_reg_m: Weight of the two marginal terms, > 0. Large values push the weights towards uniform.
         ot_cost: What moving mass between two tokens costs. `"euclidean"`: the distance of their hidden states, as in
-            the paper. `"cosine"`: one less their cosine, which is ours; `ot_cost_scale` makes no difference to it.
+            the paper. `"cosine"`: one less their cosine, our choice; `ot_cost_scale` makes no difference to it.
         ot_cost_scale: What the largest cost is taken over before the costs are divided by it. `"release"`: the
             distances and the norms of the hidden states, which is what the official release computes because it
             pads with zero vectors. `"pairwise"`: the distances between real tokens alone.

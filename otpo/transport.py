@@ -75,11 +75,13 @@ def pairwise_cost(
         rejected: Hidden states `(B, N, D)`.
         chosen_mask: `(B, M)` bool, true at real tokens.
         rejected_mask: `(B, N)` bool.
-        cost: `"euclidean"`, or `"cosine"`: `1 - <h, g> / (|h| |g|)`, which is 1 where a state is zero; our choice.
+        cost: `"euclidean"`, or `"cosine"`: `1 - <h, g> / (|h| |g|)`, within [0, 2] before the division, and 1 where
+            a state is zero. The paper's ablation weighs tokens by cosine similarity; this cost is our choice.
         scale: Over what the maximum is taken. `"release"`: over the distances and the norms of the states,
             which is what the official OTPO release computes, since it pads with zero vectors.
             `"pairwise"`: over the distances between real tokens alone, which keeps more contrast where the
-            states share a large common part. The same for cosines, whose padding costs 1.
+            states share a large common part. Both are the same for cosines: zero vectors cost 1 there, and the
+            maximum is at least 1 anyway.
 
     Returns:
         `(B, M, N)` in float64 (float32 on devices without it), within [0, 1], zero outside the masks.
@@ -99,8 +101,7 @@ def pairwise_cost(
     rejected = rejected.to(wide).masked_fill(~rejected_mask.unsqueeze(2), 0.0)
     valid = chosen_mask.unsqueeze(2) & rejected_mask.unsqueeze(1)
     if cost == "cosine":
-        unit_chosen, unit_rejected = (torch.nn.functional.normalize(states, dim=2) for states in (chosen, rejected))
-        distances = (1.0 - unit_chosen @ unit_rejected.mT).clamp(min=0.0)
+        distances = (1.0 - _directions(chosen) @ _directions(rejected).mT).clamp(min=0.0)
     else:
         distances = torch.cdist(chosen, rejected, compute_mode=mode)
     distances = distances.masked_fill(~valid, 0.0)
@@ -227,6 +228,12 @@ def transport_plan(
     )
     plan = solved.plan(costs, reg)[0]
     return plan * (min(plan.shape) / plan.sum())
+
+
+def _directions(states: Tensor) -> Tensor:
+    """States over their norms, however small; zeros stay zeros."""
+    norms = states.norm(dim=2, keepdim=True)
+    return states / norms.masked_fill(norms == 0, 1.0)
 
 
 def _torch_weights(

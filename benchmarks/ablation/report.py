@@ -2,7 +2,7 @@
 
 import itertools
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -134,9 +134,10 @@ def cost_rows(matrix: Matrix, results: Results) -> list[dict[str, Any]]:
 
 
 def report(matrix: Matrix, results: Results, folder: Path, console: Console) -> None:
-    """Writes `table.csv`, `costs.csv` and four figures into the folder, and shows the table and what failed."""
+    """Writes `table.csv`, `table.md`, `costs.csv` and figures into the folder; shows the table and what failed."""
     rows, costs = table_rows(matrix, results), cost_rows(matrix, results)
     write_rows(folder / "table.csv", rows)
+    (folder / "table.md").write_text(markdown(rows), encoding="utf-8")
     if costs:
         write_rows(folder / "costs.csv", costs)
     table = Table(title=f"Mean ± standard deviation over seeds; [95% interval of the difference to {matrix.baseline}]")
@@ -150,6 +151,22 @@ def report(matrix: Matrix, results: Results, folder: Path, console: Console) -> 
     if done := [row for row in rows if row["seeds"]]:
         draw(done, costs, folder)
     console.print(f"table and figures: {folder}")
+
+
+def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The table for a page: those of [`SHOWN`] that anything is known of, weightings in the order of the rows.
+
+    Args:
+        rows: Of [`table_rows`], or as they come back from `table.csv`.
+    """
+    names = [name for name in SHOWN if any(row[name] != "" for row in rows)]
+    several = len({row["data"] for row in rows}) > 1
+    header = [*(["data"] if several else []), "weighting", "seeds", *(name.replace("_", " ") for name in names)]
+    lines = [header, ["---"] * len(header)]
+    for row in rows:
+        first = [*([Path(row["data"]).stem] if several else []), row["weighting"], str(row["seeds"])]
+        lines.append([*first, *(_cell(row, name).replace("\n\\", "<br>") for name in names)])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def draw(rows: list[dict[str, Any]], costs: list[dict[str, Any]], folder: Path) -> None:
@@ -208,11 +225,12 @@ def _interval(measure: str, pairs: list[tuple[Columns, Columns]]) -> tuple[float
     return paired_bootstrap(difference, len(pairs), len(pairs[0][0]["preferred"]), _RESAMPLES)
 
 
-def _cell(row: dict[str, Any], name: str) -> str:
+def _cell(row: Mapping[str, Any], name: str) -> str:
     if row[name] == "":
-        return "" if row["seeds"] else "failed"
-    interval = f"\n\\[{row[f'{name}_low']:.1f}, {row[f'{name}_high']:.1f}]" if row.get(f"{name}_low", "") != "" else ""
-    return f"{row[name]:.1f} ± {row[f'{name}_std']:.1f}{interval}"
+        return "" if int(row["seeds"]) else "failed"
+    mean, std, low, high = (row.get(f"{name}{end}", "") for end in ("", "_std", "_low", "_high"))
+    interval = "" if low == "" else f"\n\\[{float(low):.1f}, {float(high):.1f}]"
+    return f"{float(mean):.1f} ± {float(std):.1f}{interval}"
 
 
 def _label(row: dict[str, Any]) -> str:

@@ -76,10 +76,11 @@ def table_rows(found: Found, model: str, reference: str | None) -> Rows:
 
 
 def report(rows: Rows, folder: Path, console: Console) -> None:
-    """Writes `weight_quality.csv` and `weight_quality.png` into the folder and shows the table."""
+    """Writes `weight_quality.csv`, `summary.md` and `weight_quality.png` into the folder and shows the summary."""
     overall = [row for row in rows if row["kind"] == "all"]
     write_rows(folder / "weight_quality.csv", rows)
-    console.print(_table(overall))
+    (folder / "summary.md").write_text(markdown(rows), encoding="utf-8")
+    console.print(_table(rows))
     of_kinds = {row["kind"]: row for row in rows if row["side"] == "both"}
     told = ", ".join(f"{kind} {row['responses']} ({row['left_out']} left out)" for kind, row in of_kinds.items())
     console.print(f"responses: {told}; left out where the span is the whole answer", highlight=False)
@@ -127,28 +128,46 @@ def draw(overall: Rows, path: Path) -> None:
     plt.close(figure)
 
 
-def _table(overall: Rows) -> Table:
-    table = Table(
-        title="AUROC of the tokens of the known spans [95% interval]; the best layer is chosen on these very pairs"
-    )
-    for name in ("scheme", "score", "last layer", "best layer", "AUROC there", "chosen", "rejected"):
-        table.add_column(name)
-    keys = dict.fromkeys((row["scheme"], row["score"]) for row in overall)
+def summary(rows: Rows) -> list[dict[str, str]]:
+    """One line for each scheme and score over all kinds: AUROC at the last layer, and at the best for both sides.
+
+    Args:
+        rows: Of [`table_rows`], or as they come back from `weight_quality.csv`.
+    """
+    rows = [{**row, "last": str(row["last"]) == "True"} for row in rows if row["kind"] == "all"]
+    keys = dict.fromkeys((row["scheme"], row["score"]) for row in rows)
+    lines = []
     for scheme, score in sorted(keys, key=lambda key: key[1] == "contribution"):
-        own = [row for row in overall if (row["scheme"], row["score"]) == (scheme, score)]
+        own = [row for row in rows if (row["scheme"], row["score"]) == (scheme, score)]
         both = [row for row in own if row["side"] == "both"]
-        best = max(both, key=lambda row: row["auroc"])
+        best = max(both, key=lambda row: float(row["auroc"]))
         last = next((row for row in both if row["last"] or row["layer"] == ""), None)
-        sides = [next(r for r in own if (r["side"], r["layer"]) == (side, best["layer"])) for side in SIDES]
         layered = scheme in TRANSPORT
-        table.add_row(
-            scheme,
-            score,
-            "" if last is None else _cell(last),
-            str(best["layer"]) if layered else "",
-            _cell(best) if layered else "",
-            *(f"{row['auroc']:.3f}" for row in sides),
-        )
+        line = {"scheme": scheme, "score": score, "last layer": "" if last is None else _cell(last)}
+        line |= {"best layer": str(best["layer"]) if layered else "", "AUROC there": _cell(best) if layered else ""}
+        for side in SIDES:
+            line[side] = next(
+                f"{float(r['auroc']):.3f}" for r in own if (r["side"], r["layer"]) == (side, best["layer"])
+            )
+        lines.append(line)
+    return lines
+
+
+def markdown(rows: Rows) -> str:
+    """The summary for a page."""
+    lines = summary(rows)
+    cells = [list(lines[0]), ["---"] * len(lines[0]), *(list(line.values()) for line in lines)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in cells)
+
+
+def _table(rows: Rows) -> Table:
+    title = "AUROC of the tokens of the known spans [95% interval]; the best layer is chosen on these very pairs"
+    table = Table(title=title)
+    lines = summary(rows)
+    for name in lines[0]:
+        table.add_column(name)
+    for line in lines:
+        table.add_row(*(cell.replace("[", "\\[") for cell in line.values()))
     return table
 
 
@@ -162,7 +181,7 @@ def _label(row: dict[str, Any]) -> str:
 
 
 def _cell(row: dict[str, Any]) -> str:
-    return f"{row['auroc']:.3f} \\[{row['low']:.3f}, {row['high']:.3f}]"
+    return f"{float(row['auroc']):.3f} [{float(row['low']):.3f}, {float(row['high']):.3f}]"
 
 
 def _rounded(value: float) -> float | str:

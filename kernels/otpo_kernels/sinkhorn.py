@@ -58,13 +58,14 @@ def token_transport(
 
     Args:
         chosen: Hidden states `(B, M, D)` in one of `DTYPES`, norms below 1e18. A pair with a state that is not
-            finite, or larger, gets NaN weights and a NaN residual.
+            finite, or larger, gets NaN weights and a NaN residual. Cosines want norms of zero or above 1e-16, since
+            squares are taken in float32.
         rejected: `(B, N, D)` of the same dtype.
         chosen_mask: `(B, M)` bool, true at real tokens; any pattern.
         rejected_mask: `(B, N)` bool.
         reg: Weight of the entropy term, at least 0.01.
         reg_m: Weight of the marginal terms, at least 0.02.
-        cosine: Costs are one less the cosine of two states, not their Euclidean distance.
+        cosine: Costs are one less the cosine of two states, 1 for a state of zeros, not their Euclidean distance.
         release_scale: Divide the costs by the maximum over distances and norms, not over distances alone; cosines are
             divided by the latter either way.
         tolerance: A pair is done when its residual is at most this, at least 1e-6.

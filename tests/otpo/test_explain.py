@@ -75,12 +75,18 @@ def made_up_pair(chosen: int, rejected: int) -> ExplainedPair:
 
 @pytest.mark.parametrize("sizes", [(7, 4), (1, 5), (1, 1)], ids=str)
 @pytest.mark.parametrize(
-    ("reg", "reg_m", "scale"), [(1.0, 0.2, "release"), (0.05, 0.2, "pairwise"), (0.1, 1.0, "release")]
+    ("reg", "reg_m", "kind"),
+    [
+        (1.0, 0.2, {"cost_scale": "release"}),
+        (0.05, 0.2, {"cost_scale": "pairwise"}),
+        (0.1, 1.0, {}),
+        (0.05, 0.2, {"cost": "cosine"}),
+    ],
 )
-def test_marginals_of_the_plan_are_the_weights(sizes, reg, reg_m, scale):
+def test_marginals_of_the_plan_are_the_weights(sizes, reg, reg_m, kind):
     states = [torch.randn(size, 16, dtype=torch.float64) / 3 for size in sizes]
     masks = [torch.ones(1, size, dtype=torch.bool) for size in sizes]
-    settings_ = {"reg": reg, "reg_m": reg_m, "cost_scale": scale, "tolerance": 1e-10}
+    settings_ = {"reg": reg, "reg_m": reg_m, "tolerance": 1e-10, **kind}
     plan = transport_plan(*states, **settings_)
     weights = transport_weights(*(state[None] for state in states), *masks, **settings_)
     assert plan.dtype == torch.float64 and plan.shape == sizes and (plan >= 0).all()
@@ -95,6 +101,8 @@ def test_plan_of_empty_responses_and_bad_options():
         transport_plan(torch.zeros(2, 4), torch.zeros(3, 4), reg=0)
     with pytest.raises(ValueError, match="`cost_scale` must be"):
         transport_plan(torch.zeros(2, 4), torch.zeros(3, 4), cost_scale="big")
+    with pytest.raises(ValueError, match="`cost` must be 'euclidean' or 'cosine', got 'l1'"):
+        transport_plan(torch.zeros(2, 4), torch.zeros(3, 4), cost="l1")
 
 
 def test_numbers_are_those_of_a_direct_computation(pairs, tokenizer, model_folder, other_model_folder):

@@ -112,11 +112,9 @@ class Written:
         )
 
 
-def written_otpo(reg: float, reg_m: float = 0.2, cost_scale: Any = "release") -> Callable[[PairBatch], Tensor]:
+def written_otpo(reg: float, reg_m: float = 0.2, **kind: Any) -> Callable[[PairBatch], Tensor]:
     def weigh(batch: PairBatch) -> Tensor:
-        solved = transport_weights(
-            *batch.hidden_states.chunk(2), *batch.mask.chunk(2), reg=reg, reg_m=reg_m, cost_scale=cost_scale
-        )
+        solved = transport_weights(*batch.hidden_states.chunk(2), *batch.mask.chunk(2), reg=reg, reg_m=reg_m, **kind)
         return torch.cat([solved.chosen, solved.rejected])
 
     return weigh
@@ -135,8 +133,9 @@ WEIGHTS: dict[str, tuple[dict[str, Any], Any, Callable[[PairBatch], Tensor]]] = 
     "otpo-pairwise": (
         {"ot_reg": 0.1, "ot_reg_m": 1.0, "ot_cost_scale": "pairwise"},
         None,
-        written_otpo(0.1, 1.0, "pairwise"),
+        written_otpo(0.1, 1.0, cost_scale="pairwise"),
     ),
+    "otpo-cosine": ({"ot_reg": 0.02, "ot_cost": "cosine"}, None, written_otpo(0.02, cost="cosine")),
     "hashed": ({}, hashed_weights, hashed_weights),
     "budget": ({"weighting": "budget"}, None, written_budget),
 }
@@ -155,7 +154,7 @@ LOSSES: dict[str, dict[str, Any]] = {
     "wpo-ipo": {"use_weighting": True, "loss_type": ["ipo"]},
 }
 PAIRINGS = [(loss, name) for loss in LOSSES for name in ("otpo", "hashed")]
-PAIRINGS += [("sigmoid", "otpo-pairwise"), ("sigmoid", "budget"), ("ipo", "budget")]
+PAIRINGS += [("sigmoid", name) for name in ("otpo-pairwise", "otpo-cosine", "budget")] + [("ipo", "budget")]
 
 
 @pytest.mark.parametrize(("loss", "weights"), PAIRINGS, ids=[f"{loss}-{weights}" for loss, weights in PAIRINGS])

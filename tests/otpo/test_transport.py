@@ -185,13 +185,15 @@ def test_cosine_costs():
     chosen[0, 1], rejected[0, 3], rejected[0, 2] = 0.0, chosen[0, 0] * 3, -chosen[0, 0]
     mask = torch.ones(2, 7, dtype=torch.bool)
     mask[1, 4:] = False
-    got = pairwise_cost(chosen, rejected, mask, mask, cost="cosine")
+    padded = chosen.masked_fill(~mask[..., None], torch.nan), rejected.masked_fill(~mask[..., None], torch.inf)
+    got = pairwise_cost(*padded, mask, mask, cost="cosine")
     want = 1 - torch.cosine_similarity(chosen[:, :, None], rejected[:, None], dim=3)
     want = want.masked_fill(~(mask[:, :, None] & mask[:, None]), 0.0)
     torch.testing.assert_close(got, want / want.flatten(1).amax(1).clamp(min=1)[:, None, None])
     assert got[0, 0, 3] < 1e-15 and got[0, 0, 2] == 1 and got[0, 1].eq(got[0, 1, 0]).all()
-    scaled = pairwise_cost(chosen * 7, rejected / 9, mask, mask, cost="cosine", scale="pairwise")
-    torch.testing.assert_close(scaled, got)
+    for scale, factor in (("pairwise", 7.0), ("release", 1e-30), ("release", 1e30)):
+        scaled = pairwise_cost(chosen * factor, rejected / 9, mask, mask, cost="cosine", scale=scale)
+        torch.testing.assert_close(scaled, got)
     with pytest.raises(ValueError, match="`cost` must be 'euclidean' or 'cosine', got 'l1'"):
         pairwise_cost(chosen, rejected, mask, mask, cost="l1")
 
@@ -203,11 +205,13 @@ def test_iteration_limit_is_kept_and_residual_says_so():
     assert got.residual.max() > 1e-4
 
 
-def test_a_state_that_is_not_finite_spoils_its_own_pair_at_once():
+@pytest.mark.parametrize("cost", ["euclidean", "cosine"])
+@pytest.mark.parametrize("value", [torch.nan, -torch.inf])
+def test_a_state_that_is_not_finite_spoils_its_own_pair_at_once(cost, value):
     states = torch.randn(2, 3, 9, 8)
     mask = torch.ones(3, 9, dtype=torch.bool)
-    states[0, 1, 4, 2] = torch.nan
-    got = transport_weights(*states, mask, mask)
+    states[0, 1, 4, 2] = value
+    got = transport_weights(*states, mask, mask, cost=cost)
     assert got.chosen[1].isnan().all() and got.residual[1].isnan() and got.iterations[1] == 1
     assert got.chosen[[0, 2]].isfinite().all() and got.rejected[[0, 2]].isfinite().all()
 

@@ -101,3 +101,11 @@ def test_names_take_their_options(tmp_path):
     args = options(tmp_path, ot_reg=0.05, ot_cost="cosine", d2po_gamma=0.7)
     torch.testing.assert_close(WEIGHTINGS["otpo"](args)(BATCH).values, otpo(BATCH, reg=0.05, cost="cosine").values)
     torch.testing.assert_close(WEIGHTINGS["d2po"](args)(BATCH), d2po(BATCH, gamma=0.7))
+
+
+def test_the_cost_is_named_unless_it_is_euclidean(tmp_path):
+    described = [options(tmp_path, ot_cost=cost).describe_weighting() for cost in ("euclidean", "cosine")]
+    assert described == [
+        "otpo, ot_reg 1, ot_reg_m 0.2, ot_cost_scale release",
+        "otpo, ot_reg 1, ot_reg_m 0.2, ot_cost cosine",
+    ]

@@ -123,12 +123,13 @@ def test_a_shared_prefix_is_at_distance_zero(dtype):
         assert_right(solve(*inputs, reg=0.02, reg_m=0.2, **options), inputs, reg=0.02, reg_m=0.2, **options)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_cosine_distances(dtype):
     """Equal, parallel, opposite and zero states among states whose norms are far apart."""
     chosen, rejected = torch.randn(2, 1, 21, 48)
-    # The interpreter's products of bfloat16 are garbage, so it takes all distances from differences, which cancel.
-    chosen[0, ::4] *= 1000 if DEVICE == "cuda" else 10
+    # The interpreter's products of bfloat16, and so of float32, are garbage: it takes those distances from
+    # differences, which cancel. Its products of float16 are right.
+    chosen[0, ::4] *= 1000 if DEVICE == "cuda" or dtype == torch.float16 else 10
     rejected[0, :5] = chosen[0, :5]
     rejected[0, 5], rejected[0, 6], rejected[0, 7] = 2 * chosen[0, 5], -chosen[0, 6], 0.0
     tensors = [tensor.to(DEVICE) for tensor in (chosen.to(dtype), rejected.to(dtype), full(1, 21), full(1, 21))]
@@ -138,6 +139,15 @@ def test_cosine_distances(dtype):
     want = 1 - torch.cosine_similarity(wide[0][0][:, None], wide[1][0][None], dim=2)
     torch.testing.assert_close(found[0].double(), want, rtol=0, atol=3e-6)
     assert found[0].diagonal()[:5].abs().max() < 1e-7 and found[0, :, 7].eq(1).all()
+
+
+@pytest.mark.parametrize("norm", [1e-16, 1e-8, 1e4])
+def test_cosines_take_no_notice_of_norms(norm):
+    states = (norm * states / states.norm(dim=2, keepdim=True) for states in torch.randn(2, 2, 19, 24))
+    inputs = (*states, full(2, 19), full(2, 19))
+    options = {"reg": 0.02, "reg_m": 0.2, "cosine": True}
+    for release_scale in (True, False):
+        assert_right(solve(*inputs, **options, release_scale=release_scale), inputs, **options)
 
 
 def test_transposed_and_sliced_inputs():
@@ -172,11 +182,12 @@ def test_the_iteration_limit_is_kept_and_the_residual_says_so():
 
 @pytest.mark.parametrize("value", [torch.nan, -torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("side", [0, 1])
-def test_a_state_that_is_not_finite_spoils_its_own_pair_only(value, side):
+@pytest.mark.parametrize("cosine", [False, True])
+def test_a_state_that_is_not_finite_spoils_its_own_pair_only(value, side, cosine):
     states = torch.randn(2, 3, 9, 8)
-    clean = solve(*states, full(3, 9), full(3, 9), reg=0.1, reg_m=0.2)
+    clean = solve(*states, full(3, 9), full(3, 9), reg=0.1, reg_m=0.2, cosine=cosine)
     states[side, 1, 4, 2] = value
-    got = solve(*states, full(3, 9), full(3, 9), reg=0.1, reg_m=0.2)
+    got = solve(*states, full(3, 9), full(3, 9), reg=0.1, reg_m=0.2, cosine=cosine)
     assert got.chosen[[0, 2]].equal(clean.chosen[[0, 2]]) and got.rejected[[0, 2]].equal(clean.rejected[[0, 2]])
     assert got.residual[1].isnan() and got.chosen[1].isnan().all() and got.rejected[1].isnan().all()
     assert got.iterations[1] == 1
@@ -218,12 +229,13 @@ def gpu_problem(pairs, length, hidden, dtype):
 @pytest.mark.parametrize("regs", [(1.0, 0.2), (0.1, 1.0), (0.02, 0.2), (0.05, 10.0)], ids=str)
 @pytest.mark.parametrize("shape", [(8, 1024, 4096), (3, 777, 1000), (2, 2048, 512), (1, 8192, 256)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_large_problems_match_float64(regs, shape, dtype):
-    x, y, x_mask, y_mask = gpu_problem(*shape, dtype)
+@pytest.mark.parametrize("cost", ["euclidean", "cosine"])
+def test_large_problems_match_float64(regs, shape, dtype, cost):
+    inputs = gpu_problem(*shape, dtype)
     reg, reg_m = regs
-    got = token_transport(x, y, x_mask, y_mask, reg=reg, reg_m=reg_m)
+    got = token_transport(*inputs, reg=reg, reg_m=reg_m, cosine=cost == "cosine")
     want = transport_weights(
-        x, y, x_mask, y_mask, reg=reg, reg_m=reg_m, tolerance=1e-10, solver="torch", memory_budget=1 << 32
+        *inputs, reg=reg, reg_m=reg_m, cost=cost, tolerance=1e-10, solver="torch", memory_budget=1 << 32
     )
     torch.testing.assert_close(got.chosen, want.chosen, rtol=1e-4, atol=1e-30)
     torch.testing.assert_close(got.rejected, want.rejected, rtol=1e-4, atol=1e-30)
