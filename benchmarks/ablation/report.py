@@ -133,10 +133,26 @@ def cost_rows(matrix: Matrix, results: Results) -> list[dict[str, Any]]:
     return rows
 
 
+def start_rows(results: Results) -> list[dict[str, Any]]:
+    """What the SFT checkpoint itself prefers and answers, split by split: percentages, and tokens of an answer."""
+    rows = []
+    for split, found in results.sft["held_out"].items():
+        chosen, rejected = np.array(found["chosen"]), np.array(found["rejected"])
+        row = {
+            "held_out": split,
+            "prompts": len(chosen),
+            "preferred": round(100 * float((chosen > rejected).mean()), 4),
+        }
+        row["right"] = round(100 * float(np.mean(found["right"])), 4) if "right" in found else ""
+        rows.append({**row, "tokens": round(float(np.mean(found["tokens"])), 4)})
+    return rows
+
+
 def report(matrix: Matrix, results: Results, folder: Path, console: Console) -> None:
-    """Writes `table.csv`, `table.md`, `costs.csv` and figures into the folder; shows the table and what failed."""
+    """Writes `table.csv`, `table.md`, `start.csv`, `costs.csv` and figures; shows the table and what failed."""
     rows, costs = table_rows(matrix, results), cost_rows(matrix, results)
     write_rows(folder / "table.csv", rows)
+    write_rows(folder / "start.csv", start_rows(results))
     (folder / "table.md").write_text(markdown(rows), encoding="utf-8")
     if costs:
         write_rows(folder / "costs.csv", costs)

@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         pairs = load_pairs(args.languages, args.pairs)
         scorer = Scorer(pairs, args.model, args.reference, dtype=DTYPES[args.dtype], use_cpu=args.use_cpu)
         layers = resolve_layers(args.layers, scorer.last)
-        found = scorer.find(args.schemes, layers, args.batch)
+        found = scorer.find(args.schemes, layers, args.batch, console)
         report(table_rows(found, args.model, args.reference), args.output, console)
     except (ValueError, OSError, FloatingPointError) as error:
         console.print(str(error), style="red", markup=False, highlight=False)

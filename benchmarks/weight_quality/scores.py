@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from datasets import Dataset
 from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import track
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -137,8 +139,12 @@ class Scorer:
             self.labels.append([token_labels(tokenizer, own, *side) for own, side in zip(ids, sides, strict=True)])
         self.kinds: list[str] = rows["kind"][:]
 
-    def find(self, schemes: Sequence[str], layers: Sequence[int], batch: int = 16) -> Found:
+    def find(
+        self, schemes: Sequence[str], layers: Sequence[int], batch: int = 16, console: Console | None = None
+    ) -> Found:
         """Scores the pairs whose spans leave something to find, `batch` of like length at a time.
+
+        `console` is where progress goes; None for nowhere.
 
         Raises:
             ValueError: There is no such pair.
@@ -153,7 +159,8 @@ class Scorer:
         places.sort(key=lambda place: max(map(len, self.tokens[place])))
         columns: list[Column] = []
         found = np.empty(0)
-        for begin in range(0, len(places), batch):
+        steps = range(0, len(places), batch)
+        for begin in track(steps, "batches of pairs", console=console, disable=console is None):
             chunk = places[begin : begin + batch]
             columns, scores = self._scores(chunk, schemes, layers)
             if not begin:

@@ -81,6 +81,10 @@ def test_table_and_figures(finished):
     assert float(compared["margin_low"]) <= float(compared["margin"]) - float(rows[0]["margin"])
     assert float(compared["margin_high"]) >= float(compared["margin"]) - float(rows[0]["margin"])
     assert all((finished / name).stat().st_size > 1000 for name in FIGURES)
+    with (finished / "start.csv").open() as file:
+        start = list(csv.DictReader(file))
+    assert [(row["held_out"], row["prompts"]) for row in start] == [("test", "3"), ("test_templates", "3")]
+    assert all(0 <= float(row["preferred"]) <= 100 and 0 <= float(row["right"]) <= 100 for row in start)
     with (finished / "costs.csv").open() as file:
         assert all(float(row["ms_per_step"]) > 0 and float(row["peak_mib"]) > 0 for row in csv.DictReader(file))
 
