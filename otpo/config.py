@@ -1,7 +1,7 @@
 """The options of OTPO on top of TRL's `DPOConfig`."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from trl import DPOConfig
 
@@ -127,6 +127,17 @@ class OTPOConfig(DPOConfig):
                 "`weighting='ld'` needs `ld_alpha`, got None. Set it within [0, 1]; the LD-DPO paper finds 0.5 best "
                 "for Llama-3-8B-Instruct."
             )
+
+    def transport_options(self) -> dict[str, Any]:
+        """The options of the transport problem and its solution, as [`otpo.transport.transport_plan`] takes them."""
+        return {
+            "reg": self.ot_reg,
+            "reg_m": self.ot_reg_m,
+            "cost": self.ot_cost,
+            "cost_scale": self.ot_cost_scale,
+            "tolerance": self.ot_tolerance,
+            "max_iterations": self.ot_max_iterations,
+        }
 
     def describe_weighting(self) -> str:
         """The weighting and those of its options that matter, in one line."""

@@ -23,9 +23,7 @@ def captured_states(causal_lm: Any, layer: int = -1) -> Iterator[list[Tensor]]:
         causal_lm: The model, or a PEFT model around it, without engines around that.
         layer: See [`check_hidden_layer`].
     """
-    if is_peft_model(causal_lm):
-        causal_lm = causal_lm.get_base_model()
-    backbone = causal_lm.base_model
+    backbone = _without_adapter(causal_lm).base_model
     captured: list[Tensor] = []
     # Hooks are left out of compiled graphs: a graph would go on filling the list of the step it was traced in.
     if layer in (-1, _count(backbone)):
@@ -57,8 +55,7 @@ def check_hidden_layer(causal_lm: Any, layer: int) -> None:
     """
     if layer == -1:
         return
-    if is_peft_model(causal_lm):
-        causal_lm = causal_lm.get_base_model()
+    causal_lm = _without_adapter(causal_lm)
     count = _count(causal_lm.base_model)
     if count is None:
         raise ValueError(
@@ -70,6 +67,10 @@ def check_hidden_layer(causal_lm: Any, layer: int) -> None:
             f"`hidden_layer` must be within [{-count - 1}, {count}] for {type(causal_lm).__name__}, which has {count} "
             f"layers, got {layer}."
         )
+
+
+def _without_adapter(causal_lm: Any) -> Any:
+    return causal_lm.get_base_model() if is_peft_model(causal_lm) else causal_lm
 
 
 def _layers(backbone: Any) -> Any:

@@ -3,7 +3,7 @@
 Shapes: B pairs, T scored positions; rows are the chosen responses, then the rejected ones.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,12 @@ from torch import Tensor
 _LENGTH_NORMALISED = {"ipo", "sigmoid_norm"}
 # The likelihood of the chosen response is no preference.
 _UNWEIGHTED = {"sft"}
+
+
+def model_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a collated batch the model is called with."""
+    ours = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps")
+    return {name: value for name, value in inputs.items() if name not in ours}
 
 
 @dataclass(frozen=True)

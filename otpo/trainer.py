@@ -34,13 +34,11 @@ from .guards import (
 from .hidden_states import captured_states, check_hidden_layer
 from .metrics import reward_metrics, weight_metrics
 from .reference import dataset_key, longest_completion, shared_cache_file
-from .scoring import Scored, loss_groups
+from .scoring import Scored, loss_groups, model_inputs
 from .swap import swapped
 from .timing import DeviceTimer
 from .token_rows import pack_rows, unpack_rows
 from .weighting import WEIGHTINGS, PairBatch, TokenWeights, Weighting
-
-_NOT_THE_MODELS = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps")
 
 
 class OTPOTrainer(DPOTrainer):
@@ -245,8 +243,8 @@ class OTPOTrainer(DPOTrainer):
         self._require_finite(states_not_finite(states, logps, mask), "Hidden states or log-probabilities", inputs)
 
         token_ids = inputs["input_ids"][:, 1:].to(device)
-        called_with = {name: value for name, value in inputs.items() if name not in _NOT_THE_MODELS}
-        batch = PairBatch(mask, token_ids, logps.detach().clone(), states, self.state.global_step, called_with)
+        step, called_with = self.state.global_step, model_inputs(inputs)
+        batch = PairBatch(mask, token_ids, logps.detach().clone(), states, step, called_with)
         timed = self._timers[self._mode].region(device)
         with torch.no_grad(), torch.autocast(device.type, enabled=False), timed:
             answer = self.token_weights(batch)

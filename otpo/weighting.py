@@ -157,16 +157,7 @@ def d2po(batch: PairBatch, *, gamma: float = 0.98) -> Tensor:
 
 
 def _otpo_from(args: "OTPOConfig") -> Weighting:
-    return partial(
-        otpo,
-        reg=args.ot_reg,
-        reg_m=args.ot_reg_m,
-        cost=args.ot_cost,
-        cost_scale=args.ot_cost_scale,
-        tolerance=args.ot_tolerance,
-        max_iterations=args.ot_max_iterations,
-        solver=args.ot_solver,
-    )
+    return partial(otpo, **args.transport_options(), solver=args.ot_solver)
 
 
 WEIGHTINGS: dict[str, Callable[["OTPOConfig"], Weighting]] = {

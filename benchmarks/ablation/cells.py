@@ -32,7 +32,6 @@ NAMED: dict[str, dict[str, Any]] = {
     "otpo-pairwise-reg0.02": {**_PAIRWISE, "ot_reg": 0.02},
     "otpo-cosine": {**_COSINE, "ot_reg": 1.0},
     "otpo-cosine-reg0.02": {**_COSINE, "ot_reg": 0.02},
-    "d2po": {"weighting": "d2po"},
     "tdpo2": {"weighting": "uniform", "method": "tdpo2"},
     "tis": {"weighting": "uniform", "method": "tis"},
 }

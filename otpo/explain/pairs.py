@@ -16,6 +16,7 @@ from torch import Tensor
 
 from otpo.config import OTPOConfig
 from otpo.metrics import weight_metrics
+from otpo.scoring import Scored, model_inputs
 from otpo.swap import swapped
 from otpo.timing import DeviceTimer
 from otpo.transport import transport_plan
@@ -24,7 +25,6 @@ from otpo.weighting import WEIGHTINGS, PairBatch, ld
 from .pieces import Piece, split_pieces
 
 if TYPE_CHECKING:
-    from otpo.scoring import Scored
     from otpo.trainer import OTPOTrainer
 
 # Weights that are the plan's marginals differ from them by what the solvers differ, at most 1e-4 of a weight.
@@ -186,17 +186,7 @@ def _explain(trainer: "OTPOTrainer", example: dict[str, Any], name: str, referen
         sides.append(ExplainedResponse(pieces, values[0], values[1], values[2] if reference else None, trainer.beta))
     args: OTPOConfig = trainer.args
     states = [batch.hidden_states[row][mask] for row, mask in enumerate(batch.mask)]
-    plan = _on_cpu(
-        transport_plan(
-            *states,
-            reg=args.ot_reg,
-            reg_m=args.ot_reg_m,
-            cost=args.ot_cost,
-            cost_scale=args.ot_cost_scale,
-            tolerance=args.ot_tolerance,
-            max_iterations=args.ot_max_iterations,
-        )
-    )
+    plan = _on_cpu(transport_plan(*states, **args.transport_options()))
     agrees = _same_shares(sides[0].weights, plan.sum(1)) and _same_shares(sides[1].weights, plan.sum(0))
     prompt_mask = inputs["attention_mask"][0].bool() & ~inputs["completion_mask"][0].bool()
     prompt = split_pieces(trainer._tokenizer, inputs["input_ids"][0][prompt_mask].tolist())
@@ -204,7 +194,7 @@ def _explain(trainer: "OTPOTrainer", example: dict[str, Any], name: str, referen
     return ExplainedPair(name, text, sides[0], sides[1], plan, agrees, describe_weighting(trainer))
 
 
-def _score(trainer: "OTPOTrainer", inputs: dict[str, Any], reference: bool) -> tuple["Scored", PairBatch]:
+def _score(trainer: "OTPOTrainer", inputs: dict[str, Any], reference: bool) -> tuple[Scored, PairBatch]:
     """The trainer's scores of one pair, and what its weighting has looked at."""
     batches: list[PairBatch] = []
     token_weights = trainer.token_weights
@@ -214,8 +204,7 @@ def _score(trainer: "OTPOTrainer", inputs: dict[str, Any], reference: bool) -> t
         return token_weights(batch)
 
     labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
-    not_the_models = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps")
-    asked = {name: value for name, value in inputs.items() if name not in not_the_models}
+    asked = model_inputs(inputs)
     asked.update(labels=labels, use_cache=False, fused_lm_head=True)
     if not reference:
         nothing = torch.zeros(1, inputs["completion_mask"].size(1), device=labels.device)
