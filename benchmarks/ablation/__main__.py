@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console(width=None if sys.stdout.isatty() else 130)
     try:
         args, matrix = read_arguments(argv)
-        judge = load_judge(args.judge)
+        judge = None if args.only_report else load_judge(args.judge)
         logging.set_verbosity_error()
         logging.disable_progress_bar()
         disable_progress_bars()

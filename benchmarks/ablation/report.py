@@ -197,10 +197,8 @@ def draw(rows: list[dict[str, Any]], costs: list[dict[str, Any]], folder: Path) 
 
 def _win_rates(rows: list[dict[str, Any]], path: Path) -> None:
     figure, axis = plt.subplots(figsize=(8, 5))
-    for row, marker in zip(rows, itertools.cycle("os^vDP*<>hX"), strict=False):
-        axis.errorbar(
-            row["tokens"], row["win_rate"], row["win_rate_std"], row["tokens_std"], marker, label=_label(row)
-        )
+    for row, label, marker in zip(rows, _labels(rows), itertools.cycle("os^vDP*<>hX"), strict=False):
+        axis.errorbar(row["tokens"], row["win_rate"], row["win_rate_std"], row["tokens_std"], marker, label=label)
         colour = axis.lines[-1].get_color()
         axis.plot(row["tokens"], row["lc_win_rate"], marker, color=colour, markerfacecolor="none")
     axis.axhline(50, color="#555555", linewidth=0.8, linestyle=":")
@@ -217,7 +215,7 @@ def _bars(rows: list[dict[str, Any]], names: dict[str, str], path: Path) -> None
     figure, axes = plt.subplots(1, len(names), figsize=(5.5 * len(names), 0.4 * len(rows) + 1.5), squeeze=False)
     for axis, (name, label) in zip(axes[0], names.items(), strict=True):
         errors = [row[f"{name}_std"] for row in rows] if f"{name}_std" in rows[0] else None
-        axis.barh([_label(row) for row in rows], [row[name] for row in rows], xerr=errors, color="#1f6f8b")
+        axis.barh(_labels(rows), [row[name] for row in rows], xerr=errors, color="#1f6f8b")
         axis.invert_yaxis()
         axis.set_xlabel(label)
         axis.locator_params(axis="x", nbins=5)
@@ -243,14 +241,15 @@ def _interval(measure: str, pairs: list[tuple[Columns, Columns]]) -> tuple[float
 
 def _cell(row: Mapping[str, Any], name: str) -> str:
     if row[name] == "":
-        return "" if int(row["seeds"]) else "failed"
+        return "" if int(row["seeds"]) else "failed" if int(row["failed"]) else "not run"
     mean, std, low, high = (row.get(f"{name}{end}", "") for end in ("", "_std", "_low", "_high"))
     interval = "" if low == "" else f"\n\\[{float(low):.1f}, {float(high):.1f}]"
     return f"{float(mean):.1f} ± {float(std):.1f}{interval}"
 
 
-def _label(row: dict[str, Any]) -> str:
-    return row["weighting"] if row["data"] == "demo" else f"{row['weighting']}, {Path(row['data']).stem}"
+def _labels(rows: list[dict[str, Any]]) -> list[str]:
+    several = len({row["data"] for row in rows}) > 1
+    return [f"{row['weighting']}, {Path(row['data']).stem}" if several else row["weighting"] for row in rows]
 
 
 def _rounded(value: float | str) -> float | str:

@@ -130,6 +130,7 @@ def test_parts_make_the_whole(finished, small_file, model_folder, tmp_path):
     assert __main__.main([*command, "--only-report"]) == 0
     with (tmp_path / "table.csv").open() as file:
         assert [(row["seeds"], row["failed"]) for row in csv.DictReader(file)] == [("0", "0"), ("2", "0")]
+    assert "| dpo | 0 | not run | not run |" in (tmp_path / "table.md").read_text()
     assert __main__.main([*command, "--part", "1/2", "--keep-models"]) == 0
     assert __main__.main(command) == 0
     assert (tmp_path / "table.csv").read_bytes() == (finished / "table.csv").read_bytes()

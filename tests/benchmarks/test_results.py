@@ -1,5 +1,6 @@
 """What the pages say is what the committed results say."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,7 @@ def test_tables_of_the_page_are_the_committed_rows(path):
 @pytest.mark.parametrize("page", ["README.md", "benchmarks/README.md", "docs/ablations.md"])
 def test_results_that_pages_name_are_there(page):
     text = (ROOT / page).read_text(encoding="utf-8")
-    named = {word.strip("`(),.:*") for word in text.replace("](", " ").split() if "results/" in word}
+    named = set(re.findall(r"results/([\w.*-]+)", text))
+    assert named
     for name in named:
-        pattern = name[name.index("results/") + len("results/") :].strip(")*`")
-        assert list(RESULTS.glob(f"{pattern}*")), f"{page} names {name}"
+        assert list(RESULTS.glob(f"{name.rstrip('.*')}*")), f"{page} names {name}"
