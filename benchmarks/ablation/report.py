@@ -176,7 +176,7 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
         rows: Of [`table_rows`], or as they come back from `table.csv`.
     """
     names = [name for name in SHOWN if any(row[name] != "" for row in rows)]
-    several = len({row["data"] for row in rows}) > 1
+    several = _several_data(rows)
     header = [*(["data"] if several else []), "weighting", "seeds", *(name.replace("_", " ") for name in names)]
     lines = [header, ["---"] * len(header)]
     for row in rows:
@@ -248,8 +248,12 @@ def _cell(row: Mapping[str, Any], name: str) -> str:
 
 
 def _labels(rows: list[dict[str, Any]]) -> list[str]:
-    several = len({row["data"] for row in rows}) > 1
+    several = _several_data(rows)
     return [f"{row['weighting']}, {Path(row['data']).stem}" if several else row["weighting"] for row in rows]
+
+
+def _several_data(rows: Sequence[Mapping[str, Any]]) -> bool:
+    return len({row["data"] for row in rows}) > 1
 
 
 def _rounded(value: float | str) -> float | str:
