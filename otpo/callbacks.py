@@ -25,7 +25,8 @@ class LogTokenWeightsCallback(TrainerCallback):
     `report_to` says where to. Logged every `every` steps and after the last one: `token_weights/page`, the page that
     `otpo explain` writes (wandb, trackio); `token_weights/picture`, the same as a picture (all three; needs
     matplotlib); and for each row `token_weights/row_{row}/` with `ess`, `entropy` and `max` as in `otpo.metrics`, and
-    `margin` and `margin_unweighted`, the reward margins of OTPO and of DPO.
+    `margin` and `margin_unweighted`, the reward margins of OTPO and of DPO. Of another split than "train" the names
+    begin `token_weights/{split}/`.
 
     A look costs a forward pass of policy and reference for each row, a second or two for the picture, and leaves the
     training as it was to the last bit. A tracker that can't take pages or pictures gets the numbers, with one warning.
@@ -34,7 +35,8 @@ class LogTokenWeightsCallback(TrainerCallback):
     Args:
         rows: Numbers of rows in the dataset that the trainer was given, from 0, at least one.
         every: Steps between two looks, >= 1.
-        split: `"train"`, `"eval"`, or a name of an `eval_dataset` that is a dictionary.
+        split: `"train"`, `"eval"`, or a name of an `eval_dataset` that is a dictionary (`"eval_train"` for its
+            "train").
 
     Raises:
         ValueError: An argument is outside its range. Rows are looked for when training starts.
@@ -46,6 +48,7 @@ class LogTokenWeightsCallback(TrainerCallback):
         if not rows:
             raise ValueError("`rows` is empty: name at least one row of the dataset, such as [0].")
         self.rows, self.every, self.split = list(rows), every, split
+        self._prefix = PREFIX if split == "train" else f"{PREFIX}/{split}"
         self._trainer: OTPOTrainer | None = None
         self._warned: set[str] = set()
 
@@ -84,7 +87,7 @@ class LogTokenWeightsCallback(TrainerCallback):
         if not state.is_world_process_zero:
             return
         numbers = {
-            f"{PREFIX}/row_{row}/{name}": value
+            f"{self._prefix}/row_{row}/{name}": value
             for row, pair in zip(self.rows, pairs, strict=True)
             for name, value in pair.numbers().items()
         }
@@ -108,7 +111,7 @@ class LogTokenWeightsCallback(TrainerCallback):
         callbacks = self._trainer.callback_handler.callbacks
         for content in ((page, picture), (None, None)):
             try:
-                _SENDERS[name](callbacks, step, numbers, *content)
+                _SENDERS[name](callbacks, step, numbers, self._prefix, *content)
             except Exception as error:  # trackers raise what they like
                 self._warn(name, f"{name} did not take all of the token weights: {type(error).__name__}: {error}")
             else:
@@ -120,32 +123,39 @@ class LogTokenWeightsCallback(TrainerCallback):
             logger.warning(message)
 
 
-def _to_wandb(_: Sequence[Any], step: int, numbers: dict[str, float], page: str | None, picture: bytes | None) -> None:
+def _to_wandb(
+    _: Sequence[Any], step: int, numbers: dict[str, float], prefix: str, page: str | None, picture: bytes | None
+) -> None:
     import wandb  # pyright: ignore[reportMissingImports]
 
     entries: dict[str, Any] = {**numbers, "train/global_step": step}
     if page is not None:
-        entries[f"{PREFIX}/page"] = wandb.Html(page, inject=False, data_is_not_path=True)
+        entries[f"{prefix}/page"] = wandb.Html(page, inject=False, data_is_not_path=True)
     if picture is not None:
-        entries[f"{PREFIX}/picture"] = wandb.Image(_image(picture))
+        entries[f"{prefix}/picture"] = wandb.Image(_image(picture))
     wandb.log(entries)
 
 
 def _to_trackio(
-    _: Sequence[Any], step: int, numbers: dict[str, float], page: str | None, picture: bytes | None
+    _: Sequence[Any], step: int, numbers: dict[str, float], prefix: str, page: str | None, picture: bytes | None
 ) -> None:
     import trackio  # pyright: ignore[reportMissingImports]
 
     entries: dict[str, Any] = {**numbers, "train/global_step": step}
     if page is not None:
-        entries[f"{PREFIX}/page"] = trackio.Html(io.StringIO(page))
+        entries[f"{prefix}/page"] = trackio.Html(io.StringIO(page))
     if picture is not None:
-        entries[f"{PREFIX}/picture"] = trackio.Image(_image(picture))
+        entries[f"{prefix}/picture"] = trackio.Image(_image(picture))
     trackio.log(entries)
 
 
 def _to_tensorboard(
-    callbacks: Sequence[Any], step: int, numbers: dict[str, float], page: str | None, picture: bytes | None
+    callbacks: Sequence[Any],
+    step: int,
+    numbers: dict[str, float],
+    prefix: str,
+    page: str | None,
+    picture: bytes | None,
 ) -> None:
     import numpy as np
 
@@ -156,7 +166,7 @@ def _to_tensorboard(
         for name, value in numbers.items():
             writer.add_scalar(name, value, step)
         if picture is not None:
-            writer.add_image(f"{PREFIX}/picture", np.asarray(_image(picture)), step, dataformats="HWC")
+            writer.add_image(f"{prefix}/picture", np.asarray(_image(picture)), step, dataformats="HWC")
         writer.flush()
 
 

@@ -44,7 +44,8 @@ class OTPOConfig(DPOConfig):
             in the paper.
         drop_identical_pairs: What happens to a pair whose chosen and rejected completions are the same tokens
             after truncation. It carries no preference. False: an error that names the row. True: the pair is
-            dropped and counted.
+            dropped and counted. None: an error, but in streams, where it would end a training in its middle, the
+            pair is dropped and counted, with a warning that names the first.
 
     Raises:
         ValueError: An option is outside its range; the message names it, its value and the range.
@@ -97,11 +98,11 @@ class OTPOConfig(DPOConfig):
             "layer, negative from the end; -1 for the last, after the final norm."
         },
     )
-    drop_identical_pairs: bool = field(
-        default=False,
+    drop_identical_pairs: bool | None = field(
+        default=None,
         metadata={
             "help": "Drop and count pairs whose completions are the same tokens, instead of stopping with an "
-            "error that names the row."
+            "error that names the row. Unset: drop them in streams alone."
         },
     )
 

@@ -1,30 +1,31 @@
 """Stops for numbers that can't be right, before they reach an update or a checkpoint."""
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from accelerate import Accelerator
-from datasets import Dataset
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from .data.validation import PairRule, token_lists
+from .weighting import PairBatch
 
 # Nats a token. Half precision and another kernel make less than a tenth of it; another model makes far more.
 _LARGEST_START_GAP = 0.1
 
 
-def require_finite_step(bad: Tensor, what: str, inputs: dict[str, Any], rows: "RowFinder", step: int) -> None:
+def require_finite_step(
+    bad: Tensor, what: str, find_rows: Callable[[int], list[int]], dataset: str, step: int
+) -> None:
     """Raises a `FloatingPointError` that names the pairs that have a number that is not finite.
 
-    Waits for the device once.
+    Waits for the device once. A process that raises ends alone; its launcher ends the others.
 
     Args:
         bad: `(2B, T)` bool, true where a number is not finite and matters.
         what: What the numbers are, in plural.
-        inputs: The batch, to find the pair's row in the dataset.
-        rows: Finds a pair in the training dataset.
+        find_rows: From the number of a pair in the batch to its rows in the user's dataset, several where rows are
+            alike.
+        dataset: What that dataset is called.
         step: Optimizer steps done so far.
     """
     bad_rows = bad.any(1)
@@ -32,11 +33,10 @@ def require_finite_step(bad: Tensor, what: str, inputs: dict[str, Any], rows: "R
     if not bad_pairs.any():
         return
     pairs = bad_pairs.nonzero().flatten().tolist()
-    found = [rows.find(inputs, pair) for pair in pairs]
-    where = ", ".join(str(row) for row in found if row is not None)
+    where = ", ".join(" or ".join(map(str, rows)) for pair in pairs if (rows := find_rows(pair)))
     raise FloatingPointError(
         f"{what} of pair(s) {pairs} of the micro-batch"
-        + (f" (row(s) {where} of the training dataset)" if where else "")
+        + (f" (row(s) {where} of the {dataset} dataset)" if where else "")
         + f" are not finite after {step} optimizer step(s). No update was made from them and nothing was saved. "
         "Resume from the last checkpoint with a lower `learning_rate` or `max_grad_norm`, or with bf16 in place of "
         "fp16; if it is step 0, the model's weights, the weighting or this pair's text are at fault."
@@ -49,19 +49,32 @@ def states_not_finite(states: Tensor, logps: Tensor, mask: Tensor) -> Tensor:
     return (~norms.isfinite() | ~logps.detach().isfinite()) & mask
 
 
-def require_same_start(policy_logps: Tensor, reference_logps: Tensor, mask: Tensor) -> None:
-    """Raises a `RuntimeError` when a reference that is made as the policy's copy isn't one before the first step.
-
-    The copy is loaded from the path in the model's config, so it misses changes made in memory; and a sharded
-    engine may load it wrongly (seen with FSDP2, where `trl.DPOTrainer` starts at a loss of 20 for it).
+def start_gap(policy_logps: Tensor, reference_logps: Tensor, mask: Tensor) -> Tensor:
+    """By how many nats a token the reference's log-probabilities differ from the policy's, a scalar.
 
     Args:
         policy_logps: `(2B, T)`.
         reference_logps: `(2B, T)`.
         mask: `(2B, T)` bool.
     """
-    gap = ((policy_logps.detach() - reference_logps).abs() * mask).sum() / mask.sum().clamp(min=1)
-    if gap > _LARGEST_START_GAP:
+    return ((policy_logps - reference_logps).abs() * mask).sum() / mask.sum().clamp(min=1)
+
+
+def is_same_start(gap: float) -> bool:
+    """Whether a [`start_gap`] can be that of a copy."""
+    return gap <= _LARGEST_START_GAP
+
+
+def require_same_start(gap: float) -> None:
+    """Raises a `RuntimeError` when a reference that is made as the policy's copy isn't one before the first step.
+
+    The copy is loaded from the path in the model's config, so it misses changes made in memory; and a sharded
+    engine may load it wrongly (seen with FSDP2, where `trl.DPOTrainer` starts at a loss of 20 for it).
+
+    Args:
+        gap: See [`start_gap`], of a policy without noise.
+    """
+    if not is_same_start(gap):
         raise RuntimeError(
             f"Before the first step the reference's log-probabilities differ from the policy's by {gap:.3f} nats a "
             "token, though it should be a copy of it. It is loaded from the path in `model.config`: if your model was "
@@ -69,50 +82,54 @@ def require_same_start(policy_logps: Tensor, reference_logps: Tensor, mask: Tens
         )
 
 
-@dataclass
-class RowFinder:
-    """Finds the row of a pair of a batch in the dataset that the user passed.
+def tensor_versions(batch: PairBatch) -> dict[str, int]:
+    """How often each tensor was written to that a weighting is lent rather than given a copy of."""
+    lent = {"hidden_states": batch.hidden_states}
+    lent |= {f"inputs[{name!r}]": value for name, value in batch.inputs.items() if isinstance(value, Tensor)}
+    return {name: value._version for name, value in lent.items() if not value.is_inference()}
 
-    Attributes:
-        dataset: The dataset that batches are made of.
-        original: The row in the user's dataset of each of its rows, None where they are the same.
-        rule: How sequences are truncated.
+
+def require_unwritten(batch: PairBatch, versions: dict[str, int]) -> None:
+    """Raises a `ValueError` that names a tensor of the batch that a weighting has written into.
+
+    The loss and its gradient still need it.
+
+    Args:
+        batch: What the weighting was given.
+        versions: Of [`tensor_versions`], before it ran.
     """
-
-    dataset: Any
-    original: list[int] | None
-    rule: PairRule
-
-    def find(self, inputs: dict[str, Any], pair: int) -> int | None:
-        """The row whose two sequences are the pair's; None if it can't be told."""
-        if not isinstance(self.dataset, Dataset) or "chosen_ids" not in self.dataset.column_names:
-            return None
-        ids, mask = inputs["input_ids"], inputs["attention_mask"].bool()
-        other = pair + len(ids) // 2
-        chosen, rejected = ids[pair][mask[pair]].tolist(), ids[other][mask[other]].tolist()
-        for row, (prompt, *completions) in enumerate(token_lists(self.dataset)):
-            if [self.rule.truncate(prompt + completion) for completion in completions] == [chosen, rejected]:
-                return row if self.original is None else self.original[row]
-        return None
+    written = [name for name, version in tensor_versions(batch).items() if version != versions[name]]
+    if written:
+        raise ValueError(
+            f"The weighting has written into `batch.{written[0]}`, which the loss still needs. Let it write into a "
+            f"copy: `batch.{written[0]}.clone()`."
+        )
 
 
 def require_finite_parameters(model: torch.nn.Module, accelerator: Accelerator, step: int) -> None:
-    """Raises a `FloatingPointError` on every process when a trained parameter is not finite on any.
+    """Raises a `FloatingPointError` when a trained parameter is not finite.
 
-    Looks at the shards that each process holds, so that nothing is gathered.
+    Where processes hold shards, all of them have to call this, as they have to for saving, and all raise. Where each
+    holds the whole model nothing is exchanged, so that one of them can save alone.
     """
-    bad = torch.zeros(1, device=accelerator.device)
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and not _local(parameter).isfinite().all():
-            bad.fill_(1.0)
-            accelerator.print(f"Parameter {name} is not finite.")
-            break
-    if accelerator.reduce(bad, reduction="sum").item() > 0:  # pyright: ignore
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    bad = next((name for name, value in trained.items() if not _local(value).isfinite().all()), None)
+    if bad is not None:
+        accelerator.print(f"Parameter {bad} is not finite.")
+    anywhere = bad is not None
+    if any(_is_shard(parameter) for parameter in trained.values()):
+        flag = torch.tensor([float(anywhere)], device=accelerator.device)
+        anywhere = accelerator.reduce(flag, reduction="sum").item() > 0  # pyright: ignore
+    if anywhere:
         raise FloatingPointError(
             f"The model has parameters that are not finite after {step} optimizer step(s), so it was not saved; "
             "earlier checkpoints are as they were. Resume from the last one with a lower `learning_rate` or "
             "`max_grad_norm`."
         )
+
+
+def _is_shard(parameter: Tensor) -> bool:
+    return isinstance(parameter, DTensor) or hasattr(parameter, "ds_tensor")
 
 
 def _local(parameter: Tensor) -> Tensor:

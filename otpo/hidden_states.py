@@ -62,11 +62,27 @@ def check_hidden_layer(causal_lm: Any, layer: int) -> None:
             f"`hidden_layer={layer}` needs a model whose layers are in a list called `layers`, and "
             f"{type(causal_lm).__name__} has none. Set `hidden_layer=-1`."
         )
+    check_layer_number(count, layer, type(causal_lm).__name__)
+
+
+def check_layer_number(count: int, layer: int, model: str) -> None:
+    """Raises a `ValueError` that names the option unless a `model` of `count` layers has hidden states `layer`."""
     if not -count - 1 <= layer <= count:
         raise ValueError(
-            f"`hidden_layer` must be within [{-count - 1}, {count}] for {type(causal_lm).__name__}, which has {count} "
-            f"layers, got {layer}."
+            f"`hidden_layer` must be within [{-count - 1}, {count}] for {model}, which has {count} layers, got "
+            f"{layer}."
         )
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Dropout off inside the block."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
 
 
 def _without_adapter(causal_lm: Any) -> Any:

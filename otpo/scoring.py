@@ -63,6 +63,11 @@ class Scored:
         return type(self.outputs)(**changed)
 
 
+def rewarded_loss_type(loss_types: Sequence[str]) -> str:
+    """The loss type whose weights the logged `rewards/*` have: the first that is weighted, else the first."""
+    return loss_groups(loss_types, [1.0] * len(loss_types))[0][0][0]
+
+
 def loss_groups(loss_types: Sequence[str], coefficients: Sequence[float]) -> list[tuple[list[str], list[float]]]:
     """Loss types that take the same weights, with their coefficients; the unweighted ones last."""
     groups: dict[str, tuple[list[str], list[float]]] = {}

@@ -1,30 +1,30 @@
-"""Per-token values of completions as rows of one width, so that a dataset can store them.
+"""Per-token values of completions as rows without padding, so that a dataset can store them.
 
-Shapes: R rows (responses), T positions of a padded batch, W width of a stored row.
+Shapes: R rows (responses), T positions of a padded batch, W width of rows, at least the longest completion.
 """
 
 import torch
 from torch import Tensor
 
 
-def pack_rows(values: Tensor, mask: Tensor, width: int) -> Tensor:
-    """Moves the values at completion tokens to the front of rows of `width`, zero after them.
+def pack_rows(values: Tensor, mask: Tensor) -> Tensor:
+    """Moves the values at completion tokens to the front of rows as wide as the longest completion, zero after them.
 
     Args:
         values: `(R, T)` float.
-        mask: `(R, T)` bool, at most `width` true in a row.
-        width: Columns of the result.
+        mask: `(R, T)` bool.
 
     Returns:
-        `(R, width)` float32.
+        `(R, W)` float32.
     """
+    width = int(mask.sum(1).max()) if len(mask) else 0
     index = (mask.cumsum(1) - 1).masked_fill(~mask, width)
     rows = torch.zeros(values.size(0), width + 1, dtype=torch.float32, device=values.device)
     return rows.scatter(1, index, values.float().masked_fill(~mask, 0.0))[:, :width]
 
 
 def unpack_rows(rows: Tensor, mask: Tensor) -> Tensor:
-    """The inverse of [`pack_rows`]: puts stored rows back at the completion tokens of a batch.
+    """The inverse of [`pack_rows`]: puts rows back at the completion tokens of a batch.
 
     Args:
         rows: `(R, W)` float.
@@ -34,13 +34,19 @@ def unpack_rows(rows: Tensor, mask: Tensor) -> Tensor:
         `(R, T)` float, zero outside the mask.
 
     Raises:
-        ValueError: A response of the batch has more tokens than a stored row.
+        ValueError: A response of the batch has more tokens than its row, or fewer.
     """
-    longest = int(mask.sum(1).max())
-    if longest > rows.size(1):
+    counts = mask.sum(1)
+    outside = torch.arange(rows.size(1), device=rows.device) >= counts[:, None]
+    longest, excess = torch.stack([counts.max(), ((rows != 0) & outside).count_nonzero()]).tolist()
+    if longest > rows.size(1) or excess:
         raise ValueError(
-            f"A completion of the batch has {longest} tokens, the precomputed reference log-probabilities have "
-            f"{rows.size(1)} per row. They were made with another truncation: precompute them again."
+            f"The completions of the batch have up to {longest} tokens, their precomputed reference log-probabilities "
+            f"up to {rows.size(1)}, and the numbers of tokens differ. They were made with another truncation: "
+            "precompute them again, and let a data collator of your own truncate as `max_length` and "
+            "`truncation_mode` say."
         )
+    if not rows.size(1):
+        return torch.zeros_like(mask, dtype=rows.dtype)
     index = (mask.cumsum(1) - 1).clamp(min=0)
     return rows.gather(1, index).masked_fill(~mask, 0.0)

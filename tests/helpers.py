@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -191,3 +192,15 @@ def poison(model: torch.nn.Module, token_id: int) -> None:
     """Makes the embedding of one token NaN, so that only texts with the token are hit."""
     with torch.no_grad():
         model.get_input_embeddings().weight[token_id] = torch.nan
+
+
+class Collected(ModuleType):
+    """A tracker's module that keeps what is logged; `Html` and `Image` are there unless `plain`."""
+
+    def __init__(self, name: str, plain: bool = False) -> None:
+        super().__init__(name)
+        self.entries: list[dict] = []
+        self.log = self.entries.append
+        if not plain:
+            self.Html = lambda data, **_: ("html", data if isinstance(data, str) else data.read())
+            self.Image = lambda image: ("image", image.size)

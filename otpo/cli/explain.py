@@ -246,7 +246,8 @@ def _explained(
     if adapted and reference is None:
         policy.delete_adapter("ref")  # TRL's copy of the adapter, for training it on; without, the model under it
     names = ["the pair"] if rows is None else [f"row {row}" for row in rows]
-    kept = trainer._kept_rows.get("train", range(len(data)))
+    known = trainer.prepared_datasets.get(trainer.train_dataset)
+    kept = range(len(data)) if known is None or known.kept is None else known.kept
     lost = [name for place, name in enumerate(names) if place not in kept]
     if lost:
         raise ValueError(

@@ -1,29 +1,42 @@
 """Checks of preference data before the first step: columns, empty completions, identical pairs."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 from datasets import Dataset, IterableDataset
 from transformers.utils import logging
 
-logger = logging.get_logger(__name__)
+from .token_table import TOKEN_COLUMNS, column_lengths, rows_with_equal_spans, rows_with_sequences
 
-TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
-"""What TRL's tokenization of a pair makes."""
-ROWS_AT_ONCE = 1000
-"""Rows read together in a pass over a dataset."""
+logger = logging.get_logger(__name__)
 
 Problem = Literal["empty", "identical"]
 
 
 def require_preference_columns(dataset: Dataset | IterableDataset, name: str) -> None:
-    """Raises a `ValueError` that names the missing columns of the dataset called `name`."""
-    columns = column_names(dataset)
-    if not columns or (isinstance(dataset, Dataset) and len(dataset) == 0):
-        raise ValueError(f"The {name} dataset has no rows.")
-    if is_tokenized(dataset):
+    """Raises a `ValueError` that names the missing columns of the dataset called `name`, or that it has no rows.
+
+    A stream that does not know its columns is not read: see [`otpo.data.streams.FirstRow`].
+    """
+    columns = dataset.column_names
+    if isinstance(dataset, Dataset) and len(dataset) == 0:
+        raise ValueError(no_rows(name))
+    if columns is not None:
+        require_columns(columns, name)
+
+
+def no_rows(name: str) -> str:
+    """What is said of a dataset without rows."""
+    return f"The {name} dataset has no rows."
+
+
+def require_columns(columns: Iterable[str], name: str) -> None:
+    """Raises a `ValueError` that names the missing columns of preference data."""
+    columns = set(columns)
+    if has_tokens_alone(columns):
         return
     missing = [column for column in ("chosen", "rejected") if column not in columns]
     if missing:
@@ -34,14 +47,14 @@ def require_preference_columns(dataset: Dataset | IterableDataset, name: str) ->
         )
 
 
-def is_tokenized(dataset: Dataset | IterableDataset) -> bool:
-    """Whether the dataset has the columns that TRL's tokenization makes, and no text to make them of."""
-    columns = column_names(dataset)
-    return set(TOKEN_COLUMNS) <= set(columns) and not {"chosen", "rejected"} <= set(columns)
+def has_tokens_alone(columns: Iterable[str]) -> bool:
+    """Whether the columns are those that TRL's tokenization makes, without the text that they are made of."""
+    columns = set(columns)
+    return set(TOKEN_COLUMNS) <= columns and not {"chosen", "rejected"} <= columns
 
 
 def column_names(dataset: Dataset | IterableDataset) -> list[str]:
-    """Names of the columns; those of the first row where a stream does not tell."""
+    """Names of the columns; those of the first row where a stream does not tell, which reads it."""
     return dataset.column_names or list(next(iter(dataset), {}))
 
 
@@ -59,43 +72,52 @@ class PairRule:
     truncation_mode: str
     drop_identical: bool
 
+    def kept(self, length: Any) -> tuple[Any, Any]:
+        """The first token that is kept of a prompt with its completion, and how many are.
+
+        Args:
+            length: Tokens of both together, a number or an array of them.
+        """
+        count = length if self.max_length is None else np.minimum(length, self.max_length)
+        return (length - count if self.truncation_mode == "keep_end" else 0 * length), count
+
+    def scored(self, prompt: Any, completion: Any) -> tuple[Any, Any]:
+        """The first completion token that is left and has a token before it to predict it, and how many are.
+
+        Args:
+            prompt: Tokens of the prompt, a number or an array of them.
+            completion: Tokens of the completion, likewise.
+        """
+        first, count = self.kept(prompt + completion)
+        begin = np.maximum(first + 1, prompt)
+        return begin - prompt, np.maximum(first + count - begin, 0)
+
     def problem(
         self, prompt_ids: Sequence[int], chosen_ids: Sequence[int], rejected_ids: Sequence[int]
     ) -> Problem | None:
         """What is wrong with a pair of token lists, None when nothing is."""
-        chosen = self._scored(prompt_ids, chosen_ids)
-        rejected = self._scored(prompt_ids, rejected_ids)
-        if not chosen or not rejected:
+        spans = []
+        for ids in (chosen_ids, rejected_ids):
+            first, count = self.scored(len(prompt_ids), len(ids))
+            spans.append(list(ids[first : first + count]))
+        if not all(spans):
             return "empty"
-        return "identical" if list(chosen) == list(rejected) else None
+        return "identical" if spans[0] == spans[1] else None
 
-    def _scored(self, prompt_ids: Sequence[int], completion_ids: Sequence[int]) -> Sequence[int]:
-        """Completion tokens that are left and have a token before them to predict them."""
-        sequence = [*prompt_ids, *completion_ids]
-        kept = self.truncate(sequence)
-        lost_in_front = len(sequence) - len(kept) if self.truncation_mode == "keep_end" else 0
-        return kept[max(1, len(prompt_ids) - lost_in_front) :]
-
-    def truncate(self, sequence: list[int]) -> list[int]:
-        """What the collator leaves of a prompt with its completion."""
-        if self.max_length is None:
-            return sequence
-        return sequence[: self.max_length] if self.truncation_mode == "keep_start" else sequence[-self.max_length :]
-
-    def refuse_identical(self, row: int, name: str) -> None:
-        """Raises a `ValueError` for an identical pair, unless such pairs are dropped."""
+    def refuse_identical(self, row: str) -> None:
+        """Raises a `ValueError` for an identical pair, called `row`, unless such pairs are dropped."""
         if self.drop_identical:
             return
         limit = "" if self.max_length is None else f" within max_length={self.max_length}"
         raise ValueError(
-            f"Row {row} of the {name} dataset has the same chosen and rejected completion{limit}, so it states no "
+            f"{row} has the same chosen and rejected completion{limit}, so it states no "
             "preference. Remove such rows, or set `drop_identical_pairs=True` to drop and count them."
         )
 
 
 def drop_unusable_pairs(
-    dataset: Dataset | IterableDataset, rule: PairRule, name: str
-) -> tuple[Dataset | IterableDataset, Counter[str], list[int]]:
+    dataset: Dataset, rule: PairRule, name: str
+) -> tuple[Dataset, Counter[str], np.ndarray | None]:
     """Leaves out the pairs of a tokenized dataset that no loss can be computed on.
 
     Args:
@@ -105,65 +127,67 @@ def drop_unusable_pairs(
 
     Returns:
         The dataset; how many pairs were dropped by problem (`"empty"`, `"identical"`); the rows that are left, by
-        their number in the dataset that was passed. A streamed dataset is read only later, so its counts grow
-        while it is read by this process, and no rows are listed.
+        their number in the dataset that was passed, None where all are.
 
     Raises:
         ValueError: A pair is identical and `rule` refuses it, or no pair is left.
     """
-    dropped: Counter[str] = Counter()
-    if isinstance(dataset, IterableDataset):
-        kept = dataset.filter(_StreamFilter(rule, name, dropped), with_indices=True)
-        if next(iter(kept), None) is None:
-            raise ValueError(_nothing_left(name, rule, dropped, sum(dropped.values())))
-        dropped.clear()  # of this look at its first pair
-        return kept, dropped, []
-
-    kept = []
-    for row, tokens in enumerate(token_lists(dataset)):
-        problem = rule.problem(*tokens)
-        if problem is None:
-            kept.append(row)
-            continue
-        if problem == "identical":
-            rule.refuse_identical(row, name)
-        dropped[problem] += 1
-    if not kept:
-        raise ValueError(_nothing_left(name, rule, dropped, len(dataset)))
-    if dropped:
-        logger.warning(
-            f"Dropped {sum(dropped.values())} of {len(dataset)} pairs of the {name} dataset: {dropped['empty']} "
-            f"with a completion that is empty after truncation to max_length={rule.max_length}, "
-            f"{dropped['identical']} with identical completions."
-        )
-        dataset = dataset.select(kept)
-    return dataset, dropped, kept
+    empty, identical = _unusable(dataset, rule)
+    if len(identical):
+        rule.refuse_identical(f"Row {identical[0]} of the {name} dataset")
+    dropped = Counter({"empty": len(empty), "identical": len(identical)})
+    dropped = +dropped  # those that there are
+    if not dropped:
+        return dataset, dropped, None
+    kept = np.delete(np.arange(len(dataset)), np.concatenate([empty, identical]))
+    if not len(kept):
+        raise ValueError(nothing_left(name, rule, dropped, len(dataset)))
+    logger.warning(
+        f"Dropped {dropped.total()} of {len(dataset)} pairs of the {name} dataset: {dropped['empty']} "
+        f"with a completion that is empty after truncation to max_length={rule.max_length}, "
+        f"{dropped['identical']} with identical completions."
+    )
+    return dataset.select(kept), dropped, kept
 
 
-def _nothing_left(name: str, rule: PairRule, dropped: Counter[str], size: int) -> str:
+def nothing_left(name: str, rule: PairRule, dropped: Counter[str], size: int) -> str:
+    """What is said of a dataset whose pairs were all dropped."""
     return (
         f"No pair of the {name} dataset is left: {dict(dropped)} of {size}, with "
         f"max_length={rule.max_length}. Raise `max_length` or shorten the prompts."
     )
 
 
-def token_lists(dataset: Dataset) -> Iterator[tuple[list[int], list[int], list[int]]]:
-    """The prompt, chosen and rejected tokens of each row of a tokenized dataset."""
-    tokens = dataset.select_columns(list(TOKEN_COLUMNS))
-    for batch in tokens.iter(ROWS_AT_ONCE):
-        yield from zip(*(batch[column] for column in TOKEN_COLUMNS), strict=True)  # pyright: ignore
+def find_pair(dataset: Dataset, rule: PairRule, chosen: Sequence[int], rejected: Sequence[int]) -> list[int]:
+    """The rows of a tokenized dataset whose truncated sequences are those; several where pairs are alike.
+
+    Args:
+        dataset: Rows with `prompt_ids`, `chosen_ids` and `rejected_ids`.
+        rule: How sequences are truncated.
+        chosen: Tokens of prompt and chosen completion that the collator left.
+        rejected: The same with the rejected completion.
+    """
+    prompt, *completions = column_lengths(dataset, TOKEN_COLUMNS)
+    columns = [("prompt_ids", "chosen_ids"), ("prompt_ids", "rejected_ids")]
+    firsts, wanted = [], [np.asarray(chosen), np.asarray(rejected)]
+    for completion, sequence in zip(completions, wanted, strict=True):
+        first, count = rule.kept(prompt + completion)
+        firsts.append(np.where(count == len(sequence), first, -1))
+    return rows_with_sequences(dataset, columns, firsts, wanted).tolist()
 
 
-class _StreamFilter:
-    """The rule as a filter of a stream, which counts what it drops."""
-
-    def __init__(self, rule: PairRule, name: str, dropped: Counter[str]) -> None:
-        self.rule, self.name, self.dropped = rule, name, dropped
-
-    def __call__(self, example: dict[str, Any], row: int) -> bool:
-        problem = self.rule.problem(*(example[column] for column in TOKEN_COLUMNS))
-        if problem == "identical":
-            self.rule.refuse_identical(row, self.name)
-        if problem is not None:
-            self.dropped[problem] += 1
-        return problem is None
+def _unusable(dataset: Dataset, rule: PairRule) -> tuple[np.ndarray, np.ndarray]:
+    """The rows with an empty completion, and those with identical ones."""
+    prompt, chosen, rejected = column_lengths(dataset, TOKEN_COLUMNS)
+    first_chosen, count = rule.scored(prompt, chosen)
+    first_rejected, other_count = rule.scored(prompt, rejected)
+    empty = (count == 0) | (other_count == 0)
+    alike = np.flatnonzero(~empty & (count == other_count))  # only these can be identical
+    identical = rows_with_equal_spans(
+        dataset,
+        ("chosen_ids", "rejected_ids"),
+        alike,
+        (first_chosen[alike], first_rejected[alike]),
+        count[alike],
+    )
+    return np.flatnonzero(empty), identical

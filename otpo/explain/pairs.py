@@ -3,20 +3,22 @@
 Shapes: M tokens of the chosen response, N tokens of the rejected one, T scored positions.
 """
 
+import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
-from datasets import IterableDataset
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from otpo.config import OTPOConfig
+from otpo.hidden_states import evaluating
 from otpo.metrics import weight_metrics
-from otpo.scoring import Scored, model_inputs
+from otpo.scoring import Scored, model_inputs, rewarded_loss_type
 from otpo.swap import swapped
 from otpo.timing import DeviceTimer
 from otpo.transport import transport_plan
@@ -92,7 +94,7 @@ class ExplainedPair:
         weights = torch.nn.utils.rnn.pad_sequence([side.weights for side in sides], batch_first=True)
         lengths = torch.tensor([len(side.weights) for side in sides])
         mask = torch.arange(weights.size(1)) < lengths[:, None]
-        named = {name.split("/")[1]: float(value) for name, value in weight_metrics(weights, mask).items()}
+        named = {name.split("/")[1]: float(value[0]) for name, value in weight_metrics(weights, mask).items()}
         for name, weighted in (("margin", True), ("margin_unweighted", False)):
             chosen, rejected = (float(side.contributions(weighted=weighted).sum()) for side in sides)
             named[name] = chosen - rejected
@@ -112,13 +114,15 @@ def explain_rows(
 ) -> list[ExplainedPair]:
     """Explains rows of a trainer's dataset with the trainer's own tokenization, weights and reference.
 
-    Before, in or after training. Nothing of the trainer is changed, nor its metrics; random generators are left
-    alone. In distributed training every process has to call it, with the same rows.
+    Before, in or after training. Nothing of the trainer is changed, nor its metrics, nor the state of torch's, numpy's
+    and Python's random generators. Where processes hold shards of the model, each has to call it, with the same rows;
+    with a whole model in each, one alone can.
 
     Args:
         trainer: The trainer, whose model is the policy.
         rows: Numbers of rows in the dataset that the trainer was given, from 0.
-        split: `"train"`, `"eval"`, or a name of an `eval_dataset` that is a dictionary.
+        split: `"train"`, `"eval"`, or a name of an `eval_dataset` that is a dictionary; `"eval_train"` where that
+            name is "train".
         reference: Whether the trainer's reference is asked; without it, pairs have log-probabilities alone.
 
     Raises:
@@ -132,28 +136,30 @@ def explain_rows(
 def find_row(trainer: "OTPOTrainer", row: int, split: str = "train") -> dict[str, Any]:
     """A row of a trainer's prepared dataset by its number in the dataset that the trainer was given.
 
+    Of a stream, it is the row that comes at that place when the stream is read from its start. Reading it here counts
+    for nothing in `trainer.dropped_pairs`.
+
+    Args:
+        trainer: The trainer.
+        row: Number of the row, from 0.
+        split: See [`explain_rows`].
+
     Raises:
         ValueError: There is no such split or row, or the trainer has dropped the row.
     """
-    evaluation: Any = trainer.eval_dataset
-    named = evaluation if isinstance(evaluation, dict) else {"eval": evaluation}
-    splits = {name: dataset for name, dataset in {"train": trainer.train_dataset, **named}.items() if dataset}
+    splits = _splits(trainer)
     if split not in splits:
         raise ValueError(f"`split={split!r}`: the trainer has the dataset(s) {sorted(splits)}. Name one of them.")
-    dataset: Any = splits[split]
-    if isinstance(dataset, IterableDataset):
-        found = next(islice(dataset, row, None), None) if row >= 0 else None
-        if found is None:
-            raise ValueError(f"`rows`: the {split} stream has no row {row}. Rows are numbered from 0.")
-        return found
-    kept = trainer._kept_rows.get(split, range(len(dataset)))
-    if row not in kept:
-        raise ValueError(
-            f"`rows`: the {split} dataset has no row {row} that can be trained on; it has {len(dataset)}, the last of "
-            f"them {max(kept)}, numbered from 0. Name another row; rows are dropped where a response is empty within "
-            f"`max_length={trainer.args.max_length}`."
-        )
-    return dataset[kept.index(row)]
+    return trainer.prepared_datasets.row(splits[split], row, split)
+
+
+def _splits(trainer: "OTPOTrainer") -> dict[str, Any]:
+    """A trainer's datasets by name. "train" is the training dataset, whatever evaluation datasets are called."""
+    evaluation: Any = trainer.eval_dataset
+    named = evaluation if isinstance(evaluation, dict) else {"eval": evaluation}
+    found = {"train": trainer.train_dataset}
+    found |= {f"eval_{name}" if name in found else name: dataset for name, dataset in named.items()}
+    return {name: dataset for name, dataset in found.items() if dataset is not None}
 
 
 def describe_weighting(trainer: "OTPOTrainer") -> str:
@@ -175,7 +181,7 @@ def _function(weighting: Any) -> Any:
 def _explain(trainer: "OTPOTrainer", example: dict[str, Any], name: str, reference: bool) -> ExplainedPair:
     inputs = trainer._prepare_inputs(trainer.data_collator([example]))
     scored, batch = _score(trainer, inputs, reference)
-    weights = scored.weights_for(trainer.loss_types[0])
+    weights = scored.weights_for(rewarded_loss_type(trainer.loss_types))
     if trainer.ld_alpha is not None:  # TRL's own, beside a weighting
         weights = weights * ld(batch, alpha=trainer.ld_alpha)
 
@@ -206,29 +212,31 @@ def _score(trainer: "OTPOTrainer", inputs: dict[str, Any], reference: bool) -> t
     labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
     asked = model_inputs(inputs)
     asked.update(labels=labels, use_cache=False, fused_lm_head=True)
-    if not reference:
-        nothing = torch.zeros(1, inputs["completion_mask"].size(1), device=labels.device)
-        inputs = {**inputs, "ref_chosen_logps": nothing, "ref_rejected_logps": nothing}
     model: Any = trainer.model_wrapped
+    if isinstance(model, DistributedDataParallel):  # whose own forward exchanges buffers with the other processes
+        model = model.module
     with (
         torch.no_grad(),
-        _evaluating(model),
+        evaluating(model),
+        _same_generators(trainer.accelerator.device),
         trainer.accelerator.autocast(),
         swapped(trainer, token_weights=record, _timers={"train": DeviceTimer(), "eval": DeviceTimer()}),
     ):
-        scored = trainer._score(model, inputs, asked)
+        scored = trainer._score(model, inputs, asked, reference=reference)
     return scored, batches[0]
 
 
 @contextmanager
-def _evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Dropout off inside the block."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
+def _same_generators(device: torch.device) -> Iterator[None]:
+    """Gives the random generators back as they were: a weighting may draw from them."""
+    devices = [] if device.type == "cpu" else [device]
+    numpys, pythons = np.random.get_state(), random.getstate()
+    with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
+        try:
+            yield
+        finally:
+            np.random.set_state(numpys)
+            random.setstate(pythons)
 
 
 def _on_cpu(values: Tensor) -> Tensor:

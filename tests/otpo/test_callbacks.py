@@ -4,10 +4,9 @@ import json
 import sqlite3
 import sys
 from contextlib import closing
-from types import ModuleType
 
 import pytest
-from helpers import make_pairs, options, parameters
+from helpers import Collected, make_pairs, options, parameters
 from transformers import Trainer, TrainerCallback
 
 import otpo
@@ -15,18 +14,6 @@ from otpo import LogTokenWeightsCallback, OTPOTrainer, callbacks
 from otpo.explain import explain_rows
 
 NUMBERS = {"ess", "entropy", "max", "margin", "margin_unweighted"}
-
-
-class Collected(ModuleType):
-    """A tracker's module that keeps what is logged; `Html` and `Image` are there unless `plain`."""
-
-    def __init__(self, name: str, plain: bool = False) -> None:
-        super().__init__(name)
-        self.entries: list[dict] = []
-        self.log = self.entries.append
-        if not plain:
-            self.Html = lambda data, **_: ("html", data if isinstance(data, str) else data.read())
-            self.Image = lambda image: ("image", image.size)
 
 
 def make_trainer(model_folder, folder, callback=None, **changes):

@@ -232,7 +232,8 @@ def test_identical_pairs_are_refused_by_row(case, stream, model_folder, tmp_path
     settings = IDENTICAL[case][0]
     limit = rf" within max_length={settings.get('max_length', 128)},"
     with pytest.raises(ValueError, match=rf"Row 3 of the train dataset.*{limit}.*`drop_identical_pairs=True`"):
-        make(model_folder, tmp_path, data.to_iterable_dataset() if stream else data, **settings).train()
+        data = data.to_iterable_dataset() if stream else data
+        make(model_folder, tmp_path, data, drop_identical_pairs=False, **settings).train()
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["map", "stream"])
