@@ -275,7 +275,7 @@ class OTPOTrainer(DPOTrainer):
             self.accelerator.device.type,
             torch.get_float32_matmul_precision(),
         )
-        key = reference_key(dataset, reference, self._precompute_model_hash, *settings)
+        key = reference_key(dataset, reference, str(self._precompute_model_hash), *settings)
         path = cache_file(dataset, key)
         # Shards and files differ between processes, and all must go the same way: the first one's.
         agreed = [key, path.exists()]
@@ -390,7 +390,7 @@ class OTPOTrainer(DPOTrainer):
         with captured_states(causal_lm, self.args.hidden_layer) as captured:
             outputs = on_device(model(**kwargs), mask.device)
         # Prompt-learning adapters prepend virtual tokens; the real ones are the last.
-        logps = outputs.log_probs[:, -mask.size(1) :]
+        logps: Tensor = outputs.log_probs[:, -mask.size(1) :]
         if not captured:
             raise RuntimeError(
                 "The model ran without its backbone's forward hook, so there are no hidden states to weight by. "
@@ -402,6 +402,12 @@ class OTPOTrainer(DPOTrainer):
         values, metrics = self._weigh(mask, logps, states, inputs)
         reference_logps = torch.zeros_like(logps)
         if reference and self.args.precompute_ref_log_probs:
+            missing = [name for name in REFERENCE_COLUMNS if name not in inputs]
+            if missing:
+                raise ValueError(
+                    f"`precompute_ref_log_probs=True`, and the batch has no {missing[0]!r}. Pass the dataset to the "
+                    "trainer as `train_dataset` or `eval_dataset`, or to `evaluate`, which precompute it."
+                )
             reference_logps = unpack_rows(torch.cat([inputs[name] for name in REFERENCE_COLUMNS]), mask)
         elif reference:
             reference_model = self.model if self.ref_model is None else self.ref_model
@@ -602,7 +608,7 @@ def _check_layer_of(model: Any, args: OTPOConfig) -> None:
     if not isinstance(model, str):
         check_hidden_layer(model, args.hidden_layer)
         return
-    loading = args.model_init_kwargs or {}
+    loading: Any = args.model_init_kwargs or {}
     trusted = loading.get("trust_remote_code", args.trust_remote_code)
     config = AutoConfig.from_pretrained(model, revision=loading.get("revision"), trust_remote_code=trusted)
     check_layer_number(config.get_text_config().num_hidden_layers, args.hidden_layer, type(config).__name__)
@@ -613,7 +619,7 @@ def _one_device_each(args: OTPOConfig) -> dict[str, Any]:
 
     TRL sees to that with DDP and DeepSpeed; else it would let transformers spread the models over all visible GPUs.
     """
-    chosen = args.model_init_kwargs or {}
+    chosen: Any = args.model_init_kwargs or {}
     kind = args.distributed_state.distributed_type.value  # pyright: ignore[reportOptionalMemberAccess]
     if args.world_size == 1 or kind in ("MULTI_GPU", "DEEPSPEED") or "device_map" in chosen:
         return {}

@@ -83,7 +83,12 @@ def require_known_loss(trainer: Any, compute_loss: Callable[..., Any]) -> None:
         aux_loss_enabled=False,
         **no_metrics(),
     ):
-        found = float(compute_loss(stand_in, inputs, False))
+        try:
+            found = float(compute_loss(stand_in, inputs, False))
+        except Exception as error:  # whatever a renamed attribute leads to
+            raise RuntimeError(
+                f"`DPOTrainer._compute_loss` fails on what `OTPOTrainer` hands it: {error!r}. {_remedy()}"
+            ) from error
     chosen, rejected = (policy - reference).sum(1).chunk(2)
     expected = float(-logsigmoid(2.0 * beta * (chosen - rejected)).mean())
     if not abs(found - expected) < _TOLERANCE:
@@ -98,8 +103,8 @@ def no_metrics() -> dict[str, Any]:
     return {"_metrics": {mode: defaultdict(list) for mode in ("train", "eval")}, "_total_train_tokens": 0}
 
 
-def on_device(outputs: FusedCausalLMOutput, device: torch.device) -> FusedCausalLMOutput:
-    """The outputs on the device of the batch, where TRL's loss adds and masks them.
+def on_device(outputs: Any, device: torch.device) -> Any:
+    """A model's `FusedCausalLMOutput` on the device of the batch, where TRL's loss adds and masks it.
 
     A model that is split over devices leaves its log-probabilities on the last and the routers' loss on another one.
     """

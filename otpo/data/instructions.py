@@ -5,7 +5,8 @@ from typing import Any, Literal
 
 from datasets import Dataset, IterableDataset
 
-from .validation import ROWS_AT_ONCE, column_names
+from .token_table import ROWS_AT_ONCE
+from .validation import column_names
 
 Form = Literal["messages", "prompt-completion"]
 # TRL takes the first that is there.

@@ -45,7 +45,8 @@ class DropCounts:
 
     def as_counter(self) -> Counter[str]:
         """The counts so far, of problems that there were."""
-        return +Counter(dict(zip(_PROBLEMS, self._counts.sum(0).tolist(), strict=True)))
+        counts: dict[str, int] = dict(zip(_PROBLEMS, self._counts.sum(0).tolist(), strict=True))
+        return +Counter(counts)
 
 
 def drop_unusable_pairs_of_stream(

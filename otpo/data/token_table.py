@@ -94,7 +94,7 @@ def rows_with_sequences(
             rows = rows[first[rows] >= 0]
             # A look at one place leaves few rows to be compared as a whole.
             for places in (np.arange(len(values))[-1:], np.arange(len(values))):
-                read = _joined_values(*(lists[name] for name in two), rows, first[rows, None] + places)
+                read = _joined_values(lists[two[0]], lists[two[1]], rows, first[rows, None] + places)
                 rows = rows[(read == values[places]).all(1)]
         found.append(begin + rows)
         begin += size

@@ -2,6 +2,7 @@
 
 import html
 import io
+import random
 import re
 
 import numpy as np
@@ -147,6 +148,8 @@ def test_numbers_are_those_of_a_direct_computation(pairs, tokenizer, model_folde
         {"weighting": "ld", "ld_alpha": 0.3},
         {"weighting": "otpo", "ld_alpha": 0.3},
         {"ot_reg": 0.05, "loss_type": ["ipo"]},
+        {"ot_reg": 0.05, "loss_type": ["sft", "ipo"]},
+        {"ot_reg": 0.05, "loss_type": ["sft", "sigmoid", "ipo"]},
         {"own": hashed_weights},
     ],
     ids=lambda options: ", ".join(options),
@@ -177,6 +180,17 @@ def test_a_look_leaves_the_trainer_alone(trainer):
     assert trainer.model.training and torch.equal(before[0], torch.get_rng_state())
     assert before[2].keys() == vars(trainer).keys() and repr(trainer._metrics) == metrics
     assert all(not timer.take() for timer in trainer._timers.values())
+
+
+def test_a_look_leaves_the_random_generators_alone(model_folder, other_model_folder, tmp_path):
+    def draws(batch):
+        return torch.rand_like(batch.logps) + np.random.random() + random.random()
+
+    trainer = make_trainer(model_folder, other_model_folder, tmp_path, own=draws)
+    before = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
+    explain_rows(trainer, [0])
+    assert torch.equal(before[0], torch.get_rng_state())
+    assert (np.random.get_state()[1].tolist(), random.getstate()) == before[1:]
 
 
 def test_no_reference_no_rewards(trainer):

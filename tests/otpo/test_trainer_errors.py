@@ -1,5 +1,6 @@
 """What `OTPOTrainer` refuses, what it drops, and that a bad step spoils neither parameters nor checkpoints."""
 
+import inspect
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from helpers import (
     collate,
     folder_bytes,
@@ -22,7 +23,7 @@ from helpers import (
     with_images,
 )
 from transformers import AutoModelForCausalLM, TrainerCallback
-from trl import DPOConfig
+from trl import DPOConfig, DPOTrainer
 
 from otpo import OTPOConfig, OTPOTrainer
 from otpo.weighting import WEIGHTINGS
@@ -496,3 +497,114 @@ def test_precomputed_rows_of_data_in_memory_lie_where_every_process_looks(model_
         trainer = make(model_folder, tmp_path / "out", pairs, precompute_ref_log_probs=True)
         assert "ref_chosen_logps" in trainer.train_dataset.column_names
         assert len(list((tmp_path / "cache/otpo").glob("cache-*.arrow"))) == 1
+
+
+# Differences that are no faults
+
+
+def with_dropout(folder: str) -> Any:
+    model = AutoModelForCausalLM.from_pretrained(folder, attention_dropout=0.5)
+    assert model.config.attention_dropout == 0.5
+    return model
+
+
+@pytest.mark.parametrize(
+    "noise", [{"disable_dropout": False}, {"neftune_noise_alpha": 50.0}], ids=lambda n: next(iter(n))
+)
+def test_noise_of_training_is_no_other_reference(noise, model_folder, tmp_path):
+    trainer = make(with_dropout(model_folder), tmp_path, make_pairs(), max_steps=1, **noise)
+    trainer.train()
+    assert trainer.state.global_step == 1
+
+
+def test_a_changed_model_is_found_behind_noise(model_folder, tmp_path):
+    model = with_dropout(model_folder)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(3.0)
+    with pytest.raises(RuntimeError, match="differ from the policy's"):
+        make(model, tmp_path, make_pairs(), disable_dropout=False).train()
+
+
+@pytest.mark.parametrize("between", ["training", "steps_by_hand"])
+def test_training_twice(between, model_folder, tmp_path):
+    trainer = make(model_folder, tmp_path, make_pairs(), learning_rate=0.1)
+    if between == "training":
+        trainer.train()
+    else:
+        trainer.model.train()
+        trainer.compute_loss(trainer.model, collate(trainer, [0, 1, 2, 3])).backward()
+        torch.optim.SGD(trainer.model.parameters(), lr=1.0).step()
+    trainer.train()
+    assert trainer.state.global_step == 4
+
+
+# Weightings that do more than they are asked
+
+
+def writes_into_the_mask(batch: Any) -> torch.Tensor:
+    weights = hashed_weights(batch)
+    for tensor in (batch.mask, batch.token_ids, batch.logps):
+        tensor.zero_()
+    return weights
+
+
+def test_what_a_weighting_is_given_is_a_copy(model_folder, tmp_path):
+    losses = [
+        train_and_evaluate(
+            OTPOTrainer(model_folder, args=options(tmp_path), train_dataset=make_pairs(), weighting=weighting)
+        ).losses
+        for weighting in (hashed_weights, writes_into_the_mask)
+    ]
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize(
+    ("write", "name"),
+    [
+        (lambda batch: batch.hidden_states.mul_(0.0), "hidden_states"),
+        (lambda batch: batch.inputs["input_ids"].zero_(), r"inputs\['input_ids'\]"),
+        (lambda batch: batch.inputs["attention_mask"][:, 0].zero_(), r"inputs\['attention_mask'\]"),
+    ],
+    ids=["states", "ids", "view"],
+)
+def test_writing_into_what_is_lent_is_refused(write, name, model_folder, tmp_path):
+    def weighting(batch: Any) -> torch.Tensor:
+        write(batch)
+        return hashed_weights(batch)
+
+    trainer = OTPOTrainer(model_folder, args=options(tmp_path), train_dataset=make_pairs(), weighting=weighting)
+    with pytest.raises(ValueError, match=rf"has written into `batch.{name}`.*clone"):
+        trainer.train()
+
+
+# Arguments
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["map", "stream"])
+def test_a_dictionary_of_splits(stream, model_folder, tmp_path):
+    data: Any = {"train": make_pairs(), "test": make_pairs(4)}
+    data = IterableDatasetDict({k: v.to_iterable_dataset() for k, v in data.items()}) if stream else DatasetDict(data)
+    with pytest.raises(TypeError, match=r"`Dataset` or `IterableDataset`, got `\w*DatasetDict`.*dataset\['test'\]"):
+        make(model_folder, tmp_path, data)
+    OTPOTrainer(model_folder, args=options(tmp_path), train_dataset=make_pairs(), eval_dataset=data).evaluate()
+
+
+def test_a_stream_that_is_precomputed_is_refused_in_trls_words(model_folder, tmp_path):
+    with pytest.raises(ValueError, match="is not supported with IterableDataset"):
+        make(model_folder, tmp_path, make_pairs().to_iterable_dataset(), precompute_ref_log_probs=True)
+
+
+def test_arguments_are_shown_by_name():
+    ours, trls = (inspect.signature(trainer.__init__).parameters for trainer in (OTPOTrainer, DPOTrainer))
+    assert list(ours) == [*trls, "weighting"]
+    assert all(ours[name].default == trls[name].default for name in trls)
+
+
+@pytest.mark.parametrize("as_object", [False, True], ids=["folder", "object"])
+def test_a_layer_that_is_not_there_is_refused_before_anything_is_read(as_object, model_folder, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(model_folder) if as_object else model_folder
+    read = []
+    data = IterableDataset.from_generator(lambda: iter(read.append(1) or []))
+    with pytest.raises(ValueError, match=r"`hidden_layer` must be within \[-3, 2\] .* 2 layers, got 99"):
+        make(model, tmp_path, data, hidden_layer=99)
+    assert not read

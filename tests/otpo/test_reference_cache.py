@@ -1,0 +1,140 @@
+"""Precomputed reference log-probabilities: whose they are, when they are used, and how much room they take."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset, load_from_disk
+from helpers import history, make_pairs, make_plain_pairs, options
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM
+from trl import DPOTrainer
+
+from otpo import OTPOTrainer
+from otpo.reference import KEY_COLUMN, REFERENCE_COLUMNS, describe_model
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """Counts the batches that TRL's reference pass is run on."""
+    calls: list[int] = []
+    original = DPOTrainer.compute_ref_log_probs
+
+    def counted(self, model, inputs):
+        calls.append(len(inputs["input_ids"]))
+        return original(self, model, inputs)
+
+    monkeypatch.setattr(DPOTrainer, "compute_ref_log_probs", counted)
+    return calls
+
+
+@pytest.fixture
+def stored(tmp_path):
+    make_pairs(seed=5).save_to_disk(str(tmp_path / "pairs"))
+    return lambda: load_from_disk(str(tmp_path / "pairs"))
+
+
+def first_loss(trainer: OTPOTrainer) -> float:
+    trainer.train()
+    return history(trainer, "loss")[0][0]
+
+
+def adapter(**changes) -> LoraConfig:
+    return LoraConfig(**{"r": 4, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM", **changes})
+
+
+@pytest.mark.parametrize(
+    ("loading", "lora", "again"),
+    [
+        ({}, {}, False),
+        ({"rms_norm_eps": 1.0}, {}, True),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 10.0}}, {}, True),
+        ({"attn_implementation": "eager"}, {}, True),
+        ({"dtype": "bfloat16"}, {}, True),
+        ({}, {"lora_alpha": 99}, True),
+    ],
+    ids=["nothing", "rms_norm_eps", "rope", "attention", "dtype", "adapter"],
+)
+def test_another_model_is_asked_again(loading, lora, again, model_folder, tmp_path, stored, passes):
+    """The first loss of a reference that is the policy is log 2, whatever was stored before."""
+    OTPOTrainer(
+        model_folder,
+        args=options(tmp_path, precompute_ref_log_probs=True),
+        train_dataset=stored(),
+        peft_config=adapter(),
+    )
+    passes.clear()
+    args = options(tmp_path, precompute_ref_log_probs=True, model_init_kwargs=loading, max_steps=1)
+    trainer = OTPOTrainer(model_folder, args=args, train_dataset=stored(), peft_config=adapter(**lora))
+    assert (len(passes) > 0) == again
+    assert first_loss(trainer) == pytest.approx(0.6931, abs=2e-3)
+
+
+def test_what_a_model_computes_with(model_folder):
+    """The folder that a model came from is no part of it, its parameters' dtype and its adapters are."""
+    model = AutoModelForCausalLM.from_pretrained(model_folder)
+    before = describe_model(model)
+    model.config._name_or_path = "elsewhere"
+    assert describe_model(model) == before
+    model.model.norm.variance_epsilon = 1.0  # set by hand, so that the configuration does not say it
+    assert describe_model(model) != before
+
+
+def test_rows_that_are_not_asked_for_are_not_used(model_folder, other_model_folder, tmp_path):
+    """Rows of another model, brought along by the data, with precomputation off."""
+    other = AutoModelForCausalLM.from_pretrained(other_model_folder)
+    args = options(tmp_path, precompute_ref_log_probs=True, max_steps=1)
+    rows = OTPOTrainer(model_folder, other, args, train_dataset=make_pairs()).train_dataset
+    tokens = ["prompt_ids", "chosen_ids", "rejected_ids"]
+    for columns in ([*tokens, *REFERENCE_COLUMNS, KEY_COLUMN], [*tokens, *REFERENCE_COLUMNS]):
+        trainer = OTPOTrainer(
+            model_folder, args=options(tmp_path, max_steps=1), train_dataset=rows.select_columns(columns)
+        )
+        assert first_loss(trainer) == pytest.approx(0.6931, abs=1e-4)
+    stream = rows.select_columns([*tokens, *REFERENCE_COLUMNS, KEY_COLUMN]).to_iterable_dataset()
+    trainer = OTPOTrainer(model_folder, args=options(tmp_path, max_steps=1), train_dataset=stream)
+    assert first_loss(trainer) == pytest.approx(0.6931, abs=1e-4)
+
+
+def test_rows_carry_their_key(model_folder, other_model_folder, tmp_path, passes):
+    """Rows that were stored with the data are used by the model that made them, and refused for another."""
+    args = options(tmp_path, precompute_ref_log_probs=True, max_steps=1)
+    made = OTPOTrainer(model_folder, args=args, train_dataset=make_pairs()).train_dataset
+    made.save_to_disk(str(tmp_path / "stored"))
+    rows = load_from_disk(str(tmp_path / "stored"))
+    tokens = rows.remove_columns(["prompt", "chosen", "rejected"])
+    passes.clear()
+    for data in (rows, tokens):
+        trainer = OTPOTrainer(model_folder, args=args, train_dataset=data)
+        assert first_loss(trainer) == pytest.approx(0.6931, abs=1e-4)
+    with pytest.raises(ValueError, match=r"\['ref_chosen_logps', .*precomputed by another model, data or trunc"):
+        OTPOTrainer(other_model_folder, args=args, train_dataset=rows)
+    with pytest.raises(ValueError, match=r"precomputed by another program. Remove them with `dataset.remove_columns"):
+        OTPOTrainer(model_folder, args=args, train_dataset=tokens.remove_columns([KEY_COLUMN]))
+
+
+def test_one_long_completion_does_not_widen_all_rows(model_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    count, long = 300, 400
+    rows = [(f"cotton {i} ", " yes", " no") for i in range(count)]
+    rows[7] = ("cotton ", " red" * long, " no")
+    args = options(
+        tmp_path, precompute_ref_log_probs=True, max_length=None, max_steps=1, per_device_train_batch_size=50
+    )
+    trainer = OTPOTrainer(model_folder, args=args, train_dataset=make_plain_pairs(rows))
+    lengths = [len(row) for row in trainer.train_dataset["ref_chosen_logps"]]
+    assert lengths[7] == long + 1 and max(lengths[:7] + lengths[8:]) < 10
+    assert lengths == [len(row) for row in trainer.train_dataset["chosen_ids"]]
+    file = next(Path(tmp_path / "cache").rglob("cache-*.arrow"))
+    assert file.stat().st_size < 10 * 4 * sum(lengths)
+    trainer.train()
+    assert torch.tensor(history(trainer, "loss")).isfinite().all()
+
+
+def test_a_batch_without_rows_is_refused(model_folder, tmp_path):
+    trainer = OTPOTrainer(
+        model_folder, args=options(tmp_path, precompute_ref_log_probs=True), train_dataset=make_pairs()
+    )
+    trainer.train_dataset = Dataset.from_list(trainer.train_dataset.to_list()).remove_columns(list(REFERENCE_COLUMNS))
+    with pytest.raises(ValueError, match="`precompute_ref_log_probs=True`, and the batch has no 'ref_chosen_logps'"):
+        trainer.train()
