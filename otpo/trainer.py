@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list, is_peft_model
+from accelerate.utils import broadcast_object_list, is_peft_model, parse_flag_from_env
 from datasets import Dataset, IterableDataset, concatenate_datasets
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -56,7 +56,14 @@ from .scoring import Scored, loss_groups, model_inputs
 from .swap import swapped
 from .timing import DeviceTimer
 from .token_rows import pack_rows, unpack_rows
-from .trl_seam import HandedInputs, no_metrics, on_device, require_known_loss, require_read
+from .trl_seam import (
+    HandedInputs,
+    bring_router_logits_to_head,
+    no_metrics,
+    on_device,
+    require_known_loss,
+    require_read,
+)
 from .weighting import WEIGHTINGS, PairBatch, TokenWeights, Weighting
 
 if TYPE_CHECKING:
@@ -156,6 +163,7 @@ class OTPOTrainer(DPOTrainer):
         self._pairs: dict[str, list[int]] = {"train": [], "eval": []}
         self._losses: list[np.ndarray] = []
         # Checks of the first loss, made once: that TRL reads what it is handed, and that the reference is the policy.
+        self._models_are_ready = False
         self._seam_is_checked = False
         self._start_is_checked = False
         with swapped(args, **_one_device_each(args)):
@@ -176,11 +184,21 @@ class OTPOTrainer(DPOTrainer):
                 )
             except StopIteration as error:  # TRL looks at the first row of a stream
                 raise ValueError(no_rows("train")) from error
-        check_hidden_layer(self.model, args.hidden_layer)
+        self._look_at_models()
         self._own_names = frozenset(self.dropped_pairs)
         self._reference_is_copy = ref_model is None and not is_peft_model(self.model)
         if weighting is None and args.weighting == "ld":
             self.ld_alpha = None  # the weights carry it
+
+    def _look_at_models(self) -> None:
+        """Refuses a policy without the hidden states that are asked for, and makes split models fit TRL's loss; once."""
+        if self._models_are_ready:
+            return
+        self._models_are_ready = True
+        check_hidden_layer(self.model, self.args.hidden_layer)
+        for model in (self.model, self.ref_model):
+            if model is not None:
+                bring_router_logits_to_head(model)
 
     def token_weights(self, batch: PairBatch) -> Tensor | TokenWeights:
         """Weights of the tokens of a batch of pairs; override this for a weighting that needs the trainer.
@@ -264,7 +282,7 @@ class OTPOTrainer(DPOTrainer):
     def _precompute_ref_logps(self, dataset, name, batch_size):
         if isinstance(dataset, IterableDataset):
             return super()._precompute_ref_logps(dataset, name, batch_size)  # which says that it can't
-        check_hidden_layer(self.model, self.args.hidden_layer)  # the pass takes long, and training would refuse it
+        self._look_at_models()  # the pass takes long, and what training would refuse is refused before it
         if not isinstance(self.data_collator, StoredRowsCollator):
             self.data_collator = StoredRowsCollator(self.data_collator)
         reference = self.model if self.ref_model is None else self.ref_model
@@ -615,13 +633,14 @@ def _check_layer_of(model: Any, args: OTPOConfig) -> None:
 
 
 def _one_device_each(args: OTPOConfig) -> dict[str, Any]:
-    """Options under which each of several processes loads its models on one device.
+    """Options under which each of several processes loads policy and reference on one device.
 
-    TRL sees to that with DDP and DeepSpeed; else it would let transformers spread the models over all visible GPUs.
+    TRL sees to that with DDP and DeepSpeed. Under FSDP it takes the policy for DDP's and the reference for nobody's,
+    and transformers would spread it over all visible GPUs.
     """
     chosen: Any = args.model_init_kwargs or {}
-    kind = args.distributed_state.distributed_type.value  # pyright: ignore[reportOptionalMemberAccess]
-    if args.world_size == 1 or kind in ("MULTI_GPU", "DEEPSPEED") or "device_map" in chosen:
+    sharded = args.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP")
+    if args.world_size == 1 or not sharded or "device_map" in chosen:
         return {}
     return {"model_init_kwargs": {**chosen, "device_map": None}}
 

@@ -11,6 +11,7 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
+from accelerate.utils import is_peft_model
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 from trl.trainer.utils import FusedCausalLMOutput
@@ -110,6 +111,27 @@ def on_device(outputs: Any, device: torch.device) -> Any:
     """
     moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in outputs.items()}
     return type(outputs)(**moved)
+
+
+def bring_router_logits_to_head(causal_lm: Any) -> None:
+    """Makes the router logits of a model that is split over devices come out where its head is.
+
+    TRL's head adds the routers' loss, which is computed where the first logits are, to the loss of the tokens.
+
+    Args:
+        causal_lm: The model, or a PEFT model around it.
+    """
+    if len({parameter.device for parameter in causal_lm.parameters()}) < 2:
+        return
+    plain = causal_lm.get_base_model() if is_peft_model(causal_lm) else causal_lm
+    device = plain.get_output_embeddings().weight.device
+
+    def move(_module: Any, _args: Any, outputs: Any) -> None:
+        logits = outputs.get("router_logits")
+        if logits is not None:
+            outputs["router_logits"] = tuple(layer.to(device) for layer in logits)
+
+    plain.base_model.register_forward_hook(move)
 
 
 def _remedy() -> str:

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def python(*arguments: str, timeout: float = 180, **variables: str) -> subprocess.CompletedProcess[str]:
-    path = f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
     return subprocess.run(
         [sys.executable, *arguments],
         env={**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **variables},

@@ -49,11 +49,12 @@ def test_fsdp_keeps_log_probabilities_in_float32(model_folder, pairs_file, tmp_p
 
 
 def places(model, split: bool) -> dict[str, int]:
-    """A device map of a two-layer model: its first half on device 0, its second on 1 if it is split."""
+    """A device map of a two-layer model: its first half on device 0, its second and MTP layers on 1 if it is split."""
     last = 1 if split else 0
     found = {f"model.{name}": last for name, _ in model.model.named_children()} | {"lm_head": last}
     del found["model.layers"]
-    return found | {"model.embed_tokens": 0, "model.rotary_emb": 0, "model.layers.0": 0, "model.layers.1": last}
+    found |= {f"model.layers.{place}": last if place else 0 for place in range(len(model.model.layers))}
+    return found | {"model.embed_tokens": 0, "model.rotary_emb": 0}
 
 
 @pytest.mark.parametrize("kind", ["model_folder", "moe_folder", "compass_folder"])
