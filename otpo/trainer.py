@@ -191,7 +191,7 @@ class OTPOTrainer(DPOTrainer):
             self.ld_alpha = None  # the weights carry it
 
     def _look_at_models(self) -> None:
-        """Refuses a policy without the hidden states that are asked for, and makes split models fit TRL's loss; once."""
+        """Refuses a policy without the hidden states that are asked for; makes split models fit TRL's loss. Once."""
         if self._models_are_ready:
             return
         self._models_are_ready = True
