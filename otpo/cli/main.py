@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 from otpo import __version__
 
+from .interrupt import interruptible
+
 
 class Command(NamedTuple):
     """A command: its line in the help, and the module whose `main(argv) -> int` runs it."""
@@ -50,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command is None:
         parser.print_help()
         return 0
-    return import_module(COMMANDS[command].module).main(argv[1:])
+    return interruptible(f"otpo {command}", lambda: import_module(COMMANDS[command].module).main(argv[1:]))
 
 
 if __name__ == "__main__":
