@@ -3,6 +3,6 @@
 import sys
 
 if sys.argv[:1] == ["-m"]:  # Python is locating a module of this package to run it as the program
-    from .interrupt import quiet_imports
+    from .interrupt import leave_while_importing
 
-    quiet_imports()
+    leave_while_importing()

@@ -3,8 +3,9 @@
 import os
 import signal
 import sys
-from collections.abc import Callable
-from types import TracebackType
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
 
 EXIT_CODE = 128 + signal.SIGINT
 OTPO_LAUNCHER = "OTPO_LAUNCHER"
@@ -19,30 +20,44 @@ def interruptible(prog: str, body: Callable[[], int], advice: Callable[[], str] 
         body: The command.
         advice: What the line says after "stopped by you", such as how to resume.
     """
+    _replace_handler(_leave_at_once, signal.default_int_handler)
     try:
         return body()
     except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would interrupt the line
-        try:
-            _say(prog, "" if advice is None else f"; {advice()}")
-        finally:
-            if "LOCAL_RANK" in os.environ:
-                _leave()
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would interrupt the line
+        _say(prog, "" if advice is None else f"; {advice()}")
+        if "LOCAL_RANK" in os.environ or OTPO_LAUNCHER in os.environ:
+            _leave()
+        signal.signal(signal.SIGINT, before)
     return EXIT_CODE
 
 
-def quiet_imports() -> None:
-    """Has Ctrl-C leave without a trace while the program's modules are imported, which takes seconds."""
-    standard = sys.excepthook
+def leave_while_importing() -> None:
+    """Has Ctrl-C end the process at once until [`interruptible`] runs: modules take seconds to import.
 
-    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        if not issubclass(kind, KeyboardInterrupt):
-            return standard(kind, error, trace)
-        _say("otpo", "")
-        _leave()
+    An exception would not do, since some modules catch it while they are imported, and break.
+    """
+    _replace_handler(signal.default_int_handler, _leave_at_once)
 
-    sys.excepthook = hook
+
+@contextmanager
+def importing() -> Iterator[None]:
+    """[`leave_while_importing`] for a block."""
+    leave_while_importing()
+    yield
+    _replace_handler(_leave_at_once, signal.default_int_handler)
+
+
+def _replace_handler(old: Callable[..., object], new: Callable[..., object]) -> None:
+    """Sets the handler of Ctrl-C, unless it is another one's than `old`; handlers belong to the main thread."""
+    if signal.getsignal(signal.SIGINT) is old:
+        with suppress(ValueError):
+            signal.signal(signal.SIGINT, new)
+
+
+def _leave_at_once(number: int, frame: FrameType | None) -> None:
+    _say("otpo", "")
+    _leave()
 
 
 def _say(prog: str, rest: str) -> None:
@@ -52,6 +67,7 @@ def _say(prog: str, rest: str) -> None:
 
 def _leave() -> None:
     """Ends the process at once: others may never come to the collective that a tidy end would wait in."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with suppress(RuntimeError):  # of a buffer that the signal found in use
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(EXIT_CODE)

@@ -2,8 +2,10 @@
 
 import argparse
 import json
+import logging
 import os
 import signal
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from importlib.resources import files
@@ -25,6 +27,7 @@ from .engine import ENGINES, cpu_request, require_accelerator, require_deepspeed
 from .interrupt import EXIT_CODE, OTPO_LAUNCHER
 from .recipe import read_yaml
 
+_LOGGERS = ("torch.distributed.elastic.agent.server.api", "torch.distributed.elastic.multiprocessing.api")
 _PATIENCE = 5.0  # seconds in which a process that was told to stop ends
 _SIGNAL_BASE = 128  # a shell's exit code for a process that a signal ended
 
@@ -171,13 +174,19 @@ def launch(options: Sequence[str], command: str, script_args: Sequence[str], use
         KeyboardInterrupt: Ctrl-C stopped it, and the processes have ended.
     """
     args = parse_launch(options, command, script_args, use_cpu)
+    for name in _LOGGERS:  # what the processes themselves say is enough
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     os.environ[OTPO_LAUNCHER] = "1"
     try:
         launch_command(args)
     except CalledProcessError as error:
         return _exit_code(error.returncode)
     except ChildFailedError as error:
-        return _exit_code(error.get_first_failure()[1].exitcode)
+        rank, failure = error.get_first_failure()
+        if failure.exitcode < 0 and -failure.exitcode not in (signal.SIGINT, signal.SIGTERM):
+            name = signal.Signals(-failure.exitcode).name
+            sys.stderr.write(f"otpo {command}: error: the process of rank {rank} was ended by {name}\n")
+        return _exit_code(failure.exitcode)
     except SignalException as error:
         return _exit_code(-error.sigval)
     except KeyboardInterrupt:

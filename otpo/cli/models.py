@@ -19,12 +19,14 @@ class Origin(NamedTuple):
     """What a model's name stands for.
 
     Attributes:
+        option: The option that gave the name.
         name: The name itself: of a model, or the folder of an adapter.
         base: The model, which is under the adapter where there is one.
         revision: Branch, tag or commit of `base`.
         adapted: Whether `name` is an adapter.
     """
 
+    option: str
     name: str
     base: str
     revision: str
@@ -66,7 +68,7 @@ def find_origin(option: str, name: str, revision: str | None = None) -> Origin:
     require_folder(option, name)
     file = Path(name) / _ADAPTER_CONFIG
     if not file.is_file():
-        return Origin(name, name, revision or "main", adapted=False)
+        return Origin(option, name, name, revision or "main", adapted=False)
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
         base = config["base_model_name_or_path"]
@@ -77,7 +79,7 @@ def find_origin(option: str, name: str, revision: str | None = None) -> Origin:
     require_folder(f"{option}={name}` is an adapter, and its `base_model_name_or_path", base)
     if revision in (None, "main"):
         revision = config.get("revision")
-    return Origin(name, base, revision or "main", adapted=True)
+    return Origin(option, name, base, revision or "main", adapted=True)
 
 
 def with_model_options(chosen: Any, model: ModelConfig, revision: str | None = None) -> dict[str, Any]:
@@ -159,5 +161,8 @@ def load_processor(origin: Origin, trust_remote_code: bool) -> Any:
 
 
 def load_config(origin: Origin, trust_remote_code: bool) -> Any:
-    """The configuration of the model."""
-    return AutoConfig.from_pretrained(origin.base, revision=origin.revision, trust_remote_code=trust_remote_code)
+    """The configuration of the model; a `ValueError` names the option whose model has none."""
+    try:
+        return AutoConfig.from_pretrained(origin.base, revision=origin.revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"`{origin.option}={origin.name}`: the model can't be loaded: {error}") from error

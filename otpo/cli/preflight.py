@@ -31,6 +31,9 @@ def check_options_alone(values: Mapping[str, Any]) -> None:
         require_writable_file("report", values["report"], "report.json")
     if values["output_dir"] is not None:
         require_writable_folder("output_dir", values["output_dir"])
+    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+        if values[name] < 1:
+            raise ValueError(f"`{name}` must be at least 1, got {values[name]}.")
     require_trackers(values["report_to"])
     if "weighting" in values:
         require_losses(values["loss_type"])
