@@ -10,6 +10,7 @@ from typing import IO, Any
 
 from datasets import Features, Value
 from datasets.exceptions import DatasetsError
+from datasets.utils import logging
 
 BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 BUILDERS |= {f"{ending}.gz": kind for ending, kind in BUILDERS.items() if kind != "parquet"}
@@ -42,6 +43,8 @@ def reading(option: str, name: str) -> Iterator[None]:
         option: That names the data.
         name: Its value: a file, a folder or a name on the Hub.
     """
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)  # what is told here, `datasets` logs too
     try:
         yield
     except _FAULTS as error:
@@ -53,6 +56,8 @@ def reading(option: str, name: str) -> Iterator[None]:
             reason = _broken_place(path) or _told(cause)
             raise ValueError(f"`{option}`: the file {name} can't be read: {reason}.") from error
         raise ValueError(f"`{option}={name}` can't be read: {_told(cause)}.") from error
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def _told(error: BaseException) -> str:

@@ -104,7 +104,9 @@ def check_options(options: Sequence[str], command: str) -> list[str]:
         args, unknown = accelerate.parse_known_args([*kept, module_of(command)])
     except argparse.ArgumentError as error:
         name = (error.argument_name or "").split("/")[0].lstrip("-")
-        raise ValueError(f"`{name}`, an option of the launcher: {error.message}.") from error
+        # The script's name in the place of a value that was left out.
+        reason = "expected one argument" if module_of(command) in error.message else error.message
+        raise ValueError(f"`{name}`, an option of the launcher: {reason}.") from error
     if unknown or args.training_script != module_of(command) or args.training_script_args:
         raise ValueError(
             f"Unknown option among {kept}. `otpo {command} --help` lists the options of the training, `accelerate "
@@ -204,7 +206,7 @@ def _load_config(path: str) -> Any:
         raise ValueError(f"`--accelerate_config {path}`: a configuration is a YAML mapping, got {content!r:.60}.")
     try:
         return load_config_from_file(path)
-    except (TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"`--accelerate_config {path}` is no configuration of accelerate: {error}.") from error
 
 
