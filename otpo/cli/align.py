@@ -94,7 +94,8 @@ def make_trainer(
     origin = find_origin("model_name_or_path", require_model(model), model.model_revision)
     trusted = args.trust_remote_code
     config = load_config(origin, trusted)
-    reference = reference_config = None
+    reference: Any = None
+    reference_config: Any = None
     if data.ref_model_name_or_path is not None:
         reference = find_origin("ref_model_name_or_path", data.ref_model_name_or_path, data.ref_model_revision)
         reference_config = load_config(reference, trusted)

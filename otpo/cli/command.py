@@ -158,11 +158,12 @@ def _how_to_resume(read: Sequence[Given], since: float) -> str:
 def _unknown_name(error: TypeError, read: Sequence[Given]) -> ValueError:
     """A `TypeError` for a name that a mapping among the options gave to a function; any other is raised as it is."""
     found = re.search(r"unexpected keyword argument '(\w+)'", str(error))
-    for option, value in read[0].values.items() if found and read else ():
+    name = found[1] if found else None
+    for option, value in read[0].values.items() if name and read else ():
         with suppress(ValueError):
             content = json.loads(value) if isinstance(value, str) and value.startswith("{") else value
-            if isinstance(content, dict) and found[1] in content:
-                return ValueError(f"`{option}` has the name `{found[1]}`, which is not known: {error}.")
+            if isinstance(content, dict) and name in content:
+                return ValueError(f"`{option}` has the name `{name}`, which is not known: {error}.")
     raise error
 
 

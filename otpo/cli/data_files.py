@@ -3,7 +3,7 @@
 import csv
 import gzip
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -36,12 +36,13 @@ def builder_options(name: str) -> dict[str, Any] | None:
 
 
 @contextmanager
-def reading(option: str, name: str) -> Iterator[None]:
+def reading(option: str, name: str, files: Sequence[str] = ()) -> Iterator[None]:
     """Turns what goes wrong in the block into a `ValueError` that names the option, the file and where it is broken.
 
     Args:
         option: That names the data.
         name: Its value: a file, a folder or a name on the Hub.
+        files: Files that are read, where the value is not one itself.
     """
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.CRITICAL)  # what is told here, `datasets` logs too
@@ -51,10 +52,10 @@ def reading(option: str, name: str) -> Iterator[None]:
         cause: BaseException = error
         while isinstance(cause, DatasetsError) and cause.__cause__ is not None:
             cause = cause.__cause__
-        path = Path(name)
-        if path.is_file():
-            reason = _broken_place(path) or _told(cause)
-            raise ValueError(f"`{option}`: the file {name} can't be read: {reason}.") from error
+        for file in files or [name]:
+            reason = _broken_place(Path(file)) if Path(file).is_file() else None
+            if reason is not None or (file == name and Path(name).is_file()):
+                raise ValueError(f"`{option}`: the file {file} can't be read: {reason or _told(cause)}.") from error
         raise ValueError(f"`{option}={name}` can't be read: {_told(cause)}.") from error
     finally:
         logging.set_verbosity(verbosity)

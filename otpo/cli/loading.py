@@ -147,8 +147,10 @@ def _load_splits(data: ScriptArguments, mixture: DatasetMixtureConfig) -> Splits
     if name and mixture.datasets:
         raise ValueError(f"Both `dataset_name={name!r}` and `datasets` name the data. Remove one of them.")
     if mixture.datasets:
-        names = ", ".join(dataset.path for dataset in mixture.datasets)
-        with reading("datasets", names):
+        named = [dataset.data_files for dataset in mixture.datasets]
+        groups = [files.values() if isinstance(files, dict) else files for files in named]
+        files = [file for group in groups for file in ([group] if isinstance(group, str) else group or ())]
+        with reading("datasets", ", ".join(dataset.path for dataset in mixture.datasets), files):
             return get_dataset(mixture)
     if not name:
         raise ValueError(

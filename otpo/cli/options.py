@@ -15,8 +15,9 @@ from .redact import without_secrets
 LAUNCHING = """\
 --config RECIPE.yaml reads options from a file; those of the command line win. --accelerate_config takes a file, or
 single_gpu, ddp, zero2, zero3 or fsdp2, or a name of TRL's. It and any other option of `accelerate launch` make the
-command launch itself that way; without one, it runs in this process. OTPO_TRACEBACK=1 in the environment shows where
-an error comes from.
+command launch itself that way; without one, it starts a process on each visible GPU, or runs in this process where
+there is one or none, on the CPU, and for quantized models and those with a `device_map`. `--num_processes 1` keeps to
+one GPU. OTPO_TRACEBACK=1 in the environment shows where an error comes from.
 """
 EXPERT_PARALLEL_BACKENDS = ("deepspeed", "transformers")
 _METAVARS = {int: "N", float: "X", str: "TEXT"}
@@ -140,13 +141,15 @@ def read_command_line(parser: TrlParser, argv: Sequence[str]) -> Given:
     recipe_parser = argparse.ArgumentParser(prog=parser.prog, usage=parser.usage, add_help=False, allow_abbrev=False)
     recipe_parser.add_argument("--config")
     found, arguments = recipe_parser.parse_known_args(list(argv))
-    recipe = {} if found.config is None else read_recipe(found.config)
-    environment = recipe.pop("env", None) or {}
-    recipe = conform(recipe, types, found.config)
-    choices = {action.dest: tuple(action.choices) for action in parser._actions if action.choices}
-    require_choices(recipe, choices, found.config)
-    for name, value in environment.items():
-        os.environ[name] = str(value)
+    recipe: dict[str, Any] = {}
+    if found.config is not None:
+        recipe = read_recipe(found.config)
+        environment = recipe.pop("env", None) or {}
+        recipe = conform(recipe, types, found.config)
+        choices = {action.dest: tuple(action.choices) for action in parser._actions if action.choices}
+        require_choices(recipe, choices, found.config)
+        for name, value in environment.items():
+            os.environ[name] = str(value)
     parser.set_defaults_with_config(**recipe)
     namespace, launcher = parser.parse_known_args(arguments)
     values = vars(namespace)

@@ -75,7 +75,8 @@ def row_problem(row: Mapping[str, Any], form: Form) -> str | None:
         problem = _empty_message(value, side) or text_problem(value, side)
         if problem is not None:
             return problem
-        if form == "messages" and not any(message["role"] == "assistant" for message in value):
+        turns: Any = value
+        if form == "messages" and not any(message["role"] == "assistant" for message in turns):
             return _NO_ANSWER
     return None
 

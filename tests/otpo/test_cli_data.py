@@ -65,6 +65,14 @@ def test_commands_name_the_line(command, capsys, model_folder, tmp_path):
     assert "line 4 is no JSON" in refusal(command.main, capsys, argv)
 
 
+def test_a_mixture_names_the_file(tmp_path):
+    (tmp_path / "a.jsonl").write_text("\n".join(GOOD))
+    (tmp_path / "b.jsonl").write_text("\n".join([*GOOD, "{"]))
+    sources: list = [{"path": "json", "data_files": [str(tmp_path / f"{name}.jsonl") for name in "ab"]}]
+    with pytest.raises(ValueError, match=r"`datasets`: the file .*b.jsonl can't be read: line 4 is no JSON"):
+        load_pairs(DataArguments(), DatasetMixtureConfig(datasets=sources), seed=0, evaluate=False)
+
+
 @pytest.mark.parametrize("ending", ["csv", "csv.gz"])
 def test_csv_is_text(ending, tmp_path):
     pairs = make_pairs(3).map(lambda row: {name: row[name][0]["content"] for name in ("prompt", "chosen", "rejected")})

@@ -1,6 +1,7 @@
 """Models of the commands: adapters that train on, references of their own, one device or a process on each."""
 
 import json
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -58,8 +59,6 @@ def test_instructions_train_an_adapter_on(adapter, tmp_path):
     ],
 )
 def test_what_an_adapter_refuses(changes, message, capsys, adapter, pairs_file, tmp_path):
-    import re
-
     assert re.search(message, refusal(align.main, capsys, arguments(adapter, pairs_file, tmp_path, **changes)))
 
 

@@ -11,7 +11,7 @@ import time
 import pytest
 from cli_helpers import ROOT, arguments, refusal
 
-from otpo.cli import align, sft
+from otpo.cli import align, pretrain, sft
 from otpo.cli.checkpoints import find_checkpoint
 from otpo.cli.identity import RUN_FILE
 
@@ -78,6 +78,23 @@ def test_instructions_too(capsys, compass_folder, tmp_path):
     assert sft.main(arguments(compass_folder, str(file), tmp_path / "out", **SAVING)) == 0
     found = refusal(sft.main, capsys, resuming(compass_folder, str(file), tmp_path / "out", packing=True))
     assert "`packing` was false and is true" in found
+
+
+def test_pretraining_too(capsys, tokenizer, tmp_path, monkeypatch):
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    (tmp_path / "documents.jsonl").write_text('{"text": "the red shirt ships today from Jakarta to Manila"}\n' * 40)
+    made = {"preset": "compass-tiny", "tokenizer_name_or_path": tmp_path / "tokenizer", "sequence_length": 32}
+    argv = arguments(None, str(tmp_path / "documents.jsonl"), tmp_path / "out", **made, **SAVING, bf16=None)
+    assert pretrain.main(argv) == 0
+    again = [*argv, "--resume_from_checkpoint", "true", "--sequence_length", "16", "--max_steps", "2"]
+    assert "`sequence_length` was 32 and is 16" in refusal(pretrain.main, capsys, again)
+
+    def fail(*_args, **_kwargs):
+        raise ValueError("in a step")
+
+    monkeypatch.setattr("moe_backbone.pretraining.PretrainingTrainer.training_step", fail)
+    with pytest.raises(ValueError, match="in a step"):
+        pretrain.main(argv)
 
 
 def test_folders_that_are_no_checkpoint(run, tmp_path):
