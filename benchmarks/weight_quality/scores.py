@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import moe_backbone  # noqa: F401 - makes Compass known to transformers
 from otpo import OTPOConfig, OTPOTrainer
-from otpo.data.validation import token_lists
+from otpo.data.token_table import TOKEN_COLUMNS
 from otpo.transport import transport_weights
 from otpo.weighting import PairBatch, d2po, ld, sampo, uniform
 
@@ -131,7 +131,7 @@ class Scorer:
         self.trainer.ref_model.eval()
         self.last: int = policy.config.get_text_config().num_hidden_layers
         prepared: Any = self.trainer.train_dataset
-        self.tokens = [tokens[1:] for tokens in token_lists(prepared)]
+        self.tokens = list(zip(*(prepared[column][:] for column in TOKEN_COLUMNS[1:]), strict=True))
         self.labels: list[list[TokenLabels]] = []
         for row, ids in zip(rows, self.tokens, strict=True):
             pair: Any = row

@@ -5,10 +5,11 @@ Also the module that `accelerate launch -m otpo.cli.align` runs in each process.
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from transformers import AutoConfig, set_seed
+from accelerate.utils import is_peft_model
+from transformers import set_seed
 from trl import (
     DatasetMixtureConfig,
     DPOConfig,
@@ -21,9 +22,20 @@ from trl import (
 
 from otpo import OTPOConfig, OTPOTrainer
 
-from .command import TrainingCommand, require_model, run, with_model_options
+from .command import TrainingCommand, run
 from .engine import count_rows, describe_run, rows_in_step
 from .loading import DataArguments, load_pairs
+from .models import (
+    find_origin,
+    load_adapted,
+    load_config,
+    load_processor,
+    load_reference,
+    on_one_device,
+    require_model,
+    require_same_vocabulary,
+    with_model_options,
+)
 from .options import RunArguments, make_grouped_parser
 
 _DESCRIPTION = """\
@@ -38,7 +50,22 @@ Align a model on preference pairs, its tokens weighted by optimal transport (OTP
 
 @dataclass
 class AlignArguments(RunArguments, DataArguments):
-    """Where the pairs come from, and what is done around the training."""
+    """Where the pairs come from, what they are measured against, and what is done around the training.
+
+    Parameters:
+        ref_model_name_or_path: Reference model, or the folder of an adapter on one. None: the model itself as it
+            starts, or the adapter on it.
+        ref_model_revision: Its branch, tag or commit.
+    """
+
+    ref_model_name_or_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "Reference model: a name on the Hub, or a folder of a model or adapter. Unset: the model as it "
+            "starts (of a new adapter, the model under it)."
+        },
+    )
+    ref_model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the reference model."})
 
 
 def make_parser() -> TrlParser:
@@ -60,26 +87,39 @@ def make_parser() -> TrlParser:
 def make_trainer(
     data: AlignArguments, args: OTPOConfig, model: ModelConfig, mixture: DatasetMixtureConfig
 ) -> OTPOTrainer:
-    """Loads the pairs and the model."""
+    """Loads the pairs, the model and its reference."""
     from .compass import freeze_adapters_of_mtp, mtp_options
     from .expert_parallel import model_options, trainer_class
 
-    name = require_model(model)
+    origin = find_origin("model_name_or_path", require_model(model), model.model_revision)
+    trusted = args.trust_remote_code
+    config = load_config(origin, trusted)
+    reference: Any = None
+    reference_config: Any = None
+    if data.ref_model_name_or_path is not None:
+        reference = find_origin("ref_model_name_or_path", data.ref_model_name_or_path, data.ref_model_revision)
+        reference_config = load_config(reference, trusted)
+        require_same_vocabulary("ref_model_name_or_path", config, reference_config)
     set_seed(args.seed)  # a mixture's cut draws from the global generators, and must agree across processes
     train, evaluation = load_pairs(data, mixture, seed=args.seed, evaluate=args.do_eval)
-    config = AutoConfig.from_pretrained(name, revision=model.model_revision, trust_remote_code=args.trust_remote_code)
     of_class = trainer_class(OTPOTrainer, data, config)
-    args.model_init_kwargs = {
-        **model_options(data),
-        **mtp_options(config),
-        **with_model_options(args.model_init_kwargs, model),
-    }
+    chosen = with_model_options(args.model_init_kwargs, model, origin.revision)
+    shared = on_one_device(args, {**model_options(data), **chosen})
+    kwargs = {**mtp_options(config), **shared}
+    quantization = get_quantization_config(model)
+    # TRL loads a model by its name, and from it the reference; an adapter is put on its model here.
+    args.model_init_kwargs = None if origin.adapted else kwargs
+    other = None
+    if reference is not None:
+        other = load_reference(reference, args, {**mtp_options(reference_config), **shared}, quantization)
     trainer = of_class(
-        name,
+        load_adapted(origin, args, kwargs, quantization) if origin.adapted else origin.name,
+        other,
         args=args,
         train_dataset=train,
         eval_dataset=evaluation,
-        quantization_config=get_quantization_config(model),
+        processing_class=load_processor(origin, trusted),
+        quantization_config=None if origin.adapted else quantization,
         peft_config=get_peft_config(model),
     )
     freeze_adapters_of_mtp(trainer.model)
@@ -96,6 +136,7 @@ def describe(trainer: OTPOTrainer, parsed: tuple[Any, ...]) -> dict[str, str]:
         weighting += f", ot_solver {args.ot_solver}"
     lines = {
         **describe_run(trainer, parsed[2].model_name_or_path),
+        "reference": describe_reference(trainer, parsed[0]),
         "weighting": weighting,
         "loss": f"{'+'.join(args.loss_type)}, beta {args.beta:g}, learning rate {args.learning_rate:g}",
         "pairs": f"{count_rows(trainer.train_dataset)} to train on, {count_rows(trainer.eval_dataset)} to evaluate "
@@ -106,6 +147,21 @@ def describe(trainer: OTPOTrainer, parsed: tuple[Any, ...]) -> dict[str, str]:
     if dropped:
         lines["dropped"] = ", ".join(f"{count} of {name}" for name, count in dropped.items())
     return lines
+
+
+def describe_reference(trainer: OTPOTrainer, data: AlignArguments) -> str:
+    """What the log-probabilities are measured against."""
+    name = data.ref_model_name_or_path
+    if name is not None:
+        revision = "" if data.ref_model_revision == "main" else f", {data.ref_model_revision}"
+        text = f"{name}{revision}"
+    elif not is_peft_model(trainer.model):
+        text = "the model as it starts"
+    elif "ref" in trainer.model.peft_config:
+        text = "the adapter as it starts, on the same model"
+    else:
+        text = "the model without its adapter"
+    return f"{text}, log-probabilities computed beforehand" if trainer.precompute_ref_logps else text
 
 
 def extra_report(trainer: OTPOTrainer) -> dict[str, Any]:

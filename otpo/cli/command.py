@@ -1,28 +1,43 @@
 """What the training commands share: reading options, launching themselves, refusals, training, saving, report."""
 
 import gc
+import json
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
+from datasets.exceptions import DatasetsError
+from jinja2 import TemplateError
 from rich.console import Console
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from trl import ModelConfig, TrlParser
+from safetensors import SafetensorError
+from trl import TrlParser
+from yaml import YAMLError
 
+from .checkpoints import find_checkpoint, newest_checkpoint
 from .engine import cpu_request, requested_engines, require_accelerator, require_deepspeed, require_engine
-from .launch import check_options, is_launched, launch, module_of
+from .identity import RunFile, require_same_run, run_identity
+from .interrupt import interruptible
+from .launch import check_options, default_launch, is_launched, launch, module_of
+from .models import require_model  # noqa: F401 - `pretrain` takes it from here
 from .options import Given, changed_options, read_command_line
+from .preflight import check_options_alone
+from .redact import redact_text
 from .report import make_report, write_report
 
 # What options, data and models are refused with before the first step; anything else is a fault and keeps its trace.
-REFUSALS = (ValueError, OSError, ImportError)
+REFUSALS = (
+    *(ValueError, OSError, ImportError, NotImplementedError),
+    *(DatasetsError, SafetensorError, TemplateError, YAMLError),
+)
+_DEFAULT_OUTPUT = "trainer_output"  # of `transformers.TrainingArguments`
+_LAST_WORD = 1.0  # seconds that the other processes leave to the first before the launcher ends it
 
 
 @dataclass(frozen=True)
@@ -50,28 +65,48 @@ def run(command: TrainingCommand, argv: Sequence[str] | None = None) -> int:
     """Trains, or launches itself where the launcher's options ask for it, and returns the exit code.
 
     2 for options, data or models that can't be used, with one message on the standard error, or with the whole trace
-    where the environment sets OTPO_TRACEBACK.
+    where the environment sets OTPO_TRACEBACK. 130 after Ctrl-C, with one message that says how to go on.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
+    since = time.time()
+    read: list[Given] = []
+    return interruptible(
+        f"otpo {command.name}", lambda: _run(command, argv, read), lambda: _how_to_resume(read, since)
+    )
+
+
+def _run(command: TrainingCommand, argv: list[str], read: list[Given]) -> int:
+    """[`run`]; puts the options into `read` as soon as they are read."""
     begin = time.monotonic()
     parser = command.make_parser()
     try:
         given = read_command_line(parser, argv)
+        read.append(given)
+        check_options_alone(given.values)
+        checkpoint, line = _checkpoint(parser, given)
         if is_launched(os.environ):
             _check_launched(command, given)
-        elif given.launcher or given.recipe_launcher:
-            script_args = _with_recipe(argv, given)
+        else:
             options = [*given.recipe_launcher, *given.launcher]
-            return launch(options, command.name, script_args, given.values["use_cpu"])
-        parsed, trainer, checkpoint = _prepare(command, parser, given)
+            if not options:
+                options = default_launch(torch.accelerator.device_count(), given.values, os.environ)
+                if options:
+                    count = options[options.index("--num_processes") + 1]
+                    _print(f"{'launching':<10} {count} processes, one a device; `--num_processes 1` takes one of them")
+            if options:
+                return launch(options, command.name, _with_recipe(argv, given), given.values["use_cpu"])
+        parsed, trainer = _prepare(command, parser, given)
     except REFUSALS as error:
         return refuse(parser.prog, error)
+    except TypeError as error:
+        return refuse(parser.prog, _unknown_name(error, read))
     lines = command.describe(trainer, parsed)
     if parsed[0].expert_parallel_size != 1:
         from .expert_parallel import describe_native
 
         lines |= describe_native(parsed[0], trainer.model)
-    _train(lines, trainer, checkpoint)
+    trainer.add_callback(RunFile(run_identity(parser.dataclass_types, given.values)))
+    _train({**lines, **line}, trainer, checkpoint)
     _finish(command, parsed, trainer, changed_options(given), begin)
     # A model that outlives its process group takes the group's threads down with the interpreter locked, which those
     # of gloo may be waiting for. So it goes first.
@@ -88,75 +123,52 @@ def refuse(prog: str, error: Exception) -> int:
     if os.environ.get("OTPO_TRACEBACK"):
         raise error
     if os.environ.get("LOCAL_RANK", "0") == "0":
+        message = redact_text(" ".join(str(error).split()))
         Console(stderr=True, soft_wrap=True).print(
-            f"{prog}: error: {error}", style="red", highlight=False, markup=False
+            f"{prog}: error: {message}", style="red", highlight=False, markup=False
         )
+    else:
+        time.sleep(_LAST_WORD)
     return 2
 
 
-def require_model(model: ModelConfig) -> str:
-    """The model's name or folder.
-
-    Raises:
-        ValueError: None is named, or it is a folder that does not exist.
-    """
-    name = model.model_name_or_path
-    if name is None:
-        raise ValueError("No model is named. Set `model_name_or_path` to a name on the Hub or a local folder.")
-    require_folder("model_name_or_path", name)
-    return name
-
-
-def require_folder(option: str, name: str) -> None:
-    """Raises a `ValueError` if an option's value is plainly a path and there is no such folder."""
-    if name.startswith(("/", ".", "~")) and not Path(name).is_dir():
-        raise ValueError(f"`{option}={name}`: there is no such folder.")
-
-
-def with_model_options(chosen: Any, model: ModelConfig) -> dict[str, Any]:
-    """`model_init_kwargs` as the options of `model` set them; those of `chosen`, a recipe's mapping or None, win."""
-    return {
-        "revision": model.model_revision,
-        "attn_implementation": model.attn_implementation,
-        "dtype": model.dtype,
-        **(chosen if isinstance(chosen, dict) else {}),
+def _checkpoint(parser: TrlParser, given: Given) -> tuple[str | None, dict[str, str]]:
+    """The checkpoint to resume from, which must be of this run, and the line that says so."""
+    values = given.values
+    checkpoint = find_checkpoint(values["resume_from_checkpoint"], values["output_dir"] or _DEFAULT_OUTPUT)
+    if checkpoint is None:
+        return None, {}
+    known = require_same_run(run_identity(parser.dataclass_types, values), checkpoint)
+    return checkpoint, {
+        "resuming": f"from {checkpoint}{'' if known else ', which does not tell the run that it is of'}"
     }
 
 
-def find_checkpoint(value: str | bool | None, output_dir: str | None) -> str | None:
-    """The checkpoint that `resume_from_checkpoint` means: a path, or the last whole one of `output_dir` for true.
-
-    Raises:
-        ValueError: There is no such checkpoint.
-    """
-    word = str(value).lower()
-    if word in {"none", "false", "no", "0", ""}:
-        return None
-    if word in {"true", "yes", "1"}:
-        last = _last_whole_checkpoint(output_dir)
-        if last is None:
-            raise ValueError(
-                f"`resume_from_checkpoint=true`: there is no checkpoint in `output_dir={output_dir}`. Name the folder "
-                "of one, or leave the option out to start anew."
-            )
-        return last
-    if not Path(str(value)).is_dir():
-        raise ValueError(f"`resume_from_checkpoint={value}`: there is no such folder.")
-    return str(value)
+def _how_to_resume(read: Sequence[Given], since: float) -> str:
+    """What Ctrl-C leaves: the run's last checkpoint and the way to go on from it."""
+    values = read[0].values if read else {}
+    folder = values.get("output_dir") or _DEFAULT_OUTPUT
+    resumed = str(values.get("resume_from_checkpoint")).lower() in ("true", "yes", "1")
+    checkpoint = newest_checkpoint(folder, None if resumed else since) if read else None
+    if checkpoint is None:
+        return "there is no checkpoint yet to resume from"
+    return f"resume with the same command and `--resume_from_checkpoint true`, which goes on from {checkpoint}"
 
 
-def _last_whole_checkpoint(output_dir: str | None) -> str | None:
-    """The last checkpoint that was written to its end, which a run killed while saving leaves behind it."""
-    steps = {
-        int(path.name.rpartition("-")[2]): str(path)
-        for path in Path(output_dir or ".").glob(f"{PREFIX_CHECKPOINT_DIR}-[0-9]*")
-        if (path / TRAINER_STATE_NAME).is_file()  # the Trainer writes it last
-    }
-    return steps[max(steps)] if output_dir and steps else None
+def _unknown_name(error: TypeError, read: Sequence[Given]) -> ValueError:
+    """A `TypeError` for a name that a mapping among the options gave to a function; any other is raised as it is."""
+    found = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+    name = found[1] if found else None
+    for option, value in read[0].values.items() if name and read else ():
+        with suppress(ValueError):
+            content = json.loads(value) if isinstance(value, str) and value.startswith("{") else value
+            if isinstance(content, dict) and name in content:
+                return ValueError(f"`{option}` has the name `{name}`, which is not known: {error}.")
+    raise error
 
 
-def _prepare(command: TrainingCommand, parser: TrlParser, given: Given) -> tuple[tuple[Any, ...], Any, str | None]:
-    """Everything up to the first step: options, engine, data, model, and the checkpoint to resume from."""
+def _prepare(command: TrainingCommand, parser: TrlParser, given: Given) -> tuple[tuple[Any, ...], Any]:
+    """Everything up to the first step: options, engine, data and model."""
     from . import compass  # noqa: F401 - makes its models known to the Auto classes
 
     values, arguments = given.values, given.arguments
@@ -172,21 +184,19 @@ def _prepare(command: TrainingCommand, parser: TrlParser, given: Given) -> tuple
     require_deepspeed(engines, find_spec("deepspeed") is not None)
     parsed: Any = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
     training = parsed[1]
-    checkpoint = find_checkpoint(training.resume_from_checkpoint, training.output_dir)
+    training._n_gpu = min(1, training.n_gpu)  # else a process that sees several devices would copy the model to each
     trainer = command.make_trainer(*parsed)
     if parsed[0].ignore_bias_buffers:
         trainer.model._ddp_params_and_buffers_to_ignore = [
             name for name, buffer in trainer.model.named_buffers() if buffer.dtype == torch.bool
         ]
     require_engine(engines, trainer.accelerator.distributed_type.value, trainer.accelerator.num_processes)
-    return tuple(parsed), trainer, checkpoint
+    return tuple(parsed), trainer
 
 
 def _train(lines: dict[str, str], trainer: Any, checkpoint: str | None) -> None:
     for name, value in lines.items():
         _say(trainer, f"{name:<10} {value}")
-    if checkpoint is not None:
-        _say(trainer, f"{'resuming':<10} from {checkpoint}")
     trainer.train(resume_from_checkpoint=checkpoint)
     evaluated = [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry]
     if trainer.eval_dataset is not None and trainer.state.global_step not in evaluated:
@@ -230,4 +240,8 @@ def _with_recipe(argv: list[str], given: Given) -> list[str]:
 
 def _say(trainer: Any, line: str) -> None:
     if trainer.is_world_process_zero():
-        Console(soft_wrap=True).print(line, highlight=False, markup=False)
+        _print(line)
+
+
+def _print(line: str) -> None:
+    Console(soft_wrap=True).print(line, highlight=False, markup=False)

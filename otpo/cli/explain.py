@@ -1,13 +1,15 @@
 """`otpo explain`: which tokens of a pair count, what they are aligned with, and what that does to the rewards."""
 
 import argparse
-import json
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from .interrupt import interruptible
+from .writing import require_writable_file
 
 if TYPE_CHECKING:  # at run time they are imported when options have been read, since they bring torch
     from datasets import Dataset
@@ -101,6 +103,10 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Writes the page or the picture and returns 0; 2 with one message for what can't be used."""
+    return interruptible("otpo explain", lambda: _run(argv))
+
+
+def _run(argv: Sequence[str] | None) -> int:
     parser = make_parser()
     options = parser.parse_args(argv)
     try:
@@ -112,13 +118,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from .command import REFUSALS, refuse
 
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            trainer, names, referenced, facts = _prepare(options, folder)
+        except REFUSALS as error:
+            return refuse(parser.prog, error)
+        content = _rendered(_explained(trainer, names, referenced), facts, kind)
     try:
-        pairs, facts = _explain(options)
-        content = _rendered(pairs, facts, kind)
         path.write_bytes(content)
-    except REFUSALS as error:
+    except OSError as error:
         return refuse(parser.prog, error)
-    line = f"saved      {path}, {len(pairs)} pair(s), {len(content) / 1024:.0f} KiB"
+    line = f"saved      {path}, {len(names)} pair(s), {len(content) / 1024:.0f} KiB"
     Console(soft_wrap=True).print(line, highlight=False, markup=False)
     return 0
 
@@ -142,8 +152,7 @@ def _output(output: str | None, kind: str | None) -> tuple[Path, str]:
         raise ValueError(f"`format={kind}` does not fit `output={output}`. Change one of them.")
     if not path.parent.is_dir():
         raise ValueError(f"`output={output}`: the folder {path.parent} does not exist. Make it, or name another file.")
-    if path.is_dir():
-        raise ValueError(f"`output={output}` is a folder. Name a file, such as {path / f'explain.{kind}'}.")
+    require_writable_file("output", str(path), f"explain.{kind}")
     if kind == "png" and find_spec("matplotlib") is None:
         raise ValueError("`format=png` needs matplotlib: `pip install 'otpo[plots]'`. `format=html` needs nothing.")
     return path, kind
@@ -168,16 +177,25 @@ def _check_source(options: argparse.Namespace) -> None:
         raise ValueError(f"`ld_alpha={options.ld_alpha:g}` is an option of `weighting=ld`. Set that, or leave it out.")
 
 
-def _explain(options: argparse.Namespace) -> tuple[list["ExplainedPair"], dict[str, str]]:
-    """The pairs, and what was looked at."""
-    from transformers import AutoProcessor
+def _prepare(options: argparse.Namespace, folder: str) -> tuple[Any, list[str], bool, dict[str, str]]:
+    """A trainer that holds the pairs, their names, whether there is a reference, and what is looked at."""
     from trl import ModelConfig
-    from trl.trainer.utils import create_model_from_path
 
     from otpo import OTPOConfig
 
     from . import compass  # noqa: F401 - makes its models known to the Auto classes
-    from .command import require_folder, require_model, with_model_options
+    from .models import (
+        find_origin,
+        load_adapted,
+        load_config,
+        load_plain,
+        load_processor,
+        load_reference,
+        require_model,
+        require_same_vocabulary,
+        with_model_options,
+    )
+    from .preflight import require_layer
 
     model = ModelConfig(
         model_name_or_path=options.model_name_or_path,
@@ -185,67 +203,56 @@ def _explain(options: argparse.Namespace) -> tuple[list["ExplainedPair"], dict[s
         dtype=options.dtype,
         attn_implementation=options.attn_implementation,
     )
-    name = require_model(model)
-    base, reference = _model_under(name), options.reference
-    if reference:
-        require_folder("reference", reference)
+    origin = find_origin("model_name_or_path", require_model(model), model.model_revision)
+    other = find_origin("reference", options.reference) if options.reference else None
     chosen = {name: getattr(options, name) for name in _WEIGHTS if getattr(options, name) is not None}
-    with tempfile.TemporaryDirectory() as folder:
-        args = OTPOConfig(
-            output_dir=folder,
-            use_cpu=options.use_cpu,
-            bf16=False,
-            gradient_checkpointing=False,
-            report_to="none",
-            disable_tqdm=True,
-            drop_identical_pairs=True,
-            **chosen,
-        )
-        rows, data = (None, None) if options.dataset_name is None else _load_rows(options)
-        kwargs = {**with_model_options(None, model), "trust_remote_code": options.trust_remote_code}
-        policy: Any = create_model_from_path(base or name, **kwargs)
-        if base is not None:
-            from peft import PeftModel
-
-            policy = PeftModel.from_pretrained(policy, name)
-        processor = AutoProcessor.from_pretrained(
-            base or name, revision=options.model_revision, trust_remote_code=options.trust_remote_code
-        )
-        if data is None:
-            data = _typed_pair(options, processor)
-        other = None if reference is None else create_model_from_path(reference, **{**kwargs, "revision": "main"})
-        pairs = _explained(policy, other, args, data, processor, rows)
-    told = reference or base or "none"
+    args = OTPOConfig(
+        output_dir=folder,
+        use_cpu=options.use_cpu,
+        bf16=False,
+        gradient_checkpointing=False,
+        report_to="none",
+        disable_tqdm=True,
+        drop_identical_pairs=True,
+        trust_remote_code=options.trust_remote_code,
+        **chosen,
+    )
+    args._n_gpu = min(1, args.n_gpu)  # one pair at a time, on one device
+    config = load_config(origin, options.trust_remote_code)
+    require_layer(args.hidden_layer, config)
+    if other is not None:
+        require_same_vocabulary("reference", config, load_config(other, options.trust_remote_code))
+    rows, data = (None, None) if options.dataset_name is None else _load_rows(options)
+    kwargs = with_model_options(None, model, origin.revision)
+    if args.device.type not in ("cpu", "mps"):
+        kwargs["device_map"] = {"": str(args.device)}
+    policy = load_adapted(origin, args, kwargs) if origin.adapted else load_plain(origin, args, kwargs)
+    processor = load_processor(origin, options.trust_remote_code)
+    if data is None:
+        data = _typed_pair(options, processor)
+    reference = None if other is None else load_reference(other, args, kwargs)
+    names = ["the pair"] if rows is None else [f"row {row}" for row in rows]
+    trainer = _trainer(policy, reference, args, data, processor, names)
+    told = options.reference or (origin.base if origin.adapted else "none")
     source = "typed" if options.dataset_name is None else f"{options.dataset_name}, {options.dataset_train_split}"
-    return pairs, {"model": name, "reference": told, "pairs": source}
+    facts = {"model": origin.name, "reference": told, "pairs": source}
+    return trainer, names, origin.adapted or reference is not None, facts
 
 
-def _explained(
-    policy: Any, reference: Any, args: Any, data: "Dataset", processor: Any, rows: list[int] | None
-) -> list["ExplainedPair"]:
-    """Explains all of `data`, whose rows are `rows` of the user's dataset, or a pair of the user's own."""
+def _trainer(policy: Any, reference: Any, args: Any, data: "Dataset", processor: Any, names: list[str]) -> Any:
+    """A trainer of the pairs, all of which can be weighed."""
     import copy
-    from dataclasses import replace
 
     from accelerate.utils import is_peft_model
 
     from otpo import OTPOTrainer
-    from otpo.explain import explain_rows
 
-    size = policy.config.get_text_config().vocab_size
-    if reference is not None and reference.config.get_text_config().vocab_size != size:
-        raise ValueError(
-            f"The reference has {reference.config.get_text_config().vocab_size} tokens in its vocabulary, the model "
-            f"{size}. Set `reference` to the model that this one was trained from."
-        )
     adapted = is_peft_model(policy)
     # Without a reference it is never asked, and a shallow copy spares a second model in memory.
     stand_in = copy.copy(policy) if reference is None and not adapted else reference
-    args._n_gpu = min(1, args.n_gpu)  # one pair at a time, on one device
     trainer = OTPOTrainer(policy, stand_in, args=args, train_dataset=data, processing_class=processor)
     if adapted and reference is None:
         policy.delete_adapter("ref")  # TRL's copy of the adapter, for training it on; without, the model under it
-    names = ["the pair"] if rows is None else [f"row {row}" for row in rows]
     known = trainer.prepared_datasets.get(trainer.train_dataset)
     kept = range(len(data)) if known is None or known.kept is None else known.kept
     lost = [name for place, name in enumerate(names) if place not in kept]
@@ -254,7 +261,15 @@ def _explained(
             f"`rows`: {', '.join(lost)} can't be weighed: a response is empty within `max_length={args.max_length}`, "
             "or both are the same. Name other rows, or raise `max_length`."
         )
-    pairs = explain_rows(trainer, range(len(data)), reference=adapted or reference is not None)
+    return trainer
+
+
+def _explained(trainer: Any, names: Sequence[str], referenced: bool) -> list["ExplainedPair"]:
+    from dataclasses import replace
+
+    from otpo.explain import explain_rows
+
+    pairs = explain_rows(trainer, range(len(names)), reference=referenced)
     return [replace(pair, name=name) for pair, name in zip(pairs, names, strict=True)]
 
 
@@ -262,14 +277,16 @@ def _load_rows(options: argparse.Namespace) -> tuple[list[int], "Dataset"]:
     """The numbers of the rows and the rows."""
     from trl import DatasetMixtureConfig
 
-    from .loading import DataArguments, load_pairs
+    from otpo.data.rows import check_pairs
+
+    from .loading import DataArguments, load_pairs, unchecked
 
     source = DataArguments(
         dataset_name=options.dataset_name,
         dataset_config=options.dataset_config,
         dataset_train_split=options.dataset_train_split,
     )
-    data: Any = load_pairs(source, DatasetMixtureConfig(), seed=0, evaluate=False)[0]
+    data: Any = load_pairs(source, DatasetMixtureConfig(), seed=0, evaluate=False, check=unchecked)[0]
     rows = [0] if options.rows is None else options.rows
     wrong = [row for row in rows if not 0 <= row < len(data)]
     if wrong:
@@ -278,6 +295,7 @@ def _load_rows(options: argparse.Namespace) -> tuple[list[int], "Dataset"]:
             f"{options.dataset_train_split!r}. Name rows from 0 to {len(data) - 1}."
         )
     data = data.select(rows)
+    check_pairs(data, "training", rows)
     for row, example in zip(rows, data, strict=True):
         for name in {"chosen", "rejected"} & set(example):
             if _is_blank(example[name]):
@@ -300,14 +318,6 @@ def _typed_pair(options: argparse.Namespace, processor: Any) -> "Dataset":
         return Dataset.from_list([texts])
     roles = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
     return Dataset.from_list([{name: [{"role": roles[name], "content": text}] for name, text in texts.items()}])
-
-
-def _model_under(name: str) -> str | None:
-    """The model that a folder's adapter was trained on; None for a folder without an adapter."""
-    config = Path(name) / "adapter_config.json"
-    if not config.is_file():
-        return None
-    return json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
 
 
 def _rendered(pairs: Sequence["ExplainedPair"], facts: Mapping[str, str], kind: str) -> bytes:

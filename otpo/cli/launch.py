@@ -1,23 +1,34 @@
 """Starting a training command in several processes through accelerate's own launcher."""
 
 import argparse
+import json
+import logging
 import os
+import signal
+import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
 from subprocess import CalledProcessError
 from typing import Any
 
+import psutil
 import torch
 from accelerate.commands.config import default_config_file, load_config_from_file
 from accelerate.commands.config.config_args import ClusterConfig
 from accelerate.commands.launch import launch_command, launch_command_parser
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
-from .engine import ENGINES, require_accelerator, require_deepspeed
+from .engine import ENGINES, cpu_request, require_accelerator, require_deepspeed
+from .interrupt import EXIT_CODE, OTPO_LAUNCHER
+from .recipe import read_yaml
 
+_LOGGERS = ("torch.distributed.elastic.agent.server.api", "torch.distributed.elastic.multiprocessing.api")
+_PATIENCE = 5.0  # seconds in which a process that was told to stop ends
 _SIGNAL_BASE = 128  # a shell's exit code for a process that a signal ended
 
 
@@ -56,22 +67,54 @@ def is_launched(environ: Mapping[str, str]) -> bool:
     return "LOCAL_RANK" in environ or "ACCELERATE_DYNAMO_BACKEND" in environ
 
 
+def default_launch(devices: int, values: Mapping[str, Any], environ: Mapping[str, str]) -> list[str]:
+    """The launcher's options for a command that was given none: a process on each of several GPUs.
+
+    Empty where one process is right: with one GPU or none, on the CPU, and where the model is to be split or placed
+    by hand, which a `device_map` asks for, or is quantized, which may be what makes it fit one GPU or several.
+
+    Args:
+        devices: Number of visible accelerators.
+        values: Value of each option of the command.
+        environ: The environment.
+    """
+    kwargs = values.get("model_init_kwargs")
+    chosen = json.loads(kwargs) if isinstance(kwargs, str) else kwargs or {}
+    by_hand = {"device_map", "quantization_config", "tp_plan", "max_memory"} & set(chosen)
+    quantized = values.get("load_in_4bit") or values.get("load_in_8bit")
+    if devices < 2 or by_hand or quantized or cpu_request(values["use_cpu"], environ) is not None:
+        return []
+    # The training options set the precision, as they do in one process.
+    return ["--accelerate_config", "ddp", "--num_processes", str(devices), "--mixed_precision", "no"]
+
+
 def check_options(options: Sequence[str], command: str) -> list[str]:
     """The options of the launcher for a command, as accelerate's own: `--accelerate_config` is its `--config_file`.
 
     Raises:
         ValueError: An option is unknown, or there is no such configuration.
     """
-    parser = argparse.ArgumentParser(prog=f"otpo {command}", add_help=False, allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog=f"otpo {command}", add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--accelerate_config", "--accelerate-config")
-    found, kept = parser.parse_known_args(list(options))
-    # A value without its option would be taken for the script.
-    args, unknown = launch_command_parser().parse_known_args([*kept, module_of(command)])
+    accelerate = launch_command_parser()
+    accelerate.exit_on_error = False  # its usage is that of another program
+    try:
+        found, kept = parser.parse_known_args(list(options))
+        # A value without its option would be taken for the script.
+        args, unknown = accelerate.parse_known_args([*kept, module_of(command)])
+    except argparse.ArgumentError as error:
+        name = (error.argument_name or "").split("/")[0].lstrip("-")
+        # The script's name in the place of a value that was left out.
+        reason = "expected one argument" if module_of(command) in error.message else error.message
+        raise ValueError(f"`{name}`, an option of the launcher: {reason}.") from error
     if unknown or args.training_script != module_of(command) or args.training_script_args:
         raise ValueError(
             f"Unknown option among {kept}. `otpo {command} --help` lists the options of the training, `accelerate "
             "launch --help` those of the launcher."
         )
+    for name in ("num_processes", "num_machines"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise ValueError(f"`{name}={getattr(args, name)}`, an option of the launcher, must be at least 1.")
     name = found.accelerate_config
     return kept if name is None else [*kept, "--config_file", resolve_config(name)]
 
@@ -92,7 +135,7 @@ def parse_launch(options: Sequence[str], command: str, script_args: Sequence[str
     options = check_options(options, command)
     args = launch_command_parser().parse_args([*options, "--module", module_of(command), *script_args])
 
-    config = load_config_from_file(args.config_file) if args.config_file else None
+    config = _load_config(args.config_file) if args.config_file else None
     has_default = os.path.isfile(default_config_file)
     engine = getattr(config, "distributed_type", None)
     kinds = {"DEEPSPEED": args.use_deepspeed, "FSDP": args.use_fsdp}
@@ -127,16 +170,57 @@ def parse_launch(options: Sequence[str], command: str, script_args: Sequence[str
 
 
 def launch(options: Sequence[str], command: str, script_args: Sequence[str], use_cpu: bool = False) -> int:
-    """Runs the command's module under accelerate and returns the exit code of the process that failed first."""
+    """Runs the command's module under accelerate and returns the exit code of the process that failed first.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C stopped it, and the processes have ended.
+    """
     args = parse_launch(options, command, script_args, use_cpu)
+    for name in _LOGGERS:  # what the processes themselves say is enough
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    os.environ[OTPO_LAUNCHER] = "1"
     try:
         launch_command(args)
     except CalledProcessError as error:
         return _exit_code(error.returncode)
     except ChildFailedError as error:
-        return _exit_code(error.get_first_failure()[1].exitcode)
+        rank, failure = error.get_first_failure()
+        if failure.exitcode < 0 and -failure.exitcode not in (signal.SIGINT, signal.SIGTERM):
+            name = signal.Signals(-failure.exitcode).name
+            sys.stderr.write(f"otpo {command}: error: the process of rank {rank} was ended by {name}\n")
+        return _exit_code(failure.exitcode)
+    except SignalException as error:
+        return _exit_code(-error.sigval)
+    except KeyboardInterrupt:
+        _end_children()
+        raise
+    finally:
+        del os.environ[OTPO_LAUNCHER]
     return 0
 
 
+def _load_config(path: str) -> Any:
+    """An accelerate configuration; a `ValueError` names the file that is none."""
+    content = read_yaml("--accelerate_config", path)
+    if not isinstance(content, dict):
+        raise ValueError(f"`--accelerate_config {path}`: a configuration is a YAML mapping, got {content!r:.60}.")
+    try:
+        return load_config_from_file(path)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"`--accelerate_config {path}` is no configuration of accelerate: {error}.") from error
+
+
+def _end_children() -> None:
+    """Waits for the launched process, which a terminal's Ctrl-C reaches too, and ends it where it does not."""
+    pending = psutil.Process().children()
+    for end in (lambda child: None, lambda child: child.send_signal(signal.SIGINT), psutil.Process.kill):
+        for child in pending:
+            with suppress(psutil.NoSuchProcess):
+                end(child)
+        pending = psutil.wait_procs(pending, timeout=_PATIENCE)[1]
+
+
 def _exit_code(code: int) -> int:
+    if code in (EXIT_CODE, -signal.SIGINT):
+        raise KeyboardInterrupt
     return code if code >= 0 else _SIGNAL_BASE - code

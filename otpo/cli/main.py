@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 from otpo import __version__
 
+from .interrupt import importing, interruptible
+
 
 class Command(NamedTuple):
     """A command: its line in the help, and the module whose `main(argv) -> int` runs it."""
@@ -50,7 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command is None:
         parser.print_help()
         return 0
-    return import_module(COMMANDS[command].module).main(argv[1:])
+    with importing():
+        module = import_module(COMMANDS[command].module)
+    return interruptible(f"otpo {command}", lambda: module.main(argv[1:]))
 
 
 if __name__ == "__main__":

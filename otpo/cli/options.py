@@ -5,17 +5,19 @@ import inspect
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import yaml
 from trl import TrlParser
+
+from .recipe import conform, option_types, read_recipe, require_choices, require_json
+from .redact import without_secrets
 
 LAUNCHING = """\
 --config RECIPE.yaml reads options from a file; those of the command line win. --accelerate_config takes a file, or
 single_gpu, ddp, zero2, zero3 or fsdp2, or a name of TRL's. It and any other option of `accelerate launch` make the
-command launch itself that way; without one, it runs in this process. OTPO_TRACEBACK=1 in the environment shows where
-an error comes from.
+command launch itself that way; without one, it starts a process on each visible GPU, or runs in this process where
+there is one or none, on the CPU, and for quantized models and those with a `device_map`. `--num_processes 1` keeps to
+one GPU. OTPO_TRACEBACK=1 in the environment shows where an error comes from.
 """
 EXPERT_PARALLEL_BACKENDS = ("deepspeed", "transformers")
 _METAVARS = {int: "N", float: "X", str: "TEXT"}
@@ -132,18 +134,26 @@ def read_command_line(parser: TrlParser, argv: Sequence[str]) -> Given:
     The recipe's values become defaults of `parser`, and its `env` goes into the environment.
 
     Raises:
-        ValueError: The recipe does not exist or is no mapping.
+        ValueError: The recipe can't be read, or a value is not of its option's type.
     """
+    types = option_types(parser.dataclass_types)
     defaults = vars(parser.parse_args([]))
     recipe_parser = argparse.ArgumentParser(prog=parser.prog, usage=parser.usage, add_help=False, allow_abbrev=False)
     recipe_parser.add_argument("--config")
     found, arguments = recipe_parser.parse_known_args(list(argv))
-    recipe = {} if found.config is None else _read_recipe(found.config)
-    for name, value in (recipe.pop("env", None) or {}).items():
-        os.environ[name] = str(value)
+    recipe: dict[str, Any] = {}
+    if found.config is not None:
+        recipe = read_recipe(found.config)
+        environment = recipe.pop("env", None) or {}
+        recipe = conform(recipe, types, found.config)
+        choices = {action.dest: tuple(action.choices) for action in parser._actions if action.choices}
+        require_choices(recipe, choices, found.config)
+        for name, value in environment.items():
+            os.environ[name] = str(value)
     parser.set_defaults_with_config(**recipe)
     namespace, launcher = parser.parse_known_args(arguments)
     values = vars(namespace)
+    require_json(values, types)
     recipe_launcher = [
         word
         for name, value in recipe.items()
@@ -154,25 +164,9 @@ def read_command_line(parser: TrlParser, argv: Sequence[str]) -> Given:
 
 
 def changed_options(given: Given) -> dict[str, Any]:
-    """The options whose value is not their default, without tokens of the Hub."""
-    return {
-        name: value
-        for name, value in given.values.items()
-        if value != given.defaults[name] and not name.endswith("_token")
-    }
-
-
-def _read_recipe(path: str) -> dict[str, Any]:
-    if not Path(path).is_file():
-        raise ValueError(f"`--config {path}`: there is no such file.")
-    with open(path, encoding="utf-8") as file:
-        recipe = yaml.safe_load(file)
-    if not isinstance(recipe, dict):
-        raise ValueError(f"`--config {path}`: a recipe is a YAML mapping of options to values, got {recipe!r:.60}.")
-    env = recipe.get("env")
-    if env is not None and not isinstance(env, dict):
-        raise ValueError(f"`--config {path}`: `env` must be a mapping of variables to values, got {env!r:.60}.")
-    return recipe
+    """The options whose value is not their default, with secrets left out."""
+    changed = {name: value for name, value in given.values.items() if value != given.defaults[name]}
+    return without_secrets(changed)
 
 
 def _without(words: Sequence[str], removed: Sequence[str]) -> list[str]:

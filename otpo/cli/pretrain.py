@@ -186,11 +186,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         values = read_command_line(parser, argv).values
         stages = read_mixture(values["mixture"]).stages if values["mixture"] and not values["stage"] else []
-        if len(stages) < 2:
-            return run(COMMAND, argv)
-        plan = plan_stages(stages, values["output_dir"], values["resume_from_checkpoint"])
+        resume = values["resume_from_checkpoint"]
+        plan = [] if len(stages) < 2 else plan_stages(stages, values["output_dir"], resume)
     except REFUSALS as error:
         return refuse(parser.prog, error)
+    if len(stages) < 2:  # not above: a fault in training is no refusal
+        return run(COMMAND, argv)
     for arguments, finished in plan:
         code = run(COMMAND, [*argv, *arguments])
         if code:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, IterableDataset
-from transformers import AutoConfig, AutoProcessor, set_seed
+from transformers import set_seed
 from transformers.utils import logging
 from trl import (
     DatasetMixtureConfig,
@@ -26,9 +26,18 @@ from trl.chat_template_utils import get_training_chat_template, has_generation_m
 
 from otpo.data.instructions import check_instructions, instruction_form, is_conversational
 
-from .command import TrainingCommand, require_model, run, with_model_options
+from .command import TrainingCommand, run
 from .engine import count_rows, describe_run, rows_in_step
 from .loading import RowArguments, load_rows
+from .models import (
+    find_origin,
+    load_adapted,
+    load_config,
+    load_processor,
+    on_one_device,
+    require_model,
+    with_model_options,
+)
 from .options import RunArguments, make_grouped_parser
 
 logger = logging.get_logger(__name__)
@@ -79,47 +88,44 @@ def make_trainer(data: SftArguments, args: SFTConfig, model: ModelConfig, mixtur
     from .compass import freeze_adapters_of_mtp, mtp_options
     from .expert_parallel import model_options, trainer_class
 
-    name = require_model(model)
+    origin = find_origin("model_name_or_path", require_model(model), model.model_revision)
     if model.use_peft and model.lora_target_parameters and model.lora_dropout:
         raise ValueError(
             f"`lora_dropout={model.lora_dropout}` with `lora_target_parameters`, for which PEFT has no dropout. Set "
             "`lora_dropout` to 0."
         )
     set_seed(args.seed)  # a mixture's cut draws from the global generators, and must agree across processes
-    train, evaluation = load_rows(
-        data, mixture, (data.max_train_rows, data.max_eval_rows), seed=args.seed, evaluate=args.do_eval
-    )
+    limits = data.max_train_rows, data.max_eval_rows
+    train, evaluation = load_rows(data, mixture, limits, seed=args.seed, evaluate=args.do_eval, check=_checked)
     form = instruction_form(train, "training")
-    train = check_instructions(train, form, "training")
-    if evaluation is not None:
-        evaluation = check_instructions(evaluation, instruction_form(evaluation, "evaluation"), "evaluation")
-    processor = AutoProcessor.from_pretrained(
-        name, revision=model.model_revision, trust_remote_code=args.trust_remote_code
-    )
+    processor = load_processor(origin, args.trust_remote_code)
     if is_conversational(next(iter(train)), form):
         template = _template(processor, args.chat_template_path)
         if form == "messages":
             args.assistant_only_loss = args.completion_only_loss is not False
         require_template(processor, template, args.assistant_only_loss)
-    config = AutoConfig.from_pretrained(name, revision=model.model_revision, trust_remote_code=args.trust_remote_code)
+    config = load_config(origin, args.trust_remote_code)
     of_class = trainer_class(SFTTrainer, data, config)
-    args.model_init_kwargs = {
-        **model_options(data),
-        **mtp_options(config),
-        **with_model_options(args.model_init_kwargs, model),
-    }
+    chosen = with_model_options(args.model_init_kwargs, model, origin.revision)
+    kwargs = on_one_device(args, {**model_options(data), **mtp_options(config), **chosen})
+    quantization = get_quantization_config(model)
+    args.model_init_kwargs = None if origin.adapted else kwargs
     trainer = of_class(
-        name,
+        load_adapted(origin, args, kwargs, quantization) if origin.adapted else origin.name,
         args=args,
         train_dataset=train,
         eval_dataset=evaluation,
         processing_class=processor,
-        quantization_config=get_quantization_config(model),
+        quantization_config=None if origin.adapted else quantization,
         peft_config=get_peft_config(model),
     )
     freeze_adapters_of_mtp(trainer.model)
     require_rows(train, trainer.train_dataset, args)
     return trainer
+
+
+def _checked(rows: Dataset | IterableDataset, name: str, numbers: Sequence[int] | None) -> Dataset | IterableDataset:
+    return check_instructions(rows, instruction_form(rows, name), name, numbers)
 
 
 def require_template(processor: Any, template: str | None, assistant_only: bool) -> None:

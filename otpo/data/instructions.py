@@ -1,14 +1,16 @@
 """Checks of instruction data before the first step: columns, answers that are missing, empty messages."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 from datasets import Dataset, IterableDataset
 
-from .token_table import ROWS_AT_ONCE
+from .rows import check_rows, text_problem
 from .validation import column_names
 
 Form = Literal["messages", "prompt-completion"]
+_NO_ANSWER = "has no assistant turn, so there is no answer to learn"
 # TRL takes the first that is there.
 _COLUMNS: dict[Form, list[str]] = {"prompt-completion": ["prompt", "completion"], "messages": ["messages"]}
 
@@ -43,65 +45,47 @@ def is_conversational(row: Mapping[str, Any], form: Form) -> bool:
     return form == "messages" or not isinstance(row["prompt"], str)
 
 
-def check_instructions(dataset: Dataset | IterableDataset, form: Form, name: str) -> Dataset | IterableDataset:
+def check_instructions(
+    dataset: Dataset | IterableDataset, form: Form, name: str, numbers: Sequence[int] | None = None
+) -> Dataset | IterableDataset:
     """The dataset, after each row was looked at; a stream's rows are looked at when they are read.
+
+    Args:
+        dataset: Rows of that form.
+        form: See [`instruction_form`].
+        name: What the dataset is called in messages.
+        numbers: Number of each row in the dataset that the user named; None where they are the same.
 
     Raises:
         ValueError: Something in a row can't be learned from; the message names the row.
     """
-    if isinstance(dataset, IterableDataset):
-        return dataset.map(_RowCheck(form, name), with_indices=True)
-    index = 0
-    for batch in dataset.select_columns(_COLUMNS[form]).iter(ROWS_AT_ONCE):
-        columns: dict[str, list[Any]] = dict(batch)  # pyright: ignore
-        for values in zip(*columns.values(), strict=True):
-            _refuse(dict(zip(columns, values, strict=True)), form, index, name)
-            index += 1
-    return dataset
+    return check_rows(dataset, _COLUMNS[form], partial(row_problem, form=form), name, numbers, answered=True)
 
 
 def row_problem(row: Mapping[str, Any], form: Form) -> str | None:
     """What is wrong with a row, None when nothing is."""
-    if form == "messages":
-        messages = row["messages"] or []
-        if not any(message["role"] == "assistant" for message in messages):
-            return "has no assistant turn, so there is no answer to learn"
-        return _empty_message(messages, "messages")
-    for side in ("prompt", "completion"):
-        text = row[side]
-        if not text or (isinstance(text, str) and not text.strip()):
-            return f"has an empty {side}"
-        problem = None if isinstance(text, str) else _empty_message(text, side)
+    for side in _COLUMNS[form]:
+        value = row.get(side)
+        if not value or (isinstance(value, str) and not value.strip()):
+            return _NO_ANSWER if form == "messages" else f"has an empty {side}"
+        if form == "messages" and isinstance(value, str):
+            return f"has text in '{side}', which must be a list of messages"
+        if side == "completion" and isinstance(value, str) != isinstance(row["prompt"], str):
+            return "has text in one of 'prompt' and 'completion' and messages in the other; they must be of one form"
+        problem = _empty_message(value, side) or text_problem(value, side)
         if problem is not None:
             return problem
+        turns: Any = value
+        if form == "messages" and not any(message["role"] == "assistant" for message in turns):
+            return _NO_ANSWER
     return None
 
 
-def _empty_message(messages: list[Mapping[str, Any]], column: str) -> str | None:
-    for place, message in enumerate(messages):
+def _empty_message(messages: Any, column: str) -> str | None:
+    for place, message in enumerate(messages if isinstance(messages, list) else ()):
+        if not isinstance(message, Mapping) or not message.get("role") or message.get("tool_calls"):
+            continue
         content = message.get("content")
-        said = content.strip() if isinstance(content, str) else content
-        if not said and not message.get("tool_calls"):
+        if not (content.strip() if isinstance(content, str) else content):
             return f"has an empty message, number {place} ({message['role']}) of '{column}'"
     return None
-
-
-def _refuse(row: Mapping[str, Any], form: Form, index: int, name: str) -> None:
-    problem = row_problem(row, form)
-    if problem is not None:
-        raise ValueError(
-            f"Row {index} of the {name} dataset {problem}. Mend or remove such rows, for instance with "
-            "`dataset.filter`."
-        )
-
-
-class _RowCheck:
-    """The check as a map over a stream."""
-
-    def __init__(self, form: Form, name: str) -> None:
-        self.form: Form = form
-        self.name = name
-
-    def __call__(self, row: dict[str, Any], index: int) -> dict[str, Any]:
-        _refuse(row, self.form, index, self.name)
-        return row

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pyarrow.compute as pc
+import pyarrow.compute
 from datasets import Dataset
+
+pc: Any = pyarrow.compute  # whose functions are made when it is imported
 
 TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 """What TRL's tokenization of a pair makes."""
@@ -122,9 +124,9 @@ def _arrow_batches(dataset: Dataset, columns: Sequence[str]) -> Iterator[Any]:
 
 
 def _lengths(column: Any) -> np.ndarray:
-    return pc.list_value_length(column).fill_null(0).to_numpy().astype(np.int64)  # pyright: ignore
+    return pc.list_value_length(column).fill_null(0).to_numpy().astype(np.int64)
 
 
 def _as_lists(column: Any) -> Lists:
-    values = pc.list_flatten(column).to_numpy()  # pyright: ignore
+    values = pc.list_flatten(column).to_numpy()
     return Lists(_lengths(column), values)

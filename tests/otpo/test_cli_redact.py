@@ -1,0 +1,51 @@
+"""Secrets are left out by name, nesting and look, and nothing else is."""
+
+import pytest
+
+from otpo.cli.align import make_parser
+from otpo.cli.options import changed_options, read_command_line
+from otpo.cli.redact import LEFT_OUT, is_secret, redact_text, without_secrets
+
+SECRET = "token hub_token use_auth_token api_key apiKey password secret authorization headers HF_TOKEN X-Auth-Token"
+SECRET += " WANDB_API_KEY aws_secret_access_key client_secret credentials proxy_password github_token access_tokens"
+PLAIN = (
+    "pad_token eos_token max_token_length max_new_tokens max_tokens token_weights num_key_value_heads author tokens"
+)
+PLAIN += " tokenizer_name_or_path image_token include_num_input_tokens_seen compass decoder_start_token_id"
+
+
+@pytest.mark.parametrize("name", SECRET.split())
+def test_names_of_secrets(name):
+    assert is_secret(name)
+    assert without_secrets([{"a": {name: "x"}}]) == [{"a": {name: LEFT_OUT}}]
+
+
+@pytest.mark.parametrize("name", PLAIN.split())
+def test_names_of_anything_else(name):
+    assert without_secrets({name: "x"}) == {name: "x"}
+
+
+@pytest.mark.parametrize(
+    ("text", "safe"),
+    [
+        ("https://me:pass@host/data.jsonl", "https://left out@host/data.jsonl"),
+        ("https://host/x?token=abc&part=1", "https://host/x?token=left out&part=1"),
+        ("hf_abcDEF123", "left out"),
+        ("see hf_abcdefghijklmnopqrstuv", "see left out"),
+        ('{"token": "x", "a": [{"password": 1}]}', '{"token": "left out", "a": [{"password": "left out"}]}'),
+        ("{'token': 'x', 'b': 2}", "{'token': 'left out', 'b': 2}"),
+        ("a=1,api_key=zzz", "a=1,api_key=left out"),
+        ('{"pad_token": "<x>"}', '{"pad_token": "<x>"}'),
+        ("runs/hf_model", "runs/hf_model"),
+        ("git@github.com:x/y", "git@github.com:x/y"),
+    ],
+)
+def test_secrets_in_text(text, safe):
+    assert redact_text(text) == safe
+
+
+def test_reports_keep_the_names_of_options():
+    words = ["--hub_token", "abc", "--model_init_kwargs", '{"token": "abc", "dtype": "float16"}', "--pad_token", "<x>"]
+    options = changed_options(read_command_line(make_parser(), words))
+    assert options["hub_token"] == LEFT_OUT and options["pad_token"] == "<x>"
+    assert options["model_init_kwargs"] == '{"token": "left out", "dtype": "float16"}'

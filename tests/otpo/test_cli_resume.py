@@ -1,0 +1,134 @@
+"""Resuming: a checkpoint is whole and of the same run, and Ctrl-C says how to go on from it."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from cli_helpers import ROOT, arguments, refusal
+
+from otpo.cli import align, pretrain, sft
+from otpo.cli.checkpoints import find_checkpoint
+from otpo.cli.identity import RUN_FILE
+
+pytestmark = pytest.mark.usefixtures("own_process")
+SAVING = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1}
+
+
+@pytest.fixture(scope="module")
+def run(model_folder, pairs_file, tmp_path_factory):
+    """A run's folder with a checkpoint."""
+    folder = tmp_path_factory.mktemp("run")
+    argv = arguments(model_folder, pairs_file, folder, **SAVING, hub_token="secret")
+    assert align.main(argv) == 0
+    return folder
+
+
+def resuming(model, data, folder, **changes):
+    return arguments(model, data, folder, **{**SAVING, "max_steps": 2, **changes}, resume_from_checkpoint=True)
+
+
+def test_the_run_is_written_without_secrets(run, model_folder, pairs_file):
+    written = [json.loads((folder / RUN_FILE).read_text())["options"] for folder in (run, run / "checkpoint-1")]
+    assert written[0] == written[1]
+    assert written[0]["model_name_or_path"] == model_folder and written[0]["weighting"] == "otpo"
+    assert {"max_steps", "hub_token", "learning_rate", "report", "save_steps"}.isdisjoint(written[0])
+    assert "secret" not in (run / RUN_FILE).read_text()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"weighting": "budget"}, '`weighting` was "otpo" and is "budget"'),
+        ({"loss_type": "ipo", "beta": 0.2}, '`beta` was 0.1 and is 0.2; `loss_type` was ["sigmoid"] and is ["ipo"]'),
+        ({"dataset_name": "otpo/demo"}, 'and is "otpo/demo"'),
+        ({"max_train_pairs": 4, "seed": 1}, "`max_train_pairs` was null and is 4; `seed` was 42 and is 1"),
+        ({"use_peft": True}, "`use_peft` was false and is true"),
+    ],
+)
+def test_another_run_is_refused(changes, message, capsys, run, model_folder, pairs_file):
+    found = refusal(align.main, capsys, resuming(model_folder, pairs_file, run, **changes))
+    assert f"{run / 'checkpoint-1'} is of another run: " in found and message in found
+    assert f"remove {run / 'checkpoint-1' / RUN_FILE} to resume all the same" in found
+
+
+def test_another_model_is_refused(capsys, run, other_model_folder, pairs_file):
+    found = refusal(align.main, capsys, resuming(other_model_folder, pairs_file, run))
+    assert "`model_name_or_path` was" in found and found.count(" was ") == 1
+
+
+def test_what_may_change_and_checkpoints_of_before(capsys, run, model_folder, pairs_file, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    for file in (tmp_path / "run").rglob(RUN_FILE):
+        file.unlink()
+    changes = {"logging_steps": 2, "report": tmp_path / "report.json", "learning_rate": 0.02, "save_steps": 5}
+    for folder, word in ((run, ""), (tmp_path / "run", ", which does not tell the run that it is of")):
+        capsys.readouterr()
+        assert align.main(resuming(os.path.relpath(model_folder), pairs_file, folder, **changes)) == 0
+        assert f"resuming   from {folder / 'checkpoint-1'}{word}\n" in capsys.readouterr().out
+
+
+def test_instructions_too(capsys, compass_folder, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"prompt": "the red", "completion": "box"}\n' * 4)
+    assert sft.main(arguments(compass_folder, str(file), tmp_path / "out", **SAVING)) == 0
+    found = refusal(sft.main, capsys, resuming(compass_folder, str(file), tmp_path / "out", packing=True))
+    assert "`packing` was false and is true" in found
+
+
+def test_pretraining_too(capsys, tokenizer, tmp_path, monkeypatch):
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    (tmp_path / "documents.jsonl").write_text('{"text": "the red shirt ships today from Jakarta to Manila"}\n' * 40)
+    made = {"preset": "compass-tiny", "tokenizer_name_or_path": tmp_path / "tokenizer", "sequence_length": 32}
+    argv = arguments(None, str(tmp_path / "documents.jsonl"), tmp_path / "out", **made, **SAVING, bf16=None)
+    assert pretrain.main(argv) == 0
+    again = [*argv, "--resume_from_checkpoint", "true", "--sequence_length", "16", "--max_steps", "2"]
+    assert "`sequence_length` was 32 and is 16" in refusal(pretrain.main, capsys, again)
+
+    def fail(*_args, **_kwargs):
+        raise ValueError("in a step")
+
+    monkeypatch.setattr("moe_backbone.pretraining.PretrainingTrainer.training_step", fail)
+    with pytest.raises(ValueError, match="in a step"):
+        pretrain.main(argv)
+
+
+def test_folders_that_are_no_checkpoint(run, tmp_path):
+    with pytest.raises(ValueError, match=r"is no checkpoint: it has no trainer_state.json. Name a folder that the"):
+        find_checkpoint(str(tmp_path), None)
+    with pytest.raises(ValueError, match=r"Name the last one in it, .*checkpoint-[12]"):
+        find_checkpoint(str(run), None)
+    (tmp_path / "trainer_state.json").write_text("{}")
+    with pytest.raises(ValueError, match="it has no weights"):
+        find_checkpoint(str(tmp_path), None)
+    (tmp_path / "trainer_state.json").write_text("{")
+    with pytest.raises(ValueError, match=r"its trainer_state.json can't be read"):
+        find_checkpoint(str(tmp_path), None)
+
+
+@pytest.mark.parametrize("processes", [None, 1, 2], ids=lambda count: f"{count}")
+def test_ctrl_c(processes, model_folder, pairs_file, tmp_path):
+    argv = arguments(model_folder, pairs_file, tmp_path / "out", **{**SAVING, "max_steps": 100_000})
+    words = [sys.executable, "-m", "otpo", "align", *argv, "--save_total_limit", "2"]
+    if processes is not None:
+        words += ["--num_processes", str(processes)]
+    variables = {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
+    with open(tmp_path / "log", "w+") as log:
+        process = subprocess.Popen(
+            words, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, **variables}, start_new_session=True
+        )
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "out/checkpoint-3").is_dir() and process.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.wait(60) == 130
+        log.seek(0)
+        text = log.read()
+    assert "Traceback" not in text and text.count("stopped by you") == 1
+    advice = "resume with the same command and `--resume_from_checkpoint true`, which goes on from"
+    assert f"otpo align: stopped by you; {advice} {tmp_path / 'out/checkpoint-'}" in text
