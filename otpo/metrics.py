@@ -6,6 +6,8 @@ Shapes: B pairs, T positions; rows are the chosen responses, then the rejected o
 import torch
 from torch import Tensor
 
+from .sinkhorn import wide_dtype
+
 
 def weight_metrics(weights: Tensor, mask: Tensor) -> dict[str, Tensor]:
     """How concentrated the weights are, averaged over responses that have tokens.
@@ -19,13 +21,14 @@ def weight_metrics(weights: Tensor, mask: Tensor) -> dict[str, Tensor]:
         weights: `(2B, T)`, non-negative.
         mask: `(2B, T)` bool.
     """
-    weights = weights.double().masked_fill(~mask, 0.0)
+    weights = weights.to(wide_dtype(weights.device)).masked_fill(~mask, 0.0)
+    tiny = torch.finfo(weights.dtype).tiny
     count = mask.sum(1)
     total = weights.sum(1)
-    share = weights / total.clamp(min=torch.finfo(torch.float64).tiny).unsqueeze(1)
+    share = weights / total.clamp(min=tiny).unsqueeze(1)
     entropy = torch.special.entr(share).sum(1)
     normalised = torch.where(count > 1, entropy / count.clamp(min=2).log(), 1.0)
-    ess = 1.0 / (share.square().sum(1) * count).clamp(min=torch.finfo(torch.float64).tiny)
+    ess = 1.0 / (share.square().sum(1) * count).clamp(min=tiny)
     largest = share.amax(1) * count
     rows = (count > 0) & (total > 0)
     return {
@@ -42,12 +45,12 @@ def reward_metrics(rewards: Tensor, suffix: str) -> dict[str, Tensor]:
         rewards: `(2B,)`, `beta * (log pi - log pi_ref)` of each response.
         suffix: Appended to each name.
     """
-    chosen, rejected = rewards.double().chunk(2)
+    chosen, rejected = rewards.to(wide_dtype(rewards.device)).chunk(2)
     return {
         f"rewards/chosen{suffix}": chosen.mean(),
         f"rewards/rejected{suffix}": rejected.mean(),
         f"rewards/margins{suffix}": (chosen - rejected).mean(),
-        f"rewards/accuracies{suffix}": (chosen > rejected).double().mean(),
+        f"rewards/accuracies{suffix}": (chosen > rejected).to(chosen.dtype).mean(),
     }
 
 

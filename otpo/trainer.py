@@ -38,6 +38,7 @@ from .scoring import Scored, loss_groups, model_inputs
 from .swap import swapped
 from .timing import DeviceTimer
 from .token_rows import pack_rows, unpack_rows
+from .transport import warn_unsolved
 from .weighting import WEIGHTINGS, PairBatch, TokenWeights, Weighting
 
 
@@ -305,11 +306,15 @@ class OTPOTrainer(DPOTrainer):
             self._metrics[self._mode][name].append(largest if name.startswith("transport/") else mean)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """TRL's log, with the weights' time, which is only read off the device here."""
+        """TRL's log, with the weights' time, which is only read off the device here; warns of unsolved transport."""
         metrics = self._metrics[self._mode]
         times = self._timers[self._mode].take()
         if times and "transport/iterations" in metrics:
             metrics["transport/ms"].extend(times)
+        residuals = metrics.get("transport/residual")
+        if residuals and self.accelerator.device.type == "cuda" and self.is_world_process_zero():
+            # Anywhere else the solver has looked itself; on a GPU nothing may wait for it, and here it is on the host.
+            warn_unsolved(max(residuals), **self.args.solver_options())
         super().log(logs, start_time)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
