@@ -3,8 +3,8 @@
 Both are constructed on the same tiny model and the same pairs of text, each in a process of its own with caches of its
 own, so that neither finds the other's. A row of N tokens is a prompt of N / 2 and two completions of N / 2; lengths
 are uniform from half to one and a half of that, `max_length` is 5 N / 4, and one row in a hundred has a prompt that
-fills it, which both leave out. Times are reported only if both kept the same tokens of the same rows. `otpo, tokenized`
-gets the tokens that TRL makes, so its time is that of our checks.
+fills it, which both leave out. Times are reported only if both kept the same tokens of the same rows. The contender
+`otpo, tokenized` gets the tokens that TRL makes, so its time is that of our checks.
 
 `seconds` is of the construction. `peak_mib` is the process's resident memory at its most, pages of mapped Arrow files
 included, `before_mib` the same before the construction. `name_row_seconds` is what naming the last row of the user's

@@ -6,7 +6,7 @@ from benchmarks import start_up
 
 
 def test_trainers_keep_the_same_rows_of_the_benchmarks_data(tmp_path):
-    """TRL tokenizes the text to what is written as tokens, and both leave out the one prompt that fills `max_length`."""
+    """TRL makes of the text what is written as tokens, and both leave out the one prompt that fills `max_length`."""
     start_up.make_data(tmp_path, 60, 24)
     found = {}
     for contender, data in ((start_up.TRL, "text"), (start_up.OTPO, "text"), (start_up.TOKENIZED, "tokenized")):
