@@ -149,6 +149,7 @@ def unbalanced_sinkhorn(
         iterations += active
         largest = torch.maximum(a.abs().amax(1), b.abs().amax(1) / phi).clamp(min=1.0)
         enough = (rounding * largest).clamp(min=tolerance)
+        solved = residual <= enough
         active = residual > enough  # no more of a pair that holds a NaN
         if iteration == max_iterations or (iteration % check_every == 0 and not active.any()):
             break
@@ -163,7 +164,7 @@ def unbalanced_sinkhorn(
         rejected_potential=b.masked_fill(~columns, -torch.inf),
         residual=residual,
         iterations=iterations,
-        solved=residual <= enough,
+        solved=solved,
     )
 
 
