@@ -47,6 +47,7 @@ from benchmarks.expert_parallel_steps import (
     profile_steps,
     step,
 )
+from benchmarks.figures import close_empty, grouped_bars, legend, machine_line, number, save
 from moe_backbone.hardware import find_gpu, recognise_gpu
 from moe_backbone.planning import make_plan
 from moe_backbone.training_setup import TrainingSetup
@@ -232,15 +233,12 @@ def draw(path: Path) -> Path:
     titles = (("tokens_per_s", 1e-3, "thousand tokens a second, all GPUs"), ("peak_mib", 1 / 1024, "GiB a GPU, peak"))
     for panel, (column, scale, title) in zip(panels, titles, strict=False):
         shown = [case for case in (SMALL, BLOCK, FITS) if any(row["case"] == case for row in rows)]
-        for i, name in enumerate(names):
-            of = {row["case"]: row[column] for row in rows if row["contender"] == name}
-            places = [at + (i - (len(names) - 1) / 2) * 0.8 / len(names) for at in range(len(shown))]
-            heights = [scale * float(of.get(case) or "nan") for case in shown]
-            bars = panel.bar(places, heights, 0.8 / len(names), color=f"C{i}", label=name)
+        found = {(row["contender"], row["case"]): row for row in rows}
+        heights = {name: [scale * number(found.get((name, case), {}).get(column)) for case in shown] for name in names}
+        for bars in grouped_bars(panel, shown, heights, [f"C{i}" for i in range(len(names))]):
             panel.bar_label(bars, fmt="%.3g", fontsize=7)
-        panel.set_xticks(range(len(shown)), shown)
         panel.set_title(title)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower left", ncols=len(names), fontsize=8)
+    legend(figure, panels[:1], loc="outside lower left", fontsize=8)
     profiled = [row for row in rows if row["gemm_share"]]
     left = [0.0] * len(profiled)
     labels = [f"{row['case']}\n{row['contender']}" for row in profiled]
@@ -251,13 +249,12 @@ def draw(path: Path) -> Path:
     panels[2].tick_params(axis="y", labelsize=7)
     panels[2].invert_yaxis()
     panels[2].set(title="kernel time of a step", xlabel="%")
-    figure.legend(*panels[2].get_legend_handles_labels(), loc="outside lower right", ncols=len(KINDS), fontsize=8)
-    machine = ", ".join(f"{name} {rows[0][name]}" for name in ("torch", "transformers", "deepspeed"))
-    figure.suptitle(f"{rows[0]['gpus']} x {rows[0]['gpu']}, {machine}, {rows[0]['date']}")
-    target = path.with_suffix(".png")
-    figure.savefig(target, dpi=130)
-    plt.close(figure)
-    return target
+    if profiled:
+        legend(figure, panels[2:], loc="outside lower right", fontsize=8)
+    close_empty(panels)
+    gpus = f"{rows[0]['gpus']} x " if rows else ""
+    figure.suptitle(gpus + machine_line(rows, "torch", "transformers", "deepspeed"))
+    return save(figure, path)
 
 
 def name_of_gpu() -> str:

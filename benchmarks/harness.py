@@ -90,11 +90,11 @@ def describe_machine(*packages: str) -> dict[str, str]:
     return {"gpu": gpu, **versions, "date": datetime.date.today().isoformat()}
 
 
-def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Writes rows that share their keys as CSV."""
+def write_rows(path: Path, rows: Sequence[dict[str, Any]], columns: Sequence[str] | None = None) -> None:
+    """Writes rows that share their keys as CSV; without rows, which have no keys, `columns` names them."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
+        writer = csv.DictWriter(file, columns or rows[0].keys(), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
 

@@ -23,6 +23,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.figures import close_empty, grouped_bars, legend, machine_line, number, save
 from benchmarks.harness import (
     Deadline,
     Measured,
@@ -204,32 +205,27 @@ def draw(path: Path) -> Path:
     anchor = SHAPES[0]
     names = [name for name in (*NAMES, COPY) if any(row["contender"] == name for row in rows)]
     shapes = list(dict.fromkeys(row["shape"] for row in rows))
-    for panel, groups, column in (
-        (panels[0], [(anchor.name, operation) for operation in OPERATIONS[1:]], "share_of_roof"),
-        (panels[1], [(shape, "whole") for shape in shapes], "speedup_over_torch"),
+    found = {(row["contender"], row["shape"], row["operation"]): row for row in rows}
+    operations = OPERATIONS[1:]
+    for panel, groups, labels, column in (
+        (panels[0], [(anchor.name, name) for name in operations], operations, "share_of_roof"),
+        (panels[1], [(shape, "whole") for shape in shapes], shapes, "speedup_over_torch"),
     ):
-        for i, name in enumerate(names):
-            if name == COPY and panel is panels[1]:
-                continue
-            found = {(r["shape"], r["operation"]): r[column] for r in rows if r["contender"] == name}
-            heights = [float(found.get(group) or "nan") for group in groups]
-            places = [at + (i - (len(names) - 1) / 2) * 0.8 / len(names) for at in range(len(groups))]
-            panel.bar(places, heights, 0.8 / len(names), label=name, color="gray" if name == COPY else f"C{i}")
+        shown = [name for name in names if name != COPY or panel is panels[0]]
+        heights = {name: [number(found.get((name, *group), {}).get(column)) for group in groups] for name in shown}
+        colors = ["gray" if name == COPY else f"C{names.index(name)}" for name in shown]
+        grouped_bars(panel, labels, heights, colors)
         panel.grid(alpha=0.3, axis="y")
-    labels = [operation.replace(" ", "\n") for operation in OPERATIONS[1:]]
-    panels[0].set_xticks(range(len(labels)), labels)
     panels[0].axhline(ROOF, color="black", linestyle=":", linewidth=1)
     panels[0].set(
         ylabel="share of a plain copy's rate",
         title=f"T {anchor.tokens}, H {anchor.hidden}, E {anchor.experts}, K {anchor.slots}",
     )
-    panels[1].set_xticks(range(len(shapes)), [shape.replace(", ", "\n") for shape in shapes])
     panels[1].set(ylabel="times as fast as the faster torch", title="permute, unpermute and both backwards")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(names))
-    figure.suptitle(f"{rows[0]['gpu']}, torch {rows[0]['torch']}, triton {rows[0]['triton']}, {rows[0]['date']}")
-    target = path.with_suffix(".png")
-    figure.savefig(target, dpi=130)
-    return target
+    legend(figure, panels)
+    close_empty(panels)
+    figure.suptitle(machine_line(rows, "torch", "triton", "transformers", "deepspeed"))
+    return save(figure, path)
 
 
 def main() -> None:

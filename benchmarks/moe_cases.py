@@ -299,7 +299,7 @@ def route_error(layout: Layout, index: Tensor) -> float:
 
 
 def unmasked_experts_forward(experts: Any, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-    """`grouped_mm` as later versions of transformers run it: no masks where there is no expert parallelism."""
+    """`grouped_mm` as transformers 5.18 and later run it: no masks where there is no expert parallelism."""
     moves = Transformers()
     plan = moves.route(index, experts.num_experts)
     rows = _grouped_linear(moves.permute(x, plan), experts.gate_up_proj, plan[-1])

@@ -6,8 +6,8 @@ says which does not, or what was raised. `errors` are the worst row's of each te
 
 Times are the device's: calls queue behind a sleep; `host_ms`, at decoding sizes, is with the launches in the way.
 `tflops` takes a forward as 6 T K H I and its backward as twice that. `peak_mib` is what the step allocates over
-weights and inputs, gradients included. `grouped_mm unmasked` is what later versions of transformers run as
-`grouped_mm`; the installed one may mask rows of absent experts in three passes more.
+weights and inputs, gradients included. The version of transformers stands in each row: `grouped_mm` is its own. With
+5.17, which masks rows of absent experts in three passes more, `grouped_mm unmasked` is what 5.18 and later run.
 
     python -m benchmarks.moe_layer              all shapes, writes CSV and figure, prints a verdict
     python -m benchmarks.moe_layer --shapes qwen3-30b-a3b --contenders memcpy grouped_mm liger --tune_liger
@@ -25,6 +25,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import transformers
+from packaging.version import Version
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -33,6 +35,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from benchmarks import harness
+from benchmarks.figures import close_empty, grouped_bars, legend, machine_line, number, save
 from benchmarks.moe_cases import random_routing, row_error, unmasked_experts_forward
 from benchmarks.planning import name_of_gpu
 from moe_backbone import CompassConfig
@@ -83,8 +86,9 @@ GATE = 0.1  # bfloat16 leaves 0.02, its atomic sums 0.06, and a wrong row is off
 OVER_GROUPED, NOISE = 1.25, 0.01
 OURS = "memcpy"
 BASE, UNMASKED, BATCHED = "grouped_mm", "grouped_mm unmasked", "batched_mm"
-TRAINING = (OURS, BASE, UNMASKED, BATCHED, "eager", "liger")
-DECODING = (OURS, BASE, UNMASKED, BATCHED)
+STAND_IN = (UNMASKED,) if Version(transformers.__version__) < Version("5.18") else ()
+TRAINING = (OURS, BASE, *STAND_IN, BATCHED, "eager", "liger")
+DECODING = (OURS, BASE, *STAND_IN, BATCHED)
 KINDS = {"forward": 1, "forward_backward": 3}  # and their products, in those of a forward
 COLUMNS = ("shape", *Layer._fields[2:7], "routing", "contender", "status", "errors", "forward_ms", "host_ms")
 COLUMNS += ("forward_backward_ms", "forward_tflops", "forward_backward_tflops", "forward_peak_mib")
@@ -232,7 +236,7 @@ def run(layers: list[Layer], names: list[str], minutes: float, output: Path, con
     deadline = harness.Deadline(minutes)
     for layer in layers:
         for row in run_layer(layer, names, deadline):
-            console.print(*(f"{row[key]}" for key in COLUMNS))
+            console.print(*(f"{row[key]}" for key in COLUMNS), f"transformers {machine['transformers']}")
             rows.append(row | machine)
         harness.write_rows(output, rows)
     return rows
@@ -254,7 +258,7 @@ def verdict(rows: list[dict], console: Console) -> None:
     for row in ours:
         training = row["shape"] in {layer.name for layer in LAYERS if layer.backward}
         for kind in tuple(KINDS)[: 1 + training]:
-            for rival in (BASE, UNMASKED):
+            for rival in (BASE, *((UNMASKED,) if (row["shape"], UNMASKED) in found else ())):
                 line(f"{row['shape']}: {kind}, speed over {rival} >= 1", ratio(row, rival, f"{kind}_ms"), 1 - NOISE)
             line(f"{row['shape']}: {kind}, {BASE}'s peak over ours >= 1", ratio(row, BASE, f"{kind}_peak_mib"), 1)
         if row["shape"] in {layer.name for layer in FINE}:
@@ -275,38 +279,38 @@ def draw(path: Path) -> Path:
     figure, panels = plt.subplots(1, 3, figsize=(16, 4.8), layout="constrained")
     shapes = [layer.name for layer in LAYERS if layer.backward and any(row["shape"] == layer.name for row in rows)]
     names = [name for name in CONTENDERS if any(row["contender"] == name and row["forward_ms"] for row in rows)]
-    bars = [name for name in names if name in TRAINING and name != BATCHED]
-    for panel, column, scale in zip(
-        panels, ("forward_backward_speedup", "forward_backward_peak_mib"), (1, 1 / 1024), strict=False
+    bars = [name for name in names if name != BATCHED]
+    found = {(row["contender"], row["shape"]): row for row in rows}
+    for panel, column, scale in (
+        (panels[0], "forward_backward_speedup", 1),
+        (panels[1], "forward_backward_peak_mib", 1 / 1024),
     ):
-        for i, name in enumerate(bars):
-            of = {row["shape"]: row[column] for row in rows if row["contender"] == name}
-            places = [at + (i - (len(bars) - 1) / 2) * 0.8 / len(bars) for at in range(len(shapes))]
-            heights = [scale * float(of.get(shape) or "nan") for shape in shapes]
-            panel.bar(places, heights, 0.8 / len(bars), color=f"C{names.index(name)}")
-        panel.set_xticks(range(len(shapes)), [shape.replace(", ", "\n") for shape in shapes])
+        heights = {
+            name: [scale * number(found.get((name, shape), {}).get(column)) for shape in shapes] for name in bars
+        }
+        grouped_bars(panel, shapes, heights, [f"C{names.index(name)}" for name in bars])
     for i, name in enumerate(names):
         here = [row for row in rows if row["contender"] == name and row["host_ms"]]
         points = sorted((int(row["tokens"]), float(row["forward_ms"])) for row in here)
-        panels[2].plot(*(zip(*points, strict=True) if points else ([], [])), marker="o", color=f"C{i}", label=name)
+        if points:
+            panels[2].plot(*zip(*points, strict=True), marker="o", color=f"C{i}", label=name)
     panels[0].set(title="forward and backward", ylabel=f"times as fast as {BASE}")
     panels[1].set(title="forward and backward", ylabel="GiB over weights")
     panels[2].set(title="forward of qwen3-30b-a3b", xlabel="tokens", ylabel="ms", xscale="log", yscale="log")
     for panel in panels:
         panel.grid(alpha=0.3, axis="y")
-    figure.legend(*panels[2].get_legend_handles_labels(), loc="outside lower center", ncols=len(names))
-    machine = ", ".join(f"{name} {rows[0][name]}" for name in ("torch", "triton", "transformers", "liger-kernel"))
-    figure.suptitle(f"{rows[0]['gpu']}, {machine}, {rows[0]['date']}")
-    target = path.with_suffix(".png")
-    figure.savefig(target, dpi=130)
-    return target
+    legend(figure, panels)
+    close_empty(panels)
+    figure.suptitle(machine_line(rows, "torch", "triton", "transformers", "liger-kernel"))
+    return save(figure, path)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = [layer.name for layer in LAYERS]
     parser.add_argument("--shapes", nargs="+", default=names, choices=names, metavar="NAME")
-    parser.add_argument("--contenders", nargs="+", default=list(CONTENDERS), choices=list(CONTENDERS), metavar="NAME")
+    contenders = [name for name in CONTENDERS if name in TRAINING]
+    parser.add_argument("--contenders", nargs="+", default=contenders, choices=contenders, metavar="NAME")
     parser.add_argument("--tune_liger", action="store_true", help="let Liger-Kernel try all its tiles; takes minutes")
     parser.add_argument("--minutes", type=float, default=4.0, help="start no further contender after this time")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"), help="folder")
@@ -322,6 +326,8 @@ def main() -> None:
     os.environ["LIGER_FUSED_MOE_AUTOTUNE"] = str(int(args.tune_liger))  # read when it is imported
     path = args.output / f"moe_layer_{name_of_gpu()}.csv"
     layers = [layer for layer in LAYERS if layer.name in args.shapes]
+    if not any(name in layer.contenders for layer in layers for name in args.contenders):
+        parser.error(f"none of {args.contenders} runs {args.shapes}: few tokens are run by {list(DECODING)} alone")
     rows = run(layers, args.contenders, args.minutes, path, console)
     verdict(rows, console)
     console.print(f"{path} {draw(path)}")

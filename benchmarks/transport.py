@@ -25,6 +25,7 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks.dpo_step import LENGTH, PAIRS, dpo_step_ms
+from benchmarks.figures import close_empty, legend, machine_line, save
 from benchmarks.harness import describe_machine, measure, read_rows, write_rows
 from otpo.transport import pairwise_cost, transport_weights
 
@@ -195,34 +196,39 @@ def print_table(rows: list[dict], console: Console) -> None:
 
 
 def draw(path: Path) -> Path:
-    """One panel for each setting: time over the tokens of a response, 8 pairs, D 4096."""
+    """One panel for each setting: time over the tokens of a response, 8 pairs of D 4096 or else the first size."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = [row for row in read_rows(path) if row["ms"] and (row["pairs"], row["hidden"]) == ("8", "4096")]
+    rows = [row for row in read_rows(path) if row["ms"]]
+    sizes = [(int(row["pairs"]), int(row["hidden"])) for row in rows]
+    shown = (PAIRS, 4096) if (PAIRS, 4096) in sizes or not sizes else sizes[0]
+    rows = [row for row, size in zip(rows, sizes, strict=True) if size == shown]
     figure, panels = plt.subplots(1, len(REGS), figsize=(11, 4.2), sharey=True, layout="constrained")
+    lengths = sorted({int(row["length"]) for row in rows})
     for panel, (reg, reg_m) in zip(panels, REGS, strict=True):
+        panel.set_title(f"reg {reg:g}, reg_m {reg_m:g}")
         here = [row for row in rows if (float(row["reg"]), float(row["reg_m"])) == (reg, reg_m)]
+        if not here:
+            continue
         for name in METHODS:
             points = sorted((int(row["length"]), float(row["ms"])) for row in here if row["method"] == name)
             if points:
                 panel.plot(*zip(*points, strict=True), marker="o", label=name)
         panel.axhline(
-            0.005 * float(rows[0]["dpo_step_ms"]), color="gray", linestyle=":", label="0.5% of a DPO step at 1024"
+            0.005 * float(here[0]["dpo_step_ms"]), color="gray", linestyle=":", label="0.5% of a DPO step at 1024"
         )
-        panel.set(xscale="log", yscale="log", title=f"reg {reg:g}, reg_m {reg_m:g}", xlabel="tokens of a response")
-        lengths = sorted({int(row["length"]) for row in rows})
+        panel.set(xscale="log", yscale="log", xlabel="tokens of a response")
         panel.set_xticks(lengths, [str(length) for length in lengths])
         panel.minorticks_off()
         panel.grid(alpha=0.3)
-    panels[0].set_ylabel("ms for the weights of 8 pairs, D 4096")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(METHODS) + 1)
-    figure.suptitle(f"{rows[0]['gpu']}, torch {rows[0]['torch']}, triton {rows[0]['triton']}, {rows[0]['date']}")
-    target = path.with_suffix(".png")
-    figure.savefig(target, dpi=130)
-    return target
+    panels[0].set_ylabel(f"ms for the weights of {shown[0]} pairs, D {shown[1]}")
+    legend(figure, panels)
+    close_empty(panels)
+    figure.suptitle(machine_line(rows, "torch", "triton"))
+    return save(figure, path)
 
 
 def main() -> None:
@@ -245,7 +251,8 @@ def main() -> None:
     sizes = [(b, n, d) for d, n, b in product(args.hidden, args.length, args.pairs)]
     rows = run(sizes, args.methods, time.monotonic() + 60 * args.minutes, args.output, console)
     print_table(rows, console)
-    console.print(f"{args.output}")
+    if rows:
+        console.print(f"{args.output} {draw(args.output)}")
 
 
 if __name__ == "__main__":

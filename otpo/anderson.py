@@ -54,7 +54,9 @@ class Anderson:
         diagonal = gram.diagonal(dim1=1, dim2=2)
         scale = torch.where(diagonal > 0, diagonal, torch.inf).rsqrt()
         # An empty slot has scale zero: its row is the ridge alone and its share is zero.
-        ridge = RIDGE * torch.eye(MEMORY, dtype=f.dtype, device=f.device)
+        # In float32 products of steps are known to less than the ridge that float64 needs, and steps that are alike
+        # would leave a singular matrix.
+        ridge = max(RIDGE, MEMORY * torch.finfo(f.dtype).eps) * torch.eye(MEMORY, dtype=f.dtype, device=f.device)
         matrix = gram * scale[:, :, None] * scale[:, None, :] + ridge
         right = torch.einsum("bkn,bn->bk", self._df, f) * scale
         solution, _ = torch.linalg.solve_ex(matrix, right.unsqueeze(2))

@@ -131,11 +131,13 @@ class OTPOConfig(DPOConfig):
 
     def transport_options(self) -> dict[str, Any]:
         """The options of the transport problem and its solution, as [`otpo.transport.transport_plan`] takes them."""
+        return {"cost": self.ot_cost, "cost_scale": self.ot_cost_scale, **self.solver_options()}
+
+    def solver_options(self) -> dict[str, Any]:
+        """The options of the solver, as [`otpo.transport.warn_unsolved`] takes them."""
         return {
             "reg": self.ot_reg,
             "reg_m": self.ot_reg_m,
-            "cost": self.ot_cost,
-            "cost_scale": self.ot_cost_scale,
             "tolerance": self.ot_tolerance,
             "max_iterations": self.ot_max_iterations,
         }

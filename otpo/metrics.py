@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from .precision import wide_dtype
+from .sinkhorn import wide_dtype
 
 
 def weight_metrics(weights: Tensor, mask: Tensor) -> dict[str, Tensor]:

@@ -26,30 +26,61 @@ from .anderson import Anderson
 # Iterations between two looks at the residual on an accelerator: each look waits for the device.
 _CHECK_EVERY = 5
 
+# Residuals stall at one to two roundings of the largest potential, measured in float32 for `reg` from 0.001 to 100,
+# `reg_m` from 0.0001 to 100 and responses of 1 to 150 tokens.
+_ROUNDINGS = 4
+
 
 @dataclass(frozen=True)
 class Transport:
     """A solved batch of transport problems.
 
+    Masses are kept as logarithms: they span `exp(-1 / reg_m)`, which no floating-point number holds when `reg_m` is
+    small, while their shares of the whole mass are ordinary numbers.
+
     Attributes:
-        chosen_marginal: Mass that leaves each chosen token, `G 1` `(B, M)`; zero outside the mask.
-        rejected_marginal: Mass that reaches each rejected token, `G^T 1` `(B, N)`; zero outside the mask.
+        chosen_log_mass: Logarithm of the mass that leaves each chosen token, `log G 1` `(B, M)`; `-inf` outside the
+            mask.
+        rejected_log_mass: Logarithm of the mass that reaches each rejected token, `log G^T 1` `(B, N)`; `-inf` outside
+            the mask.
         chosen_potential: Dual potential over `reg`, `(B, M)`; `-inf` outside the mask.
         rejected_potential: Dual potential over `reg`, `(B, N)`; `-inf` outside the mask.
         residual: Largest violation of the optimality condition of a marginal, in its logarithm, `(B,)`.
         iterations: Sweeps that each pair took, `(B,)` int32.
+        solved: Whether each pair's residual is within the tolerance, or within what its numbers' rounding leaves,
+            `(B,)` bool.
     """
 
-    chosen_marginal: Tensor
-    rejected_marginal: Tensor
+    chosen_log_mass: Tensor
+    rejected_log_mass: Tensor
     chosen_potential: Tensor
     rejected_potential: Tensor
     residual: Tensor
     iterations: Tensor
+    solved: Tensor
+
+    @property
+    def chosen_marginal(self) -> Tensor:
+        """Mass that leaves each chosen token, `G 1` `(B, M)`; zero outside the mask, and where it underflows."""
+        return self.chosen_log_mass.exp()
+
+    @property
+    def rejected_marginal(self) -> Tensor:
+        """Mass that reaches each rejected token, `G^T 1` `(B, N)`, likewise."""
+        return self.rejected_log_mass.exp()
+
+    def log_plan(self, cost: Tensor, reg: float) -> Tensor:
+        """Logarithm of the transport plan, `(B, M, N)`, for the `cost` and `reg` that were solved."""
+        return self.chosen_potential.unsqueeze(2) + self.rejected_potential.unsqueeze(1) - cost / reg
 
     def plan(self, cost: Tensor, reg: float) -> Tensor:
         """The transport plan `G`, `(B, M, N)`, for the `cost` and `reg` that were solved."""
-        return (self.chosen_potential.unsqueeze(2) + self.rejected_potential.unsqueeze(1) - cost / reg).exp()
+        return self.log_plan(cost, reg).exp()
+
+
+def wide_dtype(device: torch.device) -> torch.dtype:
+    """The widest floating type that the device computes in: float64, and float32 on Apple's GPUs (MPS)."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def check_positive(**options: float) -> None:
@@ -90,7 +121,9 @@ def unbalanced_sinkhorn(
         rejected_mask: `(B, N)` bool. A pair with an empty side gets no mass, residual zero.
         reg: Weight of the entropy term, > 0; down to 0.01 for costs in [0, 1].
         reg_m: Weight of the two marginal terms, > 0.
-        tolerance: A pair is done when its residual is at most this.
+        tolerance: A pair is done when its residual is at most this, or four roundings of its largest potential, below
+            which nothing is gained: that is 5e-7 to 5e-5 in float32 for `reg` from 1 to 0.01 and `reg_m` up to 1, and
+            more than 1e-6 in float64 only where potentials over `reg` pass 1e9.
         max_iterations: Sweeps at most; the residual says what was reached.
 
     Raises:
@@ -106,6 +139,7 @@ def unbalanced_sinkhorn(
     memory = Anderson(len(b), b.size(1), b)
     iterations = torch.zeros(len(b), dtype=torch.int32, device=b.device)
     active = torch.ones_like(iterations, dtype=torch.bool)
+    rounding = _ROUNDINGS * torch.finfo(cost.dtype).eps
     check_every = 1 if cost.device.type == "cpu" else _CHECK_EVERY
 
     for iteration in range(1, max_iterations + 1):
@@ -113,7 +147,10 @@ def unbalanced_sinkhorn(
         lse = _masked_logsumexp(kernel, a.masked_fill(~rows, -torch.inf).unsqueeze(2), 1, columns)
         residual = (lse + b / phi).abs().amax(1)
         iterations += active
-        active = residual > tolerance  # no more of a pair that holds a NaN
+        largest = torch.maximum(a.abs().amax(1), b.abs().amax(1) / phi).clamp(min=1.0)
+        enough = (rounding * largest).clamp(min=tolerance)
+        solved = residual <= enough
+        active = residual > enough  # no more of a pair that holds a NaN
         if iteration == max_iterations or (iteration % check_every == 0 and not active.any()):
             break
         shift = _mass_shift(a, b, rows, columns, ratio)
@@ -121,12 +158,13 @@ def unbalanced_sinkhorn(
         step = (-phi * (lse + shift) - shifted).masked_fill(~columns, 0.0)
         b = torch.where(active.unsqueeze(1), memory.next(shifted, step, residual), b)
     return Transport(
-        chosen_marginal=a.mul(-ratio).exp().masked_fill(~rows, 0.0),
-        rejected_marginal=(b + lse).exp().masked_fill(~columns, 0.0),
+        chosen_log_mass=a.mul(-ratio).masked_fill(~rows, -torch.inf),
+        rejected_log_mass=(b + lse).masked_fill(~columns, -torch.inf),
         chosen_potential=a.masked_fill(~rows, -torch.inf),
         rejected_potential=b.masked_fill(~columns, -torch.inf),
         residual=residual,
         iterations=iterations,
+        solved=solved,
     )
 
 

@@ -56,6 +56,7 @@ from .scoring import Scored, loss_groups, model_inputs
 from .swap import swapped
 from .timing import DeviceTimer
 from .token_rows import pack_rows, unpack_rows
+from .transport import warn_unsolved
 from .trl_seam import (
     HandedInputs,
     bring_router_logits_to_head,
@@ -583,8 +584,15 @@ class OTPOTrainer(DPOTrainer):
         return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """TRL's log, its batch means as means over pairs, with the weights' time, which is only read here."""
+        """TRL's log, its batch means as means over pairs, with the weights' time, which is read off the device here.
+
+        Warns of transport that was not solved: on a GPU nothing may wait for the solver, and here its residual is on
+        the host. Anywhere else the solver has looked itself.
+        """
         metrics, pairs = self._metrics[self._mode], self._pairs[self._mode]
+        residuals = metrics.get("transport/residual")
+        if residuals and self.accelerator.device.type == "cuda" and self.is_world_process_zero():
+            warn_unsolved(max(residuals), **self.args.solver_options())
         metrics.update(averaged_over_pairs(metrics, pairs))
         pairs.clear()
         times = self._timers[self._mode].take()

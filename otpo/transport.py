@@ -4,8 +4,8 @@ Shapes: B pairs, M tokens of the chosen response, N tokens of the rejected one, 
 
 `transport_weights` is the whole way from hidden states to weights. It runs in the Triton kernels of
 `otpo_kernels.sinkhorn` or, as their reference, here and in `otpo.sinkhorn`, in plain torch. The torch way
-works in float64 (float32 on devices without it): in float32 the residual of stiff problems stalls near
-1e-5, and nearly equal hidden states come out 1e-4 of their norm apart.
+works in float64 (float32 on devices without it, which is Apple's MPS): in float32 the residual of stiff problems
+stalls near 1e-5, where the solver stops, and nearly equal hidden states come out 1e-4 of their norm apart.
 
 Padding is masked, never replaced by zero vectors: rows and columns outside the masks carry no mass.
 Nothing here is differentiable; the weights are constants of the loss.
@@ -16,9 +16,12 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
+from transformers.utils import logging
 
-from .sinkhorn import check_positive, unbalanced_sinkhorn
+from .sinkhorn import check_positive, unbalanced_sinkhorn, wide_dtype
 from .solver_choice import Solver, choose_solver
+
+logger = logging.get_logger(__name__)
 
 Cost = Literal["euclidean", "cosine"]
 CostScale = Literal["release", "pairwise"]
@@ -93,7 +96,7 @@ def pairwise_cost(
     """
     check_cost(cost)
     check_cost_scale(scale)
-    wide = torch.float32 if chosen.device.type == "mps" else torch.float64
+    wide = wide_dtype(chosen.device)
     by_product = chosen.dtype != wide and wide == torch.float64
     mode = "use_mm_for_euclid_dist" if by_product else "donot_use_mm_for_euclid_dist"
     # A masked state may hold anything, NaN included; its entries of the cost are set to zero below.
@@ -135,8 +138,15 @@ def transport_weights(
 
         w_c = G 1 * tau / |G|,   w_r = G^T 1 * tau / |G|   (arXiv 2505.18720, section 3)
 
-    Only real tokens enter the problem, so prompts and padding cost nothing. The two solvers agree to 1e-4 of a
-    weight, usually to 1e-6; the Triton one never waits for the device.
+    Only real tokens enter the problem, so prompts and padding cost nothing. Weights are shares of the plan's mass,
+    taken in the logarithm, so they sum to the budget however small `reg_m` makes the mass. Where the solver stops
+    above its tolerance, which happens to `reg` below 0.01 and to `reg_m` a thousand times `reg`, a warning says so and
+    what to set: at once where the host waits for the result anyway, which is everywhere but in Triton on a GPU; there
+    look at `residual`, as the trainer does when it logs.
+
+    The two solvers agree to 1e-5 of a weight, usually to 1e-6. Where all states share a part ten times as large as
+    what tells them apart, the kernels' float32 sums cancel: the difference then grows with `1 / reg`, up to 3e-4 at
+    `reg` 0.02. The Triton solver never waits for the device.
 
     Args:
         chosen: Hidden states that predict the chosen tokens, `(B, M, D)`, any floating dtype.
@@ -172,12 +182,17 @@ def transport_weights(
 
         kind = {"cosine": cost == "cosine", "release_scale": cost_scale == "release"}
         solved = token_transport(*tensors, **settings, **kind, memory_budget=memory_budget)
-        return TransportWeights(*solved, solver="triton")
+        found = TransportWeights(*solved, solver="triton")
+        if found.residual.device.type == "cpu":
+            _warn_unsolved(found.residual, found.residual <= tolerance, settings)
+        return found
     size = max(1, memory_budget // max(1, 8 * _MATRICES * chosen.size(1) * rejected.size(1)))
     chunks = zip(*(tensor.split(size) for tensor in tensors), strict=True)
     solved = [_torch_weights(*chunk, cost=cost, cost_scale=cost_scale, settings=settings) for chunk in chunks]
-    weights = [torch.cat(parts) for parts in zip(*solved, strict=True)]
-    return TransportWeights(*weights, solver="torch")
+    *weights, finished = [torch.cat(parts) for parts in zip(*solved, strict=True)]
+    found = TransportWeights(*weights, solver="torch")
+    _warn_unsolved(found.residual, finished, settings)
+    return found
 
 
 @torch.no_grad()
@@ -210,7 +225,7 @@ def transport_plan(
 
     Returns:
         `(M, N)` in float64 (float32 on devices without it). `G 1` are the chosen weights; `G^T 1` the rejected ones,
-        up to the tolerance. Zero rows or columns for an empty response.
+        up to the tolerance. Zero rows or columns for an empty response; NaN where a state is not finite.
 
     Raises:
         ValueError: An option is outside its range.
@@ -219,15 +234,47 @@ def transport_plan(
     check_cost(cost)
     check_cost_scale(cost_scale)
     if not len(chosen) or not len(rejected):
-        return torch.zeros(len(chosen), len(rejected), dtype=torch.float64, device=chosen.device)
+        return torch.zeros(len(chosen), len(rejected), dtype=wide_dtype(chosen.device), device=chosen.device)
     chosen, rejected = chosen.unsqueeze(0), rejected.unsqueeze(0)
     masks = [torch.ones(states.shape[:2], dtype=torch.bool, device=states.device) for states in (chosen, rejected)]
     costs = pairwise_cost(chosen, rejected, *masks, cost=cost, scale=cost_scale)
-    solved = unbalanced_sinkhorn(
-        costs, *masks, reg=reg, reg_m=reg_m, tolerance=tolerance, max_iterations=max_iterations
+    settings = {"reg": reg, "reg_m": reg_m, "tolerance": tolerance, "max_iterations": max_iterations}
+    solved = unbalanced_sinkhorn(costs, *masks, **settings)
+    _warn_unsolved(solved.residual, solved.solved, settings)
+    log_plan = solved.log_plan(costs, reg)[0]
+    return log_plan.flatten().softmax(0).view_as(log_plan) * min(log_plan.shape)
+
+
+def warn_unsolved(residual: float, *, reg: float, reg_m: float, tolerance: float, max_iterations: int) -> None:
+    """Warns, once for each of these settings, that the solver stopped at a residual above its tolerance.
+
+    Args:
+        residual: The largest residual of some pairs, on the host.
+        reg: See [`transport_weights`], and so are the other settings.
+        reg_m: See there.
+        tolerance: See there.
+        max_iterations: See there.
+    """
+    settings = (reg, reg_m, tolerance, max_iterations)
+    if residual <= tolerance or settings in _warned:
+        return
+    _warned.add(settings)
+    logger.warning(
+        f"The transport solver stopped after {max_iterations} sweeps at a residual of {residual:.1e}, above the "
+        f"tolerance of {tolerance:g} (`reg` {reg:g}, `reg_m` {reg_m:g}), so the token weights are not those of the "
+        f"plan; they still sum to the budget. Raise `reg` (`ot_reg` in the trainer) to 0.01 or more, lower `reg_m` "
+        "(`ot_reg_m`) or allow more `max_iterations` (`ot_max_iterations`)."
     )
-    plan = solved.plan(costs, reg)[0]
-    return plan * (min(plan.shape) / plan.sum())
+
+
+_warned: set[tuple[float, float, float, int]] = set()
+
+
+def _warn_unsolved(residual: Tensor, solved: Tensor, settings: dict[str, Any]) -> None:
+    """The same for residuals and verdicts of a batch, `(B,)`; pairs that are not finite are the caller's to report."""
+    unsolved = residual.masked_fill(solved | residual.isnan(), 0.0)
+    if len(unsolved):
+        warn_unsolved(unsolved.max().item(), **settings)
 
 
 def _directions(states: Tensor) -> Tensor:
@@ -245,8 +292,8 @@ def _torch_weights(
     cost: Cost,
     cost_scale: CostScale,
     settings: dict[str, Any],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Chosen and rejected weights, residual and iterations; finding the longest completion waits for the device."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Chosen and rejected weights, residual, iterations, whether solved; finding the longest completion waits."""
     dtype = torch.promote_types(chosen.dtype, torch.float32)
     chosen, chosen_index, chosen_valid = _gather_left(chosen, chosen_mask)
     rejected, rejected_index, rejected_valid = _gather_left(rejected, rejected_mask)
@@ -254,10 +301,11 @@ def _torch_weights(
     solved = unbalanced_sinkhorn(costs, chosen_valid, rejected_valid, **settings)
     budget = torch.minimum(chosen_mask.sum(1), rejected_mask.sum(1)).to(costs.dtype)
     return (
-        _scatter_back(solved.chosen_marginal, budget, chosen_index, chosen_mask).to(dtype),
-        _scatter_back(solved.rejected_marginal, budget, rejected_index, rejected_mask).to(dtype),
+        _scatter_back(solved.chosen_log_mass, budget, chosen_index, chosen_mask).to(dtype),
+        _scatter_back(solved.rejected_log_mass, budget, rejected_index, rejected_mask).to(dtype),
         solved.residual.to(dtype),
         solved.iterations,
+        solved.solved,
     )
 
 
@@ -269,7 +317,8 @@ def _gather_left(states: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return left, index, mask.gather(1, index)
 
 
-def _scatter_back(marginal: Tensor, budget: Tensor, index: Tensor, mask: Tensor) -> Tensor:
-    total = marginal.sum(1)
-    scaled = marginal * torch.where(total > 0, budget / total, 0.0).unsqueeze(1)
-    return torch.zeros(mask.shape, dtype=marginal.dtype, device=marginal.device).scatter(1, index, scaled)
+def _scatter_back(log_mass: Tensor, budget: Tensor, index: Tensor, mask: Tensor) -> Tensor:
+    """Shares of the whole mass times the budget, at the tokens' own columns; zero where the budget is."""
+    shares = log_mass.softmax(1).masked_fill(budget.unsqueeze(1) == 0, 0.0)
+    scaled = shares * budget.unsqueeze(1)
+    return torch.zeros(mask.shape, dtype=scaled.dtype, device=scaled.device).scatter(1, index, scaled)

@@ -187,8 +187,8 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def draw(rows: list[dict[str, Any]], costs: list[dict[str, Any]], folder: Path) -> None:
     """`win_rate_length.png`, `margins.png`, `length_drift.png` and `costs.png`."""
-    if rows[0]["win_rate"] != "":
-        _win_rates(rows, folder / "win_rate_length.png")
+    if judged := [row for row in rows if row["win_rate"] != ""]:
+        _win_rates(judged, folder / "win_rate_length.png")
     _bars(rows, {"margin": "margin, nats", "margin_variance": "its variance"}, folder / "margins.png")
     _bars(rows, {"length_drift": "tokens beyond the SFT checkpoint's"}, folder / "length_drift.png")
     if costs:

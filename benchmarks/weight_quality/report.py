@@ -98,7 +98,9 @@ def draw(overall: Rows, path: Path) -> None:
     for axis, side in zip(axes[0], SIDES, strict=True):
         for name, color in colors.items():
             own = [row for row in overall if row["scheme"] == name and row["side"] == side]
-            own = [row for row in own if row["score"] != "contribution"]
+            own = [row for row in own if row["score"] != "contribution" and row["auroc"] != ""]
+            if not own:
+                continue
             if own[0]["layer"] == "":
                 axis.axhline(own[0]["auroc"], color=color, linestyle="--", linewidth=1, label=name)
                 continue
@@ -108,10 +110,12 @@ def draw(overall: Rows, path: Path) -> None:
             )
         axis.set(xlabel="layer of the hidden states", ylabel="AUROC", title=f"token weights, {side} responses")
         axis.locator_params(axis="x", integer=True)
-    axes[0, 1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    if axes[0, 1].lines:
+        axes[0, 1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     for axis, side in zip(axes[1] if contributions else (), SIDES, strict=False):
         last = [row for row in _of(overall, "contribution", side) if row["last"] or row["layer"] == ""]
         last = last or _of(overall, "contribution", side)
+        last = [row for row in last if row["auroc"] != ""]
         errors = np.abs([[row["auroc"] - row[key] for row in last] for key in ("low", "high")])
         axis.barh(
             [_label(row) for row in last],
@@ -140,15 +144,13 @@ def summary(rows: Rows) -> list[dict[str, str]]:
     for scheme, score in sorted(keys, key=lambda key: key[1] == "contribution"):
         own = [row for row in rows if (row["scheme"], row["score"]) == (scheme, score)]
         both = [row for row in own if row["side"] == "both"]
-        best = max(both, key=lambda row: float(row["auroc"]))
+        best = max(both, key=lambda row: float(row["auroc"]) if row["auroc"] != "" else -1.0)
         last = next((row for row in both if row["last"] or row["layer"] == ""), None)
         layered = scheme in TRANSPORT
         line = {"scheme": scheme, "score": score, "last layer": "" if last is None else _cell(last)}
         line |= {"best layer": str(best["layer"]) if layered else "", "AUROC there": _cell(best) if layered else ""}
         for side in SIDES:
-            line[side] = next(
-                f"{float(r['auroc']):.3f}" for r in own if (r["side"], r["layer"]) == (side, best["layer"])
-            )
+            line[side] = next(_three(r["auroc"]) for r in own if (r["side"], r["layer"]) == (side, best["layer"]))
         lines.append(line)
     return lines
 
@@ -181,7 +183,14 @@ def _label(row: dict[str, Any]) -> str:
 
 
 def _cell(row: dict[str, Any]) -> str:
-    return f"{float(row['auroc']):.3f} [{float(row['low']):.3f}, {float(row['high']):.3f}]"
+    if row["auroc"] == "":
+        return ""
+    return f"{_three(row['auroc'])} [{_three(row['low'])}, {_three(row['high'])}]"
+
+
+def _three(value: float | str) -> str:
+    """Three decimals, or nothing of what no response tells."""
+    return "" if value == "" else f"{float(value):.3f}"
 
 
 def _rounded(value: float) -> float | str:

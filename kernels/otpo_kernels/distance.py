@@ -24,6 +24,10 @@ from torch import Tensor
 NEAR = 2.0**-10
 """A squared distance below this share of the sum of the squared norms is computed from differences."""
 
+WHOLE_BELOW = 1024
+"""float32 states of fewer dimensions are multiplied in three bfloat16 parts and six products, others in two parts and
+three products: what those drop, 2**-17 of a factor, averages to float32's own error over many dimensions alone."""
+
 INTERPRETED = triton.knobs.runtime.interpret
 """Whether the kernels run on the CPU by Triton's interpreter (TRITON_INTERPRET=1)."""
 
@@ -118,7 +122,7 @@ def _distance_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     EVEN_K: tl.constexpr,
-    SPLIT: tl.constexpr,
+    PARTS: tl.constexpr,
     COSINE: tl.constexpr,
 ):
     slot = tl.program_id(1).to(tl.int64)
@@ -154,12 +158,20 @@ def _distance_kernel(
             else:
                 x = tl.load(x_rows[:, None] + at[None, :], mask=at[None, :] < hidden, other=0.0)
                 y = tl.load(y_rows[None, :] + at[:, None], mask=at[:, None] < hidden, other=0.0)
-            if SPLIT:
+            if PARTS > 1:
                 x_high = x.to(tl.bfloat16)
                 y_high = y.to(tl.bfloat16)
+                x -= x_high.to(tl.float32)
+                y -= y_high.to(tl.float32)
+                x_low = x.to(tl.bfloat16)
+                y_low = y.to(tl.bfloat16)
                 product = tl.dot(x_high, y_high, product)
-                product = tl.dot(x_high, (y - y_high.to(tl.float32)).to(tl.bfloat16), product)
-                product = tl.dot((x - x_high.to(tl.float32)).to(tl.bfloat16), y_high, product)
+                product = tl.dot(x_high, y_low, product)
+                product = tl.dot(x_low, y_high, product)
+                if PARTS > 2:
+                    product = tl.dot(x_low, y_low, product)
+                    product = tl.dot(x_high, (y - y_low.to(tl.float32)).to(tl.bfloat16), product)
+                    product = tl.dot((x - x_low.to(tl.float32)).to(tl.bfloat16), y_high, product)
             else:
                 product = tl.dot(x, y, product, input_precision="ieee")
 
@@ -237,9 +249,10 @@ def distances(
 ) -> None:
     """Writes the distances of pairs `first` and following, and their maxima into `tokens.largest`.
 
-    Products of bfloat16 and float16 states are exact and summed in float32. float32 states are split into two
-    bfloat16 parts and multiplied three times, which drops 2**-16 of each factor; over D terms that averages to
-    float32's own error, at two thirds of the time of three tf32 products.
+    Products of bfloat16 and float16 states are exact and summed in float32. float32 states of `WHOLE_BELOW`
+    dimensions or more are split into two bfloat16 parts and multiplied three times, which drops 2**-17 of each factor;
+    over D terms that averages to float32's own error, at two thirds of the time of three tf32 products. Shorter states
+    are split into three parts and multiplied six times, which drops 2**-25.
 
     Args:
         chosen: `(B, M, D)`, see [`valid_tokens`].
@@ -253,7 +266,8 @@ def distances(
     """
     pairs, hidden = len(chosen), chosen.size(2)
     _, rows, columns = out.shape
-    tile = _tile(chosen.device)
+    parts = 1 if chosen.dtype != torch.float32 else 2 if hidden >= WHOLE_BELOW else 3
+    tile = _tile(chosen.device, parts)
     grid = (triton.cdiv(rows, tile["BLOCK_M"]) * triton.cdiv(columns, tile["BLOCK_N"]), len(out))
     _distance_kernel[grid](
         chosen,
@@ -276,7 +290,7 @@ def distances(
         tokens.index.stride(1),
         out.stride(0),
         EVEN_K=hidden % tile["BLOCK_K"] == 0,
-        SPLIT=chosen.dtype == torch.float32,
+        PARTS=parts,
         COSINE=cosine,
         **tile,
     )
@@ -289,10 +303,10 @@ _HIDDEN = 512
 _SHARED_MEMORY = 160 << 10  # bytes that the large tile may take
 
 
-def _tile(device: torch.device) -> dict[str, int]:
+def _tile(device: torch.device, parts: int) -> dict[str, int]:
     if INTERPRETED:
         return {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 16}
     if torch.cuda.get_device_properties(device).shared_memory_per_block_optin < _SHARED_MEMORY:
         return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}
-    # The best of eleven tiles on an H100, for all dtypes.
-    return {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 4}
+    # The best of eleven tiles on an H100, for all dtypes; a third part has no room in shared memory beside 64 columns.
+    return {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 32 if parts == 3 else 64, "num_warps": 8, "num_stages": 4}

@@ -48,6 +48,13 @@ def test_otpo_trains_and_reports(name, model_folder, tmp_path):
     assert history(trainer, "eval_transport/ms", "eval_rewards/margins_unweighted")
 
 
+def test_an_unsolved_transport_is_said_when_the_log_is_read(model_folder, tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr("otpo.transport.logger.warning", said.append)
+    train(OTPOTrainer, OTPOConfig, model_folder, tmp_path, ot_reg=0.011, ot_max_iterations=2, max_steps=3)
+    assert len(said) == 1 and "after 2 sweeps at a residual of" in said[0] and "`ot_max_iterations`" in said[0]
+
+
 def test_weights_under_autocast_are_those_of_float32_states(model_folder, tmp_path):
     """The transport runs outside autocast: in bf16 the distances of nearby states would be noise."""
     seen = []

@@ -1,12 +1,28 @@
+import itertools
+
 import numpy as np
 import pytest
 import torch
 from golden_cases import CASES, GOLDEN, golden, problem, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from otpo.config import OTPOConfig
+from otpo.metrics import reward_metrics, weight_metrics
 from otpo.sinkhorn import unbalanced_sinkhorn
-from otpo.transport import pairwise_cost, transport_weights
+from otpo.transport import pairwise_cost, transport_plan, transport_weights
+from otpo.weighting import WEIGHTINGS, PairBatch
+
+
+@pytest.fixture
+def warnings_of(monkeypatch):
+    """What the transport has warned of so far, none of it said before."""
+    monkeypatch.setattr("otpo.transport._warned", set())
+    said = []
+    monkeypatch.setattr("otpo.transport.logger.warning", said.append)
+    return lambda: list(said)
 
 
 def test_there_are_25_golden_cases():
@@ -276,3 +292,134 @@ def test_the_loop_waits_for_the_device_every_fifth_sweep_only():
             unbalanced_sinkhorn(cost, chosen_mask, rejected_mask, **regs, max_iterations=6)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def shares_in_high_precision(cost, reg, reg_m, sweeps=4000):
+    """The normalised marginals by plain Sinkhorn in 60 digits, which know no underflow."""
+    from decimal import Decimal, getcontext
+
+    getcontext().prec = 60
+    cost = [[Decimal(value) / Decimal(reg) for value in row] for row in cost.tolist()]
+    columns = [list(column) for column in zip(*cost, strict=True)]
+    phi = Decimal(reg_m) / (Decimal(reg_m) + Decimal(reg))
+
+    def half(costs, potential):
+        sums = [sum((p - c).exp() for c, p in zip(row, potential, strict=True)).ln() for row in costs]
+        return [-phi * value for value in sums], sums
+
+    b = [Decimal(0)] * len(columns)
+    for _ in range(sweeps):
+        a, _ = half(cost, b)
+        new, sums = half(columns, a)
+        moved = max(abs(x - y) for x, y in zip(new, b, strict=True))
+        if moved < Decimal("1e-12"):
+            break
+        b = new
+    masses = [(-value * Decimal(reg) / Decimal(reg_m)).exp() for value in a]
+    others = [(x + y).exp() for x, y in zip(b, sums, strict=True)]
+    return [[float(value / sum(side)) for value in side] for side in (masses, others)]
+
+
+@pytest.mark.parametrize("solver", ["torch", "triton"])
+@pytest.mark.parametrize("regs", [(1e-4, 1e-4), (1e-3, 5e-4), (1.0, 1e-5), (1e3, 1e3), (0.05, 0.02)], ids=str)
+def test_masses_that_no_number_holds_have_their_shares(regs, solver):
+    """At `reg_m` 1e-4 the mass is exp(-2000) or less; its shares are ordinary numbers."""
+    reg, reg_m = regs
+    if solver == "triton":
+        pytest.importorskip("triton", reason="triton is made for Linux")
+        if reg < 0.01 or reg_m < 0.02:
+            pytest.skip("torch takes over there, with a warning")
+    generator = torch.Generator().manual_seed(8)
+    chosen, rejected = (states.float() for states in problem(generator, 1, 5, 4))
+    masks = torch.ones(1, 5, dtype=torch.bool), torch.ones(1, 4, dtype=torch.bool)
+    want = shares_in_high_precision(pairwise_cost(chosen, rejected, *masks)[0], reg, reg_m)
+    got = transport_weights(chosen, rejected, *masks, reg=reg, reg_m=reg_m, solver=solver)
+    assert got.residual.max() <= 1e-6
+    for weights, shares in zip((got.chosen, got.rejected), want, strict=True):
+        torch.testing.assert_close(weights[0] / 4, torch.tensor(shares), rtol=1e-5, atol=1e-12)
+        assert weights.sum().item() == pytest.approx(4, abs=1e-5)
+    plan = transport_plan(chosen[0], rejected[0], reg=reg, reg_m=reg_m)
+    torch.testing.assert_close(plan.sum(1).float(), got.chosen[0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(plan.sum(0).float(), got.rejected[0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("sizes", [(1, 1), (1, 9), (9, 1), (6, 11)], ids=str)
+@pytest.mark.parametrize("kind", [{}, {"cost_scale": "pairwise"}, {"cost": "cosine"}], ids=str)
+def test_weights_sum_to_the_budget_or_a_warning_says_what_to_set(sizes, kind, warnings_of):
+    m, n = sizes
+    chosen, rejected = torch.randn(2, m, 6), torch.randn(2, n, 6)
+    masks = torch.ones(2, m, dtype=torch.bool), torch.ones(2, n, dtype=torch.bool)
+    masks[0][1, -1] = masks[1][1, -1] = False  # an empty side where there is one token
+    budget = torch.minimum(masks[0].sum(1), masks[1].sum(1)).float()
+    for reg, reg_m in itertools.product((1e-5, 1e-3, 0.1, 1e3), repeat=2):
+        said = len(warnings_of())
+        got = transport_weights(chosen, rejected, *masks, reg=reg, reg_m=reg_m, max_iterations=60, **kind)
+        torch.testing.assert_close(got.chosen.sum(1), budget, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(got.rejected.sum(1), budget, rtol=1e-5, atol=1e-6)
+        new = warnings_of()[said:]
+        assert len(new) == int(got.residual.max() > 1e-6)
+        for message in new:
+            assert "after 60 sweeps at a residual of" in message and f"(`reg` {reg:g}, `reg_m` {reg_m:g})" in message
+            assert "`ot_reg`" in message and "`ot_reg_m`" in message and "`ot_max_iterations`" in message
+        plan = transport_plan(chosen[0], rejected[0], reg=reg, reg_m=reg_m, max_iterations=60, **kind)
+        assert plan.sum().item() == pytest.approx(min(m, n), rel=1e-9)
+
+
+def test_a_warning_comes_once_and_not_for_states_that_are_not_finite(warnings_of):
+    states, mask = torch.randn(2, 1, 6, 4), torch.ones(1, 6, dtype=torch.bool)
+    for _ in range(3):
+        transport_weights(*states, mask, mask, reg=1e-3, max_iterations=2)
+    states[0, 0, 0, 0] = torch.nan
+    got = transport_weights(*states, mask, mask, reg=2e-3, max_iterations=2)
+    assert got.residual.isnan().all() and got.chosen.isnan().all() and got.rejected.isnan().all()
+    assert transport_plan(states[0, 0], states[1, 0]).isnan().all()
+    assert len(warnings_of()) == 1
+
+
+class WithoutFloat64(TorchDispatchMode):
+    """A device like Apple's, whose tensors can't be float64; numbers of no dimension are Python's."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and tensor.dtype == torch.float64 and tensor.dim():
+                raise TypeError(f"{func} makes a float64 tensor, which MPS has not.")
+        return result
+
+
+@pytest.mark.parametrize("regs", [(1.0, 0.2), (0.1, 1.0), (0.02, 0.2), (0.01, 1.0), (0.05, 10.0)], ids=str)
+def test_devices_without_float64_stop_where_float32_stalls(regs, monkeypatch, warnings_of):
+    reg, reg_m = regs
+    generator = torch.Generator().manual_seed(9)
+    chosen, rejected = (states.float() for states in problem(generator, 2, 30, 23))
+    masks = torch.ones(2, 30, dtype=torch.bool), torch.ones(2, 23, dtype=torch.bool)
+    masks[0][1, 4:] = False
+    want = transport_weights(chosen, rejected, *masks, reg=reg, reg_m=reg_m, tolerance=1e-10)
+    monkeypatch.setattr("otpo.transport.wide_dtype", lambda device: torch.float32)
+    with WithoutFloat64():
+        got = transport_weights(chosen, rejected, *masks, reg=reg, reg_m=reg_m)
+        plan = transport_plan(chosen[0], rejected[0], reg=reg, reg_m=reg_m)
+        assert transport_plan(chosen[0, :0], rejected[0]).shape == (0, 23)
+    assert got.iterations.max() < 150 and got.residual.max() < 1e-4 and not warnings_of()
+    torch.testing.assert_close(got.chosen, want.chosen, rtol=3e-4, atol=0)
+    torch.testing.assert_close(got.rejected, want.rejected, rtol=3e-4, atol=0)
+    torch.testing.assert_close(plan.sum(1), got.chosen[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", sorted(set(WEIGHTINGS) - {"otpo"}))
+def test_weightings_and_metrics_need_no_float64(name, monkeypatch, tmp_path):
+    mask = torch.rand(6, 9) < 0.7
+    args = OTPOConfig(str(tmp_path), weighting=name, ld_alpha=0.5, use_cpu=True, bf16=False)
+    batch = PairBatch(mask, torch.randint(0, 50, mask.shape), -torch.rand(mask.shape), torch.randn(6, 9, 4))
+    want = weight_metrics(WEIGHTINGS[name](args)(batch), mask)
+    rewards = torch.randn(6)
+    wanted_rewards = reward_metrics(rewards, "")
+    monkeypatch.setattr("otpo.metrics.wide_dtype", lambda device: torch.float32)
+    with WithoutFloat64():
+        got = weight_metrics(WEIGHTINGS[name](args)(batch), mask)
+        got_rewards = reward_metrics(rewards, "")
+    for found, exact in ((got, want), (got_rewards, wanted_rewards)):
+        assert found.keys() == exact.keys()
+        for key in exact:
+            assert found[key].dtype == torch.float32 and exact[key].dtype == torch.float64
+            torch.testing.assert_close(found[key].double(), exact[key], rtol=1e-5, atol=1e-6)
