@@ -131,17 +131,16 @@ def _find_problem(value: Any, kinds: Collection[type], allowed: Limits) -> str |
             return f"must be at least {allowed.least:g}, got {value}."
         if allowed.above is not None and not value > allowed.above:
             return f"must be above {allowed.above:g}, got {value}."
-    if (
-        isinstance(value, str | list | dict)
-        and not allowed.empty
-        and not (value.strip() if _is_text(value) else value)
-    ):
+    text = value.strip() if isinstance(value, str) else None
+    if not allowed.empty and (text == "" or (isinstance(value, list | dict) and not value)):
         return "must not be empty."
-    if _is_text(value) and allowed.choices and value not in allowed.choices:
+    if not isinstance(value, str):
+        return None
+    if allowed.choices and value not in allowed.choices:
         near = get_close_matches(value, allowed.choices, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         return f"must be one of {', '.join(allowed.choices)}, got {value!r}.{hint}"
-    if _is_text(value) and allowed.form and not re.fullmatch(allowed.form[0], value):
+    if allowed.form and not re.fullmatch(allowed.form[0], value):
         return f"must be {allowed.form[1]}, got {value!r:.60}."
     return None
 
@@ -150,10 +149,6 @@ def _is_of(value: Any, kind: type) -> bool:
     if kind in (int, float):
         return isinstance(value, (int, float) if kind is float else int) and not isinstance(value, bool)
     return isinstance(value, kind)
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
 
 
 def _join(path: str, name: str) -> str:

@@ -4,8 +4,8 @@ import gc
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ class TrainingCommand:
             What can't be used raises a `ValueError`, `OSError` or `ImportError`.
         describe: Lines to print before the first step, by their names of up to 10 characters.
         extra_report: Entries of the report that only this command has.
+        settings: Options that hold where neither the recipe nor the command line sets them.
     """
 
     name: str
@@ -44,6 +45,7 @@ class TrainingCommand:
     make_trainer: Callable[..., Any]
     describe: Callable[[Any, tuple[Any, ...]], dict[str, str]]
     extra_report: Callable[[Any], dict[str, Any]] = lambda trainer: {}
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 def run(command: TrainingCommand, argv: Sequence[str] | None = None) -> int:
@@ -56,7 +58,7 @@ def run(command: TrainingCommand, argv: Sequence[str] | None = None) -> int:
     begin = time.monotonic()
     parser = command.make_parser()
     try:
-        given = read_command_line(parser, argv)
+        given = read_command_line(parser, argv, command.settings)
         if is_launched(os.environ):
             _check_launched(command, given)
         elif given.launcher or given.recipe_launcher:
