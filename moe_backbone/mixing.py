@@ -152,13 +152,12 @@ def _tokenized(
             "with the text."
         )
     encode = DocumentEncoder(source.path, column, tokenizer, vocab_size)
-    encoded = documents.map(encode, with_indices=True, remove_columns=columns, batched=True)
-    if isinstance(documents, Dataset) and isinstance(encoded, Dataset):
+    encoded: Any = documents.map(encode, with_indices=True, remove_columns=columns, batched=True)
+    if next(iter(encoded), None) is None:
+        raise ValueError(f"{where} has no document of two tokens or more, so there is nothing to predict in it.")
+    if isinstance(documents, Dataset) and len(encoded) < len(documents):
         dropped = len(documents) - len(encoded)
-        if dropped == len(documents):
-            raise ValueError(f"{where} has no document of two tokens or more, so there is nothing to predict in it.")
-        if dropped:
-            logger.warning(f"{where}: {dropped} of {len(documents)} documents are left out, of one token each.")
+        logger.warning(f"{where}: {dropped} of {len(documents)} documents are left out, of one token each.")
     return encoded
 
 

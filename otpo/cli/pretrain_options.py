@@ -31,7 +31,15 @@ class PretrainArguments(RunArguments, RowArguments):
         mixture: YAML file with stages, in place of `dataset_name`.
         stage: The one stage of the mixture to run.
         text_column: Column of the dataset with the text, or `input_ids`.
-        dataset_name: A file, a folder written by `save_to_disk`, a name on the Hub or `"otpo/demo-corpus"`.
+        dataset_name: A file, a folder written by `save_to_disk`, a name on the Hub or `"otpo/demo-corpus"`. This and
+            what follows it are as in [`RowArguments`], for documents.
+        dataset_config: Configuration on the Hub, or the number of documents of `"otpo/demo-corpus"` to train on.
+        dataset_train_split: Split to train on.
+        dataset_test_split: Split to evaluate on.
+        dataset_streaming: Whether documents are read as they are needed; a mixture's own setting holds where it is not
+            set.
+        max_train_rows: Documents to train on, before they are packed.
+        max_eval_rows: The same for evaluation.
         previous_stage: Folder of the model that the stage before has left, for a stage among several. The command sets
             it itself.
         notes: Lines for the header, found while the model was made.
@@ -41,13 +49,17 @@ class PretrainArguments(RunArguments, RowArguments):
         default=None, metadata={"help": f"Make a new model: {', '.join(PRESETS)}. Its vocabulary is the tokenizer's."}
     )
     config_overrides: str | None = field(
-        default=None, metadata={"help": "Options of the model's configuration: name=value,name=value."}
+        default=None,
+        metadata={
+            "help": "Options of the model's configuration, also of a checkpoint's: name=value,name=value, with values "
+            "as in JSON."
+        },
     )
     tokenizer_name_or_path: str | None = field(
         default=None, metadata={"help": "Tokenizer of a new model. Unset: the one of `model_name_or_path`."}
     )
     experts_implementation: str = field(
-        default="grouped_mm", metadata={"help": "How experts are computed: grouped_mm, batched_mm or eager."}
+        default="grouped_mm", metadata={"help": "How experts are computed: grouped_mm, memcpy, batched_mm or eager."}
     )
     mixture: str | None = field(
         default=None, metadata={"help": "YAML file with stages and weighted sources, in place of `dataset_name`."}
@@ -64,6 +76,22 @@ class PretrainArguments(RunArguments, RowArguments):
             f"written by `save_to_disk`, a name on the Hub, or '{DEMO_CORPUS}', which comes with otpo and of which "
             "`dataset_config` is the number of documents to train on."
         },
+    )
+    dataset_config: str | None = field(
+        default=None, metadata={"help": "Configuration of a dataset on the Hub, or the bundled corpus's documents."}
+    )
+    dataset_train_split: str = field(default="train", metadata={"help": "Split of the dataset to train on."})
+    dataset_test_split: str = field(
+        default="test", metadata={"help": "Split of the dataset to evaluate on. A file has no other than train."}
+    )
+    dataset_streaming: bool = field(
+        default=False, metadata={"help": "Read documents as they are needed. Unset: as the mixture says."}
+    )
+    max_train_rows: int | None = field(
+        default=None, metadata={"help": "Documents to train on: the first of a shuffle with `seed`. Unset: all."}
+    )
+    max_eval_rows: int | None = field(
+        default=None, metadata={"help": "Documents to evaluate on: the first of a shuffle with `seed`. Unset: all."}
     )
     previous_stage: str | None = field(default=None, metadata={"help": argparse.SUPPRESS})
     notes: dict[str, str] = field(default_factory=dict, init=False)

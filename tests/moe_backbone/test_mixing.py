@@ -231,9 +231,8 @@ def test_documents_with_nothing_to_predict_are_left_out(tmp_path, tokenizer, cap
     assert [row["input_ids"] for row in rows] == [[2, 3], [5, 6, 7]]
     assert ("2 of 4 documents are left out, of one token each" in caplog.text) != streaming
     path = write(tmp_path / "b.jsonl", [[1], [2]], "input_ids")
-    if not streaming:
-        with pytest.raises(ValueError, match="has no document of two tokens or more"):
-            load_mixture([Source(path=path)], tokenizer, 60, streaming=False, seed=0)
+    with pytest.raises(ValueError, match="has no document of two tokens or more"):
+        load_mixture([Source(path=path)], tokenizer, 60, streaming=streaming, seed=0)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
