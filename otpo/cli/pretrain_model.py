@@ -76,7 +76,11 @@ def make_config(
         preset(new or "")  # refuses an unknown name before anything is said about the overrides
         values = PRESETS[new or ""]
     else:
-        values, _ = CompassConfig.get_config_dict(source, revision=revision)
+        try:
+            values, _ = CompassConfig.get_config_dict(source, revision=revision)
+        except OSError as error:
+            text = " ".join(str(error).split())
+            raise ValueError(f"`model_name_or_path={source}`: there is no configuration to read: {text}") from error
         if values.get("model_type") != CompassConfig.model_type:
             raise ValueError(
                 f"`model_name_or_path={source}`: its `model_type` is {values.get('model_type')!r}; `otpo pretrain` "
@@ -113,12 +117,17 @@ def load_tokenizer(name: str | None, revision: str | None, option: str) -> Any:
     """The tokenizer of that name or folder.
 
     Raises:
-        ValueError: There is none, or it has no end-of-text token.
+        ValueError: There is none or it can't be read, or it has no end-of-text token.
     """
     if name is None:
         raise ValueError(f"A new model (`preset`) needs a tokenizer: set `{option}`.")
     require_folder(option, name)
-    tokenizer: Any = AutoTokenizer.from_pretrained(name, revision=revision)
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(name, revision=revision)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"`{option}={name}`: there is no tokenizer to read: {' '.join(str(error).split())}"
+        ) from error
     if tokenizer.eos_token_id is None:
         raise ValueError(f"The tokenizer {name} has no end-of-text token. Set its `eos_token` and save it.")
     return tokenizer
