@@ -139,7 +139,10 @@ class CompassModel(CompassPreTrainedModel):
 
     def __init__(self, config: CompassConfig):
         super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        # A row at `padding_idx` is not learnt, which a token that pads and also ends or begins a text has to be.
+        ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+        padding = None if config.pad_token_id in (config.bos_token_id, *ends) else config.pad_token_id
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, padding)
         decoder = [CompassDecoderLayer(config, index) for index in range(config.num_hidden_layers)]
         mtp = [CompassMtpLayer(config, index) for index in range(config.num_mtp_layers)]
         self.layers = nn.ModuleList(decoder + mtp)

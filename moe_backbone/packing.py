@@ -1,7 +1,7 @@
 """Packed rows: several documents in a row of fixed length, none of which sees another.
 
 Which documents share a row is TRL's best-fit packing. A document longer than a row is cut, and its parts count as
-documents of their own.
+documents of their own. In a part of one token there is nothing to predict.
 """
 
 from collections.abc import Sequence

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .config_checks import check_config, describe_longer_rows, one_line_refusals
 from .configuration_compass import CompassConfig
 from .counting import ParameterCounts, count_parameters, flops_per_token
 from .hardware import GPU
@@ -104,6 +105,9 @@ class Plan:
             "times the estimate (benchmarks/results/planning_h100.csv)."
         )
         lines.append("MFU counts the model's operations, not a checkpointed layer's second forward.")
+        longer = describe_longer_rows(self.config, self.setup.sequence_length)
+        if longer:
+            lines.append(f"As in pretraining, {longer}.")
         lines.append(f"The GPU: {self.gpu.source}.")
         if self.setup.precision == "float32":
             lines.append("Float32 is without TF32. With grouped queries sdpa keeps score matrices, not counted here.")
@@ -169,7 +173,7 @@ def load_config(model: str) -> CompassConfig:
     """The configuration that a preset's name, a folder with a `config.json` or such a file stands for.
 
     Raises:
-        ValueError: It is none of them, or not a Compass model's.
+        ValueError: It is none of them, or not a Compass model's, or a value in it can't be.
     """
     if model in PRESETS:
         return preset(model)
@@ -189,4 +193,10 @@ def load_config(model: str) -> CompassConfig:
         raise ValueError(
             f"`model={model}`: its `model_type` is {found!r}; plans are made for {CompassConfig.model_type!r} alone."
         )
-    return CompassConfig.from_dict(values)
+    try:
+        with one_line_refusals():
+            config = CompassConfig.from_dict(values)
+            check_config(config)
+            return config
+    except ValueError as error:
+        raise ValueError(f"`model={model}`: {error}") from None

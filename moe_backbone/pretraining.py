@@ -11,6 +11,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from .counting import flops_per_token
 from .hardware import recognise_gpu
 from .modeling_compass import CompassCausalLMOutput, CompassForCausalLM
+from .mtp import IGNORED
 from .packing import PackedCollator
 from .router import router_health, update_router_biases
 
@@ -52,6 +53,15 @@ class PretrainingConfig(TrainingArguments):
             raise ValueError(f"`sequence_length` must be at least 2, got {self.sequence_length}.")
         if self.peak_tflops is not None and self.peak_tflops <= 0:
             raise ValueError(f"`peak_tflops` must be above 0, got {self.peak_tflops}. Leave it out to log no MFU.")
+        if self.remove_unused_columns:
+            raise ValueError(
+                "`remove_unused_columns` must stay false: it would remove the lengths of packed documents."
+            )
+        if self.label_smoothing_factor:
+            raise ValueError(
+                f"`label_smoothing_factor={self.label_smoothing_factor}`: the Trainer would compute a loss of its "
+                "own, without the MTP layers and the routers. Leave it out."
+            )
 
 
 class PretrainingTrainer(Trainer):
@@ -115,9 +125,16 @@ class PretrainingTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The model's own loss; in training its parts are kept for the log."""
+        """The model's own loss; in training its parts are kept for the log.
+
+        It is 0 where there is nothing to predict: a step, or rows to evaluate on, of documents of one token each.
+        """
+        if num_items_in_batch is not None:
+            num_items_in_batch = torch.as_tensor(num_items_in_batch).clamp(min=1)
         computed: Any = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         loss, outputs = computed
+        if not model.training:
+            loss = torch.where((inputs["labels"] != IGNORED).any(), loss, 0.0)
         if model.training:
             self._window.add(outputs, inputs, self._top_k)
             if outputs.expert_load is not None:

@@ -130,11 +130,6 @@ class TrainingSetup:
                 f"`expert_parallel_size={self.expert_parallel_size}` does not divide `num_experts="
                 f"{config.num_experts}`. Set `expert_parallel_size` to one of {both}."
             )
-        if self.sequence_length > config.max_position_embeddings:
-            raise ValueError(
-                f"`sequence_length={self.sequence_length}` is above the model's `max_position_embeddings="
-                f"{config.max_position_embeddings}`. Set `sequence_length` to that or less."
-            )
 
 
 def _divisors(number: int) -> list[int]:

@@ -6,9 +6,9 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any
 
@@ -25,7 +25,6 @@ from .engine import cpu_request, requested_engines, require_accelerator, require
 from .identity import RunFile, require_same_run, run_identity
 from .interrupt import interruptible
 from .launch import check_options, default_launch, is_launched, launch, module_of
-from .models import require_model  # noqa: F401 - `pretrain` takes it from here
 from .options import Given, changed_options, read_command_line
 from .preflight import check_options_alone
 from .redact import redact_text
@@ -52,6 +51,7 @@ class TrainingCommand:
             What can't be used raises a `ValueError`, `OSError` or `ImportError`.
         describe: Lines to print before the first step, by their names of up to 10 characters.
         extra_report: Entries of the report that only this command has.
+        settings: Options that hold where neither the recipe nor the command line sets them.
     """
 
     name: str
@@ -59,6 +59,7 @@ class TrainingCommand:
     make_trainer: Callable[..., Any]
     describe: Callable[[Any, tuple[Any, ...]], dict[str, str]]
     extra_report: Callable[[Any], dict[str, Any]] = lambda trainer: {}
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 def run(command: TrainingCommand, argv: Sequence[str] | None = None) -> int:
@@ -80,7 +81,7 @@ def _run(command: TrainingCommand, argv: list[str], read: list[Given]) -> int:
     begin = time.monotonic()
     parser = command.make_parser()
     try:
-        given = read_command_line(parser, argv)
+        given = read_command_line(parser, argv, command.settings)
         read.append(given)
         check_options_alone(given.values)
         checkpoint, line = _checkpoint(parser, given)

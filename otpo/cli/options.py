@@ -3,7 +3,7 @@
 import argparse
 import inspect
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,7 @@ there is one or none, on the CPU, and for quantized models and those with a `dev
 one GPU. OTPO_TRACEBACK=1 in the environment shows where an error comes from.
 """
 EXPERT_PARALLEL_BACKENDS = ("deepspeed", "transformers")
+_UNSET = object()
 _METAVARS = {int: "N", float: "X", str: "TEXT"}
 
 Groups = Sequence[tuple[str, Sequence[type]]]
@@ -69,6 +70,7 @@ class Given:
         arguments: The command line less its `--config`, for the parser whose defaults are the recipe's.
         launcher: Options that are not ours, from the command line.
         recipe_launcher: The same from the recipe.
+        said: Where each of our options was set, `"command line"` or `"recipe"`, be it to its default or not.
     """
 
     values: dict[str, Any]
@@ -76,6 +78,7 @@ class Given:
     arguments: list[str]
     launcher: list[str]
     recipe_launcher: list[str]
+    said: dict[str, str] = field(default_factory=dict)
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -128,10 +131,15 @@ def make_grouped_parser(prog: str, description: str, types: Sequence[type], grou
     )
 
 
-def read_command_line(parser: TrlParser, argv: Sequence[str]) -> Given:
+def read_command_line(parser: TrlParser, argv: Sequence[str], settings: Mapping[str, Any] | None = None) -> Given:
     """Reads the recipe and the command line, without making the dataclasses, which would initialise the device.
 
     The recipe's values become defaults of `parser`, and its `env` goes into the environment.
+
+    Args:
+        parser: Of the command.
+        argv: The command line.
+        settings: Options that hold where neither the recipe nor the command line sets them.
 
     Raises:
         ValueError: The recipe can't be read, or a value is not of its option's type.
@@ -150,6 +158,7 @@ def read_command_line(parser: TrlParser, argv: Sequence[str]) -> Given:
         require_choices(recipe, choices, found.config)
         for name, value in environment.items():
             os.environ[name] = str(value)
+    parser.set_defaults_with_config(**(settings or {}))
     parser.set_defaults_with_config(**recipe)
     namespace, launcher = parser.parse_known_args(arguments)
     values = vars(namespace)
@@ -160,7 +169,11 @@ def read_command_line(parser: TrlParser, argv: Sequence[str]) -> Given:
         if name not in values and value not in (None, False)
         for word in ([f"--{name}"] if value is True else [f"--{name}", str(value)])
     ]
-    return Given(values, defaults, _without(arguments, launcher), launcher, recipe_launcher)
+    # An option that the command line doesn't set keeps what a namespace had before.
+    unset = argparse.Namespace(**dict.fromkeys(values, _UNSET))
+    typed = [name for name, value in vars(parser.parse_known_args(arguments, unset)[0]).items() if value is not _UNSET]
+    said = dict.fromkeys((name for name in recipe if name in values), "recipe") | dict.fromkeys(typed, "command line")
+    return Given(values, defaults, _without(arguments, launcher), launcher, recipe_launcher, said)
 
 
 def changed_options(given: Given) -> dict[str, Any]:

@@ -62,7 +62,10 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add("--micro_batch_size", type=int, default=1, metavar="N", help="rows on a GPU at a time (1)")
     add(
-        "--sequence_length", type=int, metavar="N", help="tokens of a row (4096, or the model's limit if that is less)"
+        "--sequence_length",
+        type=int,
+        metavar="N",
+        help="tokens of a row (4096, or the limit if less); beyond the limit, that is raised as in pretraining",
     )
     add("--packed", action="store_true", help="rows hold several documents, which takes an attention mask")
     add("--gradient_accumulation_steps", type=int, default=1, metavar="N", help="micro-batches of a step (1)")

@@ -3,29 +3,31 @@
 Also the module that `accelerate launch -m otpo.cli.pretrain` runs in each process.
 """
 
-import json
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
-from transformers import AutoTokenizer, set_seed
-from trl import ModelConfig, ScriptArguments, TrlParser
+from transformers import set_seed
+from trl import ScriptArguments, TrlParser
 
-from moe_backbone import PRESETS, CompassConfig, CompassForCausalLM, preset
+from moe_backbone import PRESETS
 from moe_backbone.counting import count_parameters
-from moe_backbone.mixing import Mixture, Source, Stage, load_mixture, read_mixture
-from moe_backbone.packing import pack_documents
+from moe_backbone.mixing import Stage, read_mixture
 from moe_backbone.pretraining import PretrainingConfig, PretrainingTrainer
-from otpo.data import load_demo_corpus
 
-from .command import REFUSALS, TrainingCommand, refuse, require_model, run
+from .command import REFUSALS, TrainingCommand, refuse, run
 from .engine import count_rows, describe_run, rows_in_step
-from .expert_parallel import model_options, trainer_class
-from .loading import DEMO_CORPUS, RowArguments
-from .options import RunArguments, make_grouped_parser, read_command_line
-from .stages import plan_stages
+from .expert_parallel import trainer_class
+from .loading import RowArguments
+from .models import require_folder
+from .options import Given, RunArguments, make_grouped_parser, read_command_line
+from .pretrain_data import find_sources, load_rows
+from .pretrain_model import load_tokenizer, make_model
+from .pretrain_options import ModelArguments, PretrainArguments, check_options
+from .stages import describe_stage, plan_stages, stage_settings
 
 _DESCRIPTION = """\
 Pretrain a Compass Mixture-of-Experts model on packed documents.
@@ -37,132 +39,78 @@ Pretrain a Compass Mixture-of-Experts model on packed documents.
   otpo pretrain --config RECIPE.yaml --accelerate_config zero2 --num_processes 8
 
 A mixture lists stages, each with its sources and their weights, its length and its learning rate; they run one after
-the other, each in a folder of its own. --resume_from_checkpoint true goes on where a run was stopped.
+the other, each in a folder of its own, or one of them with --stage. What a stage says holds unless the command line or
+the recipe sets the option. --resume_from_checkpoint true goes on where a run was stopped.
 """
-_VOCABULARY_MULTIPLE = 64
-_STREAM_SHUFFLE_ROWS = 1_000
-_DEMO_DOCUMENTS = 20_000
-
-
-@dataclass
-class PretrainArguments(RunArguments, RowArguments):
-    """Which model is made, and of what it learns.
-
-    Parameters:
-        preset: Name of a preset, for a new model.
-        config_overrides: Options of its configuration, `name=value,name=value`; also of a checkpoint's.
-        tokenizer_name_or_path: Tokenizer, for a new model.
-        experts_implementation: How the experts are computed.
-        mixture: YAML file with stages, in place of `dataset_name`.
-        stage: The one stage of the mixture to run.
-        text_column: Column of the dataset with the text.
-    """
-
-    preset: str | None = field(
-        default=None, metadata={"help": f"Make a new model: {', '.join(PRESETS)}. Its vocabulary is the tokenizer's."}
-    )
-    config_overrides: str | None = field(
-        default=None, metadata={"help": "Options of the model's configuration: name=value,name=value."}
-    )
-    tokenizer_name_or_path: str | None = field(
-        default=None, metadata={"help": "Tokenizer of a new model. Unset: the one of `model_name_or_path`."}
-    )
-    experts_implementation: str = field(
-        default="grouped_mm", metadata={"help": "How experts are computed: grouped_mm, batched_mm or eager."}
-    )
-    mixture: str | None = field(
-        default=None, metadata={"help": "YAML file with stages and weighted sources, in place of `dataset_name`."}
-    )
-    stage: str | None = field(default=None, metadata={"help": "Run this stage of the mixture alone. Unset: all."})
-    text_column: str = field(default="text", metadata={"help": "Column of the dataset with the text."})
 
 
 def make_parser() -> TrlParser:
-    """The parser of [`PretrainArguments`], [`PretrainingConfig`] and `ModelConfig`, in this order."""
+    """The parser of [`PretrainArguments`], [`PretrainingConfig`] and [`ModelArguments`], in this order."""
     return make_grouped_parser(
         "otpo pretrain",
         _DESCRIPTION,
-        (PretrainArguments, PretrainingConfig, ModelConfig),
+        (PretrainArguments, PretrainingConfig, ModelArguments),
         [
             ("pretraining (otpo)", [PretrainArguments, PretrainingConfig]),
             ("data and run", [RunArguments, RowArguments, ScriptArguments]),
-            ("model", [ModelConfig]),
+            ("model", [ModelArguments]),
             ("training (transformers)", list(PretrainingConfig.__mro__[1:-1])),
         ],
     )
 
 
-def make_trainer(data: PretrainArguments, args: PretrainingConfig, model: ModelConfig) -> PretrainingTrainer:
+def make_trainer(data: PretrainArguments, args: PretrainingConfig, model: ModelArguments) -> PretrainingTrainer:
     """Makes or loads the model and packs the documents.
 
     Raises:
         ValueError: An option, a source or a configuration can't be used.
     """
     set_seed(args.seed)
-    mixture = _mixture(data)
-    stage = mixture.stage(data.stage) if data.stage else mixture.stages[0]
-    tokenizer = _tokenizer(data, model)
+    train, test, stage = find_sources(data)
+    named = model.model_name_or_path
+    if named is None and data.preset is None:
+        raise ValueError(
+            f"No model is named. Set `preset` for a new one ({', '.join(PRESETS)}), or `model_name_or_path`."
+        )
+    if named is not None:
+        require_folder("model_name_or_path", named)
+    if data.tokenizer_name_or_path is not None:
+        tokenizer = load_tokenizer(data.tokenizer_name_or_path, None, "tokenizer_name_or_path")
+    else:
+        option = "tokenizer_name_or_path" if named is None else "model_name_or_path"
+        tokenizer = load_tokenizer(named, model.model_revision, option)
     compass = make_model(data, args, model, tokenizer, stage)
     config = compass.config
     of_class = trainer_class(PretrainingTrainer, data, config)
-    train = _rows(stage.sources, tokenizer, config, args, streaming=mixture.streaming)
-    test = None
+    options = (None, None) if data.mixture else ("dataset_train_split", "dataset_test_split")
+    rows = load_rows(train, options[0], tokenizer, config, args, streaming=data.dataset_streaming)
+    held_out = None
     if args.do_eval or args.eval_strategy != "no":
-        if not mixture.evaluation:
+        if not test:
             raise ValueError("There is nothing to evaluate on. List sources under `evaluation` in the mixture.")
-        test = _rows(mixture.evaluation, tokenizer, config, args, streaming=False)
-    return of_class(compass, args, train, test, processing_class=tokenizer)
+        held_out = load_rows(test, options[1], tokenizer, config, args, streaming=False)
+    return of_class(compass, args, rows, held_out, processing_class=tokenizer)
 
 
-def make_model(
-    data: PretrainArguments, args: PretrainingConfig, model: ModelConfig, tokenizer: Any, stage: Stage
-) -> CompassForCausalLM:
-    """A new model of the preset, or the checkpoint's, with the options that the stage and the command line change."""
-    changes: dict[str, Any] = _parse_overrides(data.config_overrides)
-    if stage.rope_parameters is not None:
-        changes["rope_parameters"] = stage.rope_parameters
-    options: Any = {"attn_implementation": model.attn_implementation or "sdpa", "dtype": model.dtype}
-    if model.model_name_or_path is None:
-        vocabulary = -(-len(tokenizer) // _VOCABULARY_MULTIPLE) * _VOCABULARY_MULTIPLE
-        config = preset(data.preset or "", **{"vocab_size": vocabulary, **changes})
-    else:
-        config = CompassConfig.from_pretrained(require_model(model), **changes)
-    config.max_position_embeddings = max(config.max_position_embeddings, args.sequence_length)
-    for token in ("pad", "bos", "eos"):
-        setattr(config, f"{token}_token_id", getattr(tokenizer, f"{token}_token_id"))
-    spread = model_options(data)
-    name = model.model_name_or_path
-    if name is None and spread:  # transformers spreads experts as it loads a model
-        name = f"{args.output_dir}/initial"
-        with args.main_process_first(local=False):
-            if args.process_index == 0:
-                CompassForCausalLM._from_config(config, **options).save_pretrained(name)
-    if name is None:
-        compass: Any = CompassForCausalLM._from_config(config, **options)
-    else:
-        compass = CompassForCausalLM.from_pretrained(name, config=config, **options, **spread)
-    compass.set_experts_implementation(data.experts_implementation)
-    running = compass.config._experts_implementation
-    if running != data.experts_implementation:
-        raise ValueError(
-            f"`experts_implementation={data.experts_implementation}` was asked for, but transformers runs {running}."
-        )
-    return compass
-
-
-def describe(trainer: PretrainingTrainer, parsed: tuple[Any, ...]) -> dict[str, str]:
-    """What really runs, line by line."""
+def describe(
+    trainer: PretrainingTrainer,
+    parsed: tuple[Any, ...],
+    stage: Stage | None = None,
+    said: Mapping[str, str] | None = None,
+) -> dict[str, str]:
+    """What really runs, line by line; of a `stage` also what it sets and what the options that were `said` do."""
     data, args, model = parsed
     config: Any = trainer.model.config  # pyright: ignore
     counts = count_parameters(config)
     rows = rows_in_step(trainer)
-    lines = describe_run(trainer, model.model_name_or_path or data.preset)
+    lines = describe_run(trainer, data.previous_stage or model.model_name_or_path or data.preset)
     lines["experts"] = (
         f"{config.num_experts}, {config.num_experts_per_tok} a token, {config.num_shared_experts} shared, "
         f"{counts.active:,} parameters active, run by {config._experts_implementation}"
     )
-    if data.stage:
-        lines["stage"] = data.stage
+    if stage is not None:
+        lines["stage"] = describe_stage(stage, args, said or {})
+    lines |= data.notes
     lines["data"] = (
         f"{count_rows(trainer.train_dataset)} rows of {args.sequence_length} tokens to train on, "
         f"{count_rows(trainer.eval_dataset)} to evaluate on, {rows} rows ({rows * args.sequence_length:,} tokens) in "
@@ -184,112 +132,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = make_parser()
     try:
-        values = read_command_line(parser, argv).values
-        stages = read_mixture(values["mixture"]).stages if values["mixture"] and not values["stage"] else []
-        resume = values["resume_from_checkpoint"]
-        plan = [] if len(stages) < 2 else plan_stages(stages, values["output_dir"], resume)
+        given = read_command_line(parser, argv)
+        check_options(given)
+        runs = _plan_runs(given)
     except REFUSALS as error:
         return refuse(parser.prog, error)
-    if len(stages) < 2:  # not above: a fault in training is no refusal
-        return run(COMMAND, argv)
-    for arguments, finished in plan:
-        code = run(COMMAND, [*argv, *arguments])
+    for command, words, finished in runs:
+        code = run(command, [*argv, *words])
         if code:
             return code
-        finished.touch()
+        if finished is not None:
+            finished.touch()
     return 0
 
 
-def _mixture(data: PretrainArguments) -> Mixture:
-    """The mixture that was named, or one stage and evaluation of the dataset that was named in its place."""
-    if data.mixture and data.dataset_name:
-        raise ValueError(
-            f"Both `dataset_name={data.dataset_name}` and `mixture={data.mixture}` name the data. Remove one."
-        )
-    if data.mixture:
-        mixture = read_mixture(data.mixture)
-        return replace(mixture, streaming=mixture.streaming or data.dataset_streaming)
-    if not data.dataset_name:
-        raise ValueError(
-            "No data is named. Set `dataset_name` to a file, a folder written by `save_to_disk`, a name on the Hub or "
-            f"'{DEMO_CORPUS}', or `mixture` to a YAML file with stages."
-        )
+def _plan_runs(given: Given) -> list[tuple[TrainingCommand, list[str], Path | None]]:
+    """The runs to make: each one's command, its own options, and the file to make when it has run."""
+    values = given.values
+    if not values["mixture"]:
+        return [(COMMAND, [], None)]
+    mixture = read_mixture(values["mixture"])
 
-    def source(split: str, most: int | None) -> Source:
-        return Source(
-            path=data.dataset_name or "",
-            config=data.dataset_config,
-            split=split,
-            text_column=data.text_column,
-            max_documents=most,
-        )
+    def command(stage: Stage) -> TrainingCommand:
+        settings = {"dataset_streaming": mixture.streaming, **stage_settings(stage, given.said)}
+        return replace(COMMAND, settings=settings, describe=partial(describe, stage=stage, said=given.said))
 
-    train = source(data.dataset_train_split, data.max_train_rows)
-    stage = Stage(name="all", steps=1, sequence_length=2, learning_rate=1.0, sources=[train])
-    test = source(data.dataset_test_split, data.max_eval_rows)
-    return Mixture(stages=[stage], evaluation=[test], streaming=data.dataset_streaming)
-
-
-def _rows(
-    sources: Sequence[Source], tokenizer: Any, config: CompassConfig, args: PretrainingConfig, *, streaming: bool
-) -> Any:
-    documents = load_mixture(
-        sources,
-        tokenizer,
-        config.vocab_size,
-        streaming=streaming,
-        seed=args.seed,
-        bundled={DEMO_CORPUS: _demo_corpus},
-    )
-    rows = pack_documents(documents, args.sequence_length)
-    if isinstance(rows, Dataset):
-        return rows
-    return rows.shuffle(seed=args.seed, buffer_size=_STREAM_SHUFFLE_ROWS)  # best-fit packing sorts rows by length
-
-
-def _demo_corpus(source: Source) -> Any:
-    asked = source.config or str(_DEMO_DOCUMENTS)
-    if not asked.isdecimal() or not int(asked):
-        raise ValueError(f"its `config` is the number of documents to generate, at least 1; got {asked!r}")
-    return load_demo_corpus(source.split, int(asked))
-
-
-def _tokenizer(data: PretrainArguments, model: ModelConfig) -> Any:
-    if model.model_name_or_path is None and data.preset is None:
-        raise ValueError(
-            f"No model is named. Set `preset` for a new one ({', '.join(PRESETS)}), or `model_name_or_path`."
-        )
-    name = data.tokenizer_name_or_path or model.model_name_or_path
-    if name is None:
-        raise ValueError(f"`preset={data.preset}` needs a tokenizer: set `tokenizer_name_or_path`.")
-    tokenizer: Any = AutoTokenizer.from_pretrained(name)
-    if tokenizer.eos_token_id is None:
-        raise ValueError(f"The tokenizer {name} has no end-of-text token. Set its `eos_token` and save it.")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
-def _parse_overrides(text: str | None) -> dict[str, Any]:
-    """`name=value,name=value` as a mapping, values read as JSON.
-
-    Raises:
-        ValueError: It is of another form, or there is no such option.
-    """
-    changes = {}
-    for part in (text or "").split(","):
-        if not part.strip():
-            continue
-        name, sign, value = (word.strip() for word in part.partition("="))
-        if not sign or name not in CompassConfig.__dataclass_fields__:
-            raise ValueError(
-                f"`config_overrides={text}`: {part.strip()!r} is no `name=value` of an option of CompassConfig."
-            )
-        try:
-            changes[name] = json.loads(value)
-        except json.JSONDecodeError:
-            changes[name] = value
-    return changes
+    if values["stage"] or len(mixture.stages) == 1:
+        stage = mixture.stage(values["stage"]) if values["stage"] else mixture.stages[0]
+        return [(command(stage), [], None)]
+    plan = plan_stages(mixture.stages, values["output_dir"], values["resume_from_checkpoint"])
+    return [(command(stage), words, finished) for stage, words, finished in plan]
 
 
 if __name__ == "__main__":

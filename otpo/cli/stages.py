@@ -1,22 +1,36 @@
-"""Several stages of a pretraining as runs of their own: a folder for each, and what is left of them to run."""
+"""The stages of a pretraining: which are left to run, what each sets, and how that is told.
+
+What a stage says holds where neither the recipe nor the command line sets the option.
+"""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from moe_backbone.mixing import Stage
 
-from .command import find_checkpoint
+from .checkpoints import find_checkpoint
 from .launch import is_launched
 
 _FINISHED = "stage_finished"
+_FIELDS = {
+    "max_steps": "steps",
+    "sequence_length": "sequence_length",
+    "learning_rate": "learning_rate",
+    "lr_scheduler_type": "lr_scheduler_type",
+    "lr_scheduler_kwargs": "lr_scheduler_kwargs",
+    "warmup_steps": "warmup_steps",
+    "per_device_train_batch_size": "per_device_train_batch_size",
+    "gradient_accumulation_steps": "gradient_accumulation_steps",
+}
+"""Options of the training, and the field of a stage that sets each."""
 
 
 def plan_stages(
     stages: Sequence[Stage], output_dir: str | None, resume: str | bool | None
-) -> list[tuple[list[str], Path]]:
-    """The options of each stage that is still to run, and the file to make when it has run.
+) -> list[tuple[Stage, list[str], Path]]:
+    """The stages that are still to run, each with its place among them as options, and the file to make after it.
 
     Args:
         stages: The stages in order; each starts from the model of the one before.
@@ -50,26 +64,50 @@ def plan_stages(
     plan = []
     for place, (stage, folder) in enumerate(zip(stages, folders, strict=True)):
         if folder not in finished:
-            previous = folders[place - 1] if place else None
-            plan.append((_options(stage, folder, previous, going_on), folder / _FINISHED))
+            words = ["--stage", stage.name, "--output_dir", str(folder)]
+            words += ["--resume_from_checkpoint", str(going_on and _has_checkpoint(folder))]
+            words += ["--previous_stage", str(folders[place - 1])] if place else []
+            plan.append((stage, words, folder / _FINISHED))
     return plan
 
 
-def _options(stage: Stage, folder: Path, previous: Path | None, going_on: bool) -> list[str]:
-    options: dict[str, Any] = {
-        "stage": stage.name,
-        "output_dir": folder,
-        "max_steps": stage.steps,
-        "sequence_length": stage.sequence_length,
-        "learning_rate": stage.learning_rate,
-        "lr_scheduler_type": stage.lr_scheduler_type,
-        "warmup_steps": stage.warmup_steps,
-        "per_device_train_batch_size": stage.per_device_train_batch_size,
-        "gradient_accumulation_steps": stage.gradient_accumulation_steps,
-        "model_name_or_path": previous,
-        "resume_from_checkpoint": going_on and _has_checkpoint(folder),
-    }
-    return [word for name, value in options.items() if value is not None for word in (f"--{name}", str(value))]
+def stage_settings(stage: Stage, said: Mapping[str, str]) -> dict[str, Any]:
+    """The options that a stage sets; see [`otpo.cli.command.TrainingCommand.settings`].
+
+    Args:
+        stage: The stage.
+        said: Options that the recipe or the command line sets. Epochs that are set there are in place of its steps.
+    """
+    settings = {option: getattr(stage, name) for option, name in _FIELDS.items()}
+    if "num_train_epochs" in said:
+        del settings["max_steps"]
+    return {option: value for option, value in settings.items() if value is not None}
+
+
+def describe_stage(stage: Stage, args: Any, said: Mapping[str, str]) -> str:
+    """What runs of a stage, and who says so where it could be the stage or the user.
+
+    Args:
+        stage: The stage.
+        args: The training's options as they run.
+        said: Where options were set that the stage does not win over.
+    """
+    parts = []
+    for option, name in _FIELDS.items():
+        asked = getattr(stage, name)
+        if asked is None:
+            continue
+        if option == "max_steps" and option not in said and "num_train_epochs" in said:
+            option = "num_train_epochs"
+        source = f"{said[option]}; the stage says {_short(asked)}" if option in said else "of the stage"
+        label = "steps" if option == "max_steps" else option.replace("_", " ")
+        parts.append(f"{label} {_short(getattr(args, option))} ({source})")
+    return f"{stage.name}: {', '.join(parts)}"
+
+
+def _short(value: Any) -> str:
+    value = getattr(value, "value", value)  # of an enumeration, such as a schedule
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _has_checkpoint(folder: Path) -> bool:

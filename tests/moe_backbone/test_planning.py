@@ -262,6 +262,14 @@ def test_small_models_fit_and_large_ones_do_not():
     assert replace(small, gpu=replace(small.gpu, memory=round(used / 0.95))).fit == "tight"
 
 
+def test_rows_beyond_the_models_limit_raise_it():
+    plans = [
+        make_plan(preset("compass-small"), find_gpu("h100"), TrainingSetup(sequence_length=n)) for n in (4096, 9000)
+    ]
+    text = "As in pretraining, `max_position_embeddings` is raised from 4096 to 9000, the `sequence_length`."
+    assert [text in plan.assumptions for plan in plans] == [False, True]
+
+
 # What is refused
 
 
@@ -274,7 +282,6 @@ def test_small_models_fit_and_large_ones_do_not():
         ({"optimizer": "lion"}, "`optimizer=lion` is not known"),
         ({"expert_parallel_size": 3}, r"does not divide `gpus_per_node=8`.*one of \[1, 2, 4, 8\]"),
         ({"expert_parallel_size": 6, "gpus_per_node": 6}, r"does not divide `num_experts=16`.*one of \[1, 2\]"),
-        ({"sequence_length": 9000}, "above the model's `max_position_embeddings=4096`"),
     ],
     ids=str,
 )
@@ -304,3 +311,7 @@ def test_configurations_by_name_and_by_path(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match="is not JSON"):
         load_config(str(tmp_path))
+    for value, message in ((2.5, "'num_experts' expected int, got float"), (2, "`num_experts_per_tok=3` is above")):
+        (tmp_path / "config.json").write_text(json.dumps({**config.to_dict(), "num_experts": value}))
+        with pytest.raises(ValueError, match=rf"^`model={tmp_path}`: .*{message}[^\n]*$"):
+            load_config(str(tmp_path))

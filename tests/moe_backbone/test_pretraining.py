@@ -10,9 +10,11 @@ from statistics import mean
 
 import pytest
 import torch
-from pretraining_helpers import SUCCESSORS, chain_documents, logged, pretrainer, tiny_compass
+from datasets import Dataset
+from pretraining_helpers import SUCCESSORS, VOCABULARY, chain_documents, logged, pretrainer, tiny_compass
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 
+from moe_backbone import CompassForCausalLM, preset
 from moe_backbone.packing import PackedCollator, pack_documents
 
 TRAJECTORY = Path(__file__).with_name("trajectory.json")
@@ -130,6 +132,52 @@ def test_evaluation_is_of_the_next_token_alone(tmp_path):
     assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("length", [2, 8])
+def test_a_step_with_nothing_to_predict_changes_nothing(tmp_path, accumulation, length):
+    """Rows of one-token documents alone, also shorter than what the MTP layers look ahead."""
+    rows = Dataset.from_list([{"input_ids": list(range(1, length + 1)), "seq_lengths": [1] * length}] * 8)
+    model = tiny_compass(num_mtp_layers=2, router_bias_update_speed=0.01)
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    trainer = pretrainer(
+        tmp_path, model=model, rows=rows, eval_rows=rows, sequence_length=length, max_steps=2, weight_decay=0.0,
+        per_device_train_batch_size=2, gradient_accumulation_steps=accumulation,
+    )  # fmt: skip
+    trainer.train()
+    for name in ("loss", "lm_loss", "mtp_loss", "grad_norm"):
+        assert logged(trainer, name) == [0.0, 0.0], name
+    assert logged(trainer, "router/dropped") == [0.0, 0.0]
+    assert all(torch.equal(value, before[name]) for name, value in model.named_parameters())
+    assert trainer.evaluate()["eval_loss"] == 0.0
+
+
+def test_a_micro_batch_with_nothing_to_predict_leaves_the_step_to_the_others(tmp_path):
+    documents = list(pack_documents(chain_documents(12), 32))[:1]
+    empty = {"input_ids": list(range(1, 33)), "seq_lengths": [1] * 32}
+    found = []
+    for rows in (documents, [*documents, empty]):
+        trainer = pretrainer(
+            tmp_path, model=tiny_compass(router_aux_loss_coef=0.0), rows=Dataset.from_list(rows), max_steps=1,
+            per_device_train_batch_size=1, gradient_accumulation_steps=len(rows), warmup_steps=0,
+        )  # fmt: skip
+        trainer.train()
+        found.append([logged(trainer, name)[0] for name in ("loss", "lm_loss", "mtp_loss", "grad_norm")])
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+
+def test_the_end_token_learns_where_it_pads_too(tmp_path):
+    rows = Dataset.from_list([{"input_ids": [5, 0, 7, 0, 9], "seq_lengths": [5]}] * 8)
+    for ends in (0, [3, 0]):
+        torch.manual_seed(0)
+        sizes = {"vocab_size": VOCABULARY, "tie_word_embeddings": False}
+        model = CompassForCausalLM(preset("compass-tiny", **sizes, pad_token_id=0, eos_token_id=ends))
+        before = model.model.embed_tokens.weight.detach().clone()
+        assert before[0].abs().max() > 0
+        pretrainer(tmp_path, model=model, rows=rows, max_steps=2, warmup_steps=0, weight_decay=0.0).train()
+        changed = (model.model.embed_tokens.weight.detach() != before).any(dim=1)
+        assert changed[[0, 5, 7]].all()
+
+
 def test_biases_even_the_load_without_a_loss(tmp_path):
     def final_load(speed):
         model = tiny_compass(router_bias_update_speed=speed, router_aux_loss_coef=0.0)
@@ -174,6 +222,8 @@ def test_bfloat16_runs_the_experts_in_bfloat16(tmp_path, monkeypatch):
     [
         ({"sequence_length": 1}, "`sequence_length` must be at least 2, got 1"),
         ({"peak_tflops": 0.0}, "`peak_tflops` must be above 0"),
+        ({"remove_unused_columns": True}, "`remove_unused_columns` must stay false"),
+        ({"label_smoothing_factor": 0.1}, "`label_smoothing_factor=0.1`: the Trainer would compute a loss of its own"),
     ],
 )
 def test_options_out_of_range(tmp_path, options, message):

@@ -11,13 +11,19 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from datasets import Dataset
 from pretraining_helpers import chain_documents
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from moe_backbone import CompassForCausalLM, preset
 from otpo.cli import pretrain
+from otpo.cli.pretrain_data import find_sources, load_rows
+from otpo.cli.pretrain_model import parse_overrides
 
 ROOT = Path(__file__).parents[2]
+UNSAID = {"max_steps": None, "sequence_length": None, "per_device_train_batch_size": None}
+"""Leaves to a stage what a stage sets."""
 
 
 @pytest.fixture(autouse=True)
@@ -74,7 +80,7 @@ def refusal(capsys, argv: list[str]) -> str:
     capsys.readouterr()
     assert pretrain.main(argv) == 2
     message = capsys.readouterr().err
-    assert message.count("error:") == 1
+    assert message.count("error:") == message.count("\n") == 1
     assert "Traceback" not in message
     return message
 
@@ -114,7 +120,11 @@ def test_going_on_from_a_checkpoint_with_the_bundled_corpus(tokenizer_folder, tm
     assert json.loads((tmp_path / "b/config.json").read_text())["mtp_loss_coef"] == 0.2
 
 
-def make_mixture(tmp_path: Path, documents: str) -> str:
+def tiny_compass_of(layers: int) -> CompassForCausalLM:
+    return CompassForCausalLM(preset("compass-tiny", num_hidden_layers=layers, num_experts=4, vocab_size=384))
+
+
+def make_mixture(tmp_path: Path, documents: str, second: dict | None = None) -> str:
     path = tmp_path / "mixture.yaml"
     stage = {"steps": 3, "learning_rate": 0.001, "sources": [{"path": documents}]}
     yarn = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 2.0, "original_max_position_embeddings": 1024}
@@ -123,7 +133,7 @@ def make_mixture(tmp_path: Path, documents: str) -> str:
         "stages": [
             {**stage, "name": "general", "sequence_length": 32},
             {**stage, "name": "long", "sequence_length": 2048, "rope_parameters": yarn,
-             "per_device_train_batch_size": 1},
+             "per_device_train_batch_size": 1, **(second or {})},
         ],
     }  # fmt: skip
     path.write_text(yaml.safe_dump(mixture))
@@ -132,10 +142,12 @@ def make_mixture(tmp_path: Path, documents: str) -> str:
 
 def test_stages(tokenizer_folder, documents, tmp_path, capsys):
     mixture = make_mixture(tmp_path, documents)
-    argv = arguments(tokenizer_folder, tmp_path / "run", mixture=mixture, do_eval=True, max_steps=None)
+    argv = arguments(tokenizer_folder, tmp_path / "run", mixture=mixture, do_eval=True, **UNSAID)
     assert pretrain.main(argv) == 0
     printed = capsys.readouterr().out
     assert "stage      general" in printed
+    assert "length     `max_position_embeddings` is raised from 1024 to 2048, the `sequence_length`" in printed
+    assert "'factor': 2.0" in printed and "(of the stage)" in printed
     assert "run/01-general, " in printed  # the model that the second stage starts from
     config = json.loads((tmp_path / "run/02-long/config.json").read_text())
     assert config["max_position_embeddings"] == 2048
@@ -148,6 +160,150 @@ def test_stages(tokenizer_folder, documents, tmp_path, capsys):
     assert pretrain.main([*argv, "--resume_from_checkpoint", "true"]) == 0
     assert (tmp_path / "run/01-general/model.safetensors").stat().st_mtime_ns == before
     assert (tmp_path / "run/02-long/stage_finished").is_file()
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_what_a_stage_says_holds_unless_the_user_says_otherwise(
+    tokenizer_folder, documents, tmp_path, capsys, several
+):
+    stage = {
+        "name": "short", "steps": 2, "sequence_length": 32, "learning_rate": 0.01, "warmup_steps": 1,
+        "lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 0.005},
+        "per_device_train_batch_size": 3, "gradient_accumulation_steps": 2, "sources": [{"path": documents}],
+    }  # fmt: skip
+    path = tmp_path / "mixture.yaml"
+    path.write_text(yaml.safe_dump({"stages": [stage, {**stage, "name": "other"}] if several else [stage]}))
+
+    def run(folder, **changes):
+        report = tmp_path / "report.json"
+        argv = arguments(
+            tokenizer_folder, tmp_path / folder, mixture=path, report=report, **{**UNSAID, "stage": "short", **changes}
+        )
+        assert pretrain.main(argv) == 0
+        done = json.loads(report.read_text())
+        return done["steps"], done["metrics"]["train"]["learning_rate"], done["options"], capsys.readouterr().out
+
+    steps, rate, options, printed = run("stage")
+    assert (steps, rate) == (2, 0.01) and options["learning_rate"] == 0.01
+    assert "rows of 32 tokens to train on, 0 to evaluate on, 6 rows (192 tokens) in a step" in printed
+    line = (
+        "stage      short: steps 2 (of the stage), sequence length 32 (of the stage), learning rate 0.01 (of the "
+        "stage), lr scheduler type cosine_with_min_lr (of the stage)"
+    )
+    assert line in printed
+
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({"gradient_accumulation_steps": 1, "warmup_steps": 0}))
+    steps, rate, options, printed = run(
+        "user", learning_rate=0.0003, max_steps=1, config=recipe, stage=None if not several else "short"
+    )  # the rate is the default of the option, said all the same
+    assert (steps, rate) == (1, 0.0003)
+    for part in (
+        "steps 1 (command line; the stage says 2)",
+        "learning rate 0.0003 (command line; the stage says 0.01)",
+        "warmup steps 0 (recipe; the stage says 1)",
+        "gradient accumulation steps 1 (recipe; the stage says 2)",
+        "per device train batch size 3 (of the stage)",
+    ):
+        assert part in printed
+    assert "3 rows (96 tokens) in a step" in printed
+
+
+def test_epochs_are_in_place_of_a_stages_steps(tokenizer_folder, tmp_path, capsys):
+    chain_documents(20).to_json(tmp_path / "few.jsonl")
+    stage = {"name": "one", "steps": 99, "sequence_length": 64, "learning_rate": 0.01}
+    path = tmp_path / "mixture.yaml"
+    path.write_text(yaml.safe_dump({"stages": [{**stage, "sources": [{"path": str(tmp_path / "few.jsonl")}]}]}))
+    argv = arguments(tokenizer_folder, tmp_path / "run", mixture=path, num_train_epochs=1, **UNSAID)
+    assert pretrain.main(argv) == 0
+    assert "num train epochs 1 (command line; the stage says 99)" in capsys.readouterr().out
+
+
+def test_a_stage_in_launched_processes(tokenizer_folder, documents, tmp_path):
+    """Launched by us, a process for each stage."""
+    mixture = make_mixture(tmp_path, documents, second={"sequence_length": 48})
+    options = {**UNSAID, "num_processes": 1, "learning_rate": 0.002}
+    argv = arguments(tokenizer_folder, tmp_path / "run", mixture=mixture, **options)
+    done = subprocess.run(**command(argv), capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    for part in (
+        "stage      general: steps 3 (of the stage), sequence length 32 (of the stage), learning rate 0.002 (command "
+        "line; the stage says 0.001)",
+        "stage      long: steps 3 (of the stage), sequence length 48 (of the stage), learning rate 0.002 (command",
+        "run/01-general, ",
+    ):
+        assert part in done.stdout
+
+
+def test_a_fault_in_a_step_keeps_its_trace(tokenizer_folder, documents, tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr("moe_backbone.pretraining.PretrainingTrainer.training_step", fail)
+    mixture = make_mixture(tmp_path, documents)
+    for changes in ({"dataset_name": documents}, {"mixture": mixture}, {"mixture": mixture, "stage": "general"}):
+        with pytest.raises(OSError, match="the disk is full"):
+            pretrain.main(arguments(tokenizer_folder, tmp_path / "run", **changes))
+
+
+def test_a_tokenizer_without_a_padding_token(tokenizer_folder, documents, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    argv = arguments(str(tmp_path / "tokenizer"), tmp_path / "run", dataset_name=documents)
+    assert pretrain.main(argv) == 0
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run")
+    assert model.config.pad_token_id is None and model.model.embed_tokens.padding_idx is None
+    assert AutoTokenizer.from_pretrained(tmp_path / "run").pad_token is None
+
+
+def test_overrides_of_the_configuration():
+    text = 'rope_parameters={"rope_type": "yarn", "factor": 4, "x": [1, 2]}, num_experts=8,tie_word_embeddings=False,'
+    assert parse_overrides(text) == {
+        "rope_parameters": {"rope_type": "yarn", "factor": 4, "x": [1, 2]},
+        "num_experts": 8,
+        "tie_word_embeddings": False,
+    }
+    assert parse_overrides("hidden_act=silu,rope_parameters=null,rms_norm_eps=1e-5") == {
+        "hidden_act": "silu", "rope_parameters": None, "rms_norm_eps": 1e-5
+    }  # fmt: skip
+    assert parse_overrides(None) == parse_overrides(" , ") == {}
+
+
+def test_the_documents_that_are_taken_are_drawn_by_the_seed(tmp_path, tokenizer):
+    Dataset.from_dict({"input_ids": [[number, 9, 9] for number in range(60)]}).to_json(tmp_path / "a.jsonl")
+    parser = pretrain.make_parser()
+
+    def first_tokens(seed):
+        argv = arguments("-", tmp_path / "run", dataset_name=tmp_path / "a.jsonl", max_train_rows=8, seed=seed)
+        data, args, _ = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+        train, _, _ = find_sources(data)
+        rows = load_rows(train, None, tokenizer, preset("compass-tiny"), args, streaming=False)
+        return sorted(token for row in rows for token in row["input_ids"] if token != 9)
+
+    assert len(first_tokens(0)) == 8
+    assert first_tokens(0) != first_tokens(1) and first_tokens(0) != list(range(8))
+
+
+def test_a_revision_of_a_checkpoint_on_the_hub(tokenizer_folder, documents, tmp_path):
+    """From a cache of two revisions, of one and of two layers."""
+    cache = tmp_path / "hub/models--we--ours"
+    for revision, layers in (("main", 1), ("v2", 2)):
+        commit = str(layers) * 40
+        (cache / "refs").mkdir(parents=True, exist_ok=True)
+        (cache / "refs" / revision).write_text(commit)
+        folder = cache / "snapshots" / commit
+        AutoTokenizer.from_pretrained(tokenizer_folder).save_pretrained(folder)
+        tiny_compass_of(layers).save_pretrained(folder)
+    argv = arguments(
+        tokenizer_folder, tmp_path / "run", preset=None, tokenizer_name_or_path=None, max_steps=1,
+        model_name_or_path="we/ours", model_revision="v2", dataset_name=documents,
+    )  # fmt: skip
+    started = command(argv)
+    started["env"] |= {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(**started, capture_output=True, text=True, check=False, timeout=180)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "run/config.json").read_text())["num_hidden_layers"] == 2
 
 
 def test_a_killed_run_goes_on_from_its_last_whole_checkpoint(tokenizer_folder, documents, tmp_path):
@@ -206,10 +362,71 @@ def test_two_processes_learn_what_one_learns(tokenizer_folder, documents, tmp_pa
         ({"resume_from_checkpoint": True}, "there is no checkpoint in `output_dir="),
         ({"sequence_length": 1}, "`sequence_length` must be at least 2"),
         ({"dataset_name": "otpo/demo-corpus", "dataset_config": "many"}, "number of documents to generate"),
+        ({"dataset_name": "otpo/demo"}, "Source otpo/demo (split train) can't be read: it holds no documents."),
+        (
+            {"dataset_name": "otpo/demo-corpus", "dataset_train_split": "all"},
+            "has the split(s) ['test', 'train']. Set",
+        ),
+        ({"do_eval": True}, "`dataset_test_split`: Source "),
+        ({"do_eval": True}, "Should be one of ['train']. Set `dataset_test_split`, name a held-out file"),
+        ({"eval_strategy": "steps"}, "`dataset_test_split`: Source "),
+        ({"dataset_train_split": "validation"}, "`dataset_train_split`: Source "),
+        ({"dataset_config": "en"}, "a file has no configurations, and `config` is 'en'"),
+        ({"text_column": "body"}, "has no column 'body'; it has ['input_ids']"),
+        ({"stage": "general"}, "`stage=general` names a stage of a mixture. Set `mixture`"),
+        ({"use_peft": True}, "Unknown option among ['--use_peft', 'True']"),
+        ({"load_in_4bit": True}, "Unknown option among ['--load_in_4bit', 'True']"),
+        ({"lora_r": 4}, "Unknown option among ['--lora_r', '4']"),
+        ({"model_name_or_path": "somewhere"}, "Both `preset=compass-tiny` and `model_name_or_path=somewhere` name"),
+        ({"tokenizer_name_or_path": "no/where"}, "`tokenizer_name_or_path=no/where`: there is no tokenizer to read"),
+        ({"model_revision": "v2"}, "`model_revision=v2` goes with `model_name_or_path`"),
+        ({"dtype": "auto"}, "`dtype=auto` is the type of a checkpoint's weights"),
+        ({"config_overrides": "num_experts=many"}, "'num_experts' expected int, got str (value: 'many')"),
+        (
+            {"config_overrides": "num_expert=3"},
+            "is no `name=value` of an option of CompassConfig. Did you mean `num_e",
+        ),
+        ({"config_overrides": "hidden_act=nope"}, "`hidden_act` must be one of gelu"),
+        ({"config_overrides": 'rope_parameters={"rope_type":"yarn"}'}, "Missing required keys in `rope_parameters`"),
+        ({"config_overrides": 'rope_parameters={"rope_type":'}, "the value of `rope_parameters` is not JSON"),
+        ({"config_overrides": "router_aux_loss_coef=NaN"}, "`router_aux_loss_coef` must be a finite number, got nan"),
+        ({"config_overrides": "num_experts=8,num_experts=4"}, "sets `num_experts` twice"),
+        ({"remove_unused_columns": True}, "`remove_unused_columns` must stay false"),
+        ({"label_smoothing_factor": 0.1}, "`label_smoothing_factor=0.1`"),
     ],
 )
 def test_refusals(tokenizer_folder, documents, tmp_path, capsys, changes, message):
     assert message in refusal(capsys, arguments(tokenizer_folder, tmp_path, **{"dataset_name": documents, **changes}))
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "field"),
+    [
+        ("dataset_config", "en", "config"),
+        ("dataset_train_split", "train", "split"),
+        ("dataset_test_split", "validation", "split"),
+        ("text_column", "body", "text_column"),
+        ("max_train_rows", 3, "max_documents"),
+        ("max_eval_rows", 3, "max_documents"),
+    ],
+)
+def test_options_of_a_dataset_beside_a_mixture(tokenizer_folder, documents, tmp_path, capsys, option, value, field):
+    argv = arguments(tokenizer_folder, tmp_path, mixture=make_mixture(tmp_path, documents), **{option: value})
+    message = f"`{option}={value}` goes with `dataset_name`. Of a mixture set `{field}` of its sources."
+    assert message in refusal(capsys, argv)
+
+
+@pytest.mark.parametrize("stage", [None, "long"])
+def test_a_mixture_that_can_not_be(tokenizer_folder, tmp_path, capsys, stage):
+    path = tmp_path / "mixture.yaml"
+    path.write_text("stages: [{name: long, steps: 1, sequence_length: 8, learning_rate: 1, sources: a.jsonl}]")
+    message = refusal(capsys, arguments(tokenizer_folder, tmp_path, mixture=path, stage=stage))
+    assert f"`mixture={path}`: `stages[0].sources` must be a list, got 'a.jsonl'" in message
+
+
+def test_a_checkpoint_of_another_kind(tokenizer_folder, documents, model_folder, tmp_path, capsys):
+    argv = arguments(tokenizer_folder, tmp_path, preset=None, model_name_or_path=model_folder, dataset_name=documents)
+    assert "its `model_type` is 'qwen3'; `otpo pretrain` trains 'compass' alone" in refusal(capsys, argv)
 
 
 def test_a_dataset_beside_a_mixture(tokenizer_folder, documents, tmp_path, capsys):
