@@ -49,7 +49,9 @@ class CompassConfig(PreTrainedConfig):
     """
 
     model_type = "compass"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = [
+        "past_key_values", "router_logits", "aux_loss", "z_loss", "lm_loss", "mtp_loss", "expert_load",
+    ]  # fmt: skip
     attribute_map = {"num_local_experts": "num_experts"}
     auto_map = {}  # TRL reads it of classes that are not in transformers
     base_model_tp_plan = Qwen3MoeConfig.base_model_tp_plan

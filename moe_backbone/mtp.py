@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import MtpCache
 from transformers.generation.candidate_generator import MTPCandidateGenerator
+from transformers.initialization import no_init_weights
 from transformers.modeling_layers import MtpModel
 
 IGNORED = -100
@@ -50,18 +51,20 @@ class LiveMtpModel(MtpModel):
     """transformers' drafting loop over the MTP layers that the model holds, in place of layers read from its files."""
 
     def __init__(self, main_model: PreTrainedModel):
-        PreTrainedModel.__init__(self, main_model.config.get_mtp_config())
         decoder: Any = main_model.get_decoder()
+        with no_init_weights():  # of the embeddings and the head, which are the model's
+            super().__init__(main_model, num_mtp_layers=0)  # makes no layers of its own
         self.layers = nn.ModuleList(decoder.mtp_layers)
         self.num_mtp_layers = len(self.layers)
-        self.use_post_norm = True
-        self.use_shared_post_norm = False
-        self.has_per_layer_rope = False
-        self.tie_with_main_model(main_model)
 
 
 class LiveMtpCandidateGenerator(MTPCandidateGenerator):
-    """Drafts tokens with the model's own MTP layers, so that unsaved and adapted models can draft too."""
+    """Drafts tokens with the model's own MTP layers, so that unsaved and adapted models can draft too.
+
+    The parent's `__init__` reads layers from the checkpoint's files; what else it sets is set here, as a test proves.
+    """
+
+    model_kwargs_overrides = {"output_hidden_states": -1}  # noqa: RUF012 - as in the parent; the last state alone
 
     def __init__(
         self,
