@@ -16,7 +16,7 @@ from compass_helpers import (
     token_ids,
 )
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -28,6 +28,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRotaryEmbedding
+from transformers.trainer_utils import load_sharded_checkpoint
 
 from moe_backbone import (
     CompassConfig,
@@ -177,6 +178,65 @@ def test_a_file_goes_straight_into_a_model(tmp_path):
     assert_same_state(other, model)
     other.load_state_dict(compass_model(seed=2, **FULL).state_dict())  # and the layout in memory still works
     assert_same_state(other, compass_model(seed=2, **FULL))
+
+
+def split(folder, kind):
+    """Writes the one file of a checkpoint as several, split in the middle of experts, keys in a random order."""
+    stored = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    order = torch.randperm(len(stored), generator=torch.Generator().manual_seed(1)).tolist()
+    names = [sorted(stored)[place] for place in order]
+    if kind == "one key a file":
+        files = [[name] for name in names]
+    elif kind == "a matrix a file":
+        matrices = ("gate_proj", "up_proj", "down_proj")
+        files = [[name for name in names if matrix in name] for matrix in matrices]
+        files.append([name for name in names if not any(matrix in name for matrix in matrices)])
+    else:
+        files = [names[start : start + 7] for start in range(0, len(names), 7)]
+    weight_map = {}
+    for number, part in enumerate(files):
+        save_file({name: stored[name] for name in part}, folder / f"part-{number}.safetensors", {"format": "pt"})
+        weight_map |= dict.fromkeys(part, f"part-{number}.safetensors")
+    index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize("kind", ["one key a file", "a matrix a file", "seven keys a file", "20KB"])
+def test_experts_split_over_files(tmp_path, kind):
+    model = compass_model(**FULL).eval()
+    model.save_pretrained(tmp_path, **({"max_shard_size": kind} if kind == "20KB" else {}))
+    if kind != "20KB":
+        split(tmp_path, kind)
+    assert_same_state(CompassForCausalLM.from_pretrained(tmp_path), model)
+    resumed = compass_model(seed=1, **FULL)
+    load_sharded_checkpoint(resumed, tmp_path, strict=False)  # as the Trainer does
+    assert_same_state(resumed, model)
+    with torch.device("meta"):
+        empty = CompassForCausalLM(model.config)
+    for file in sorted(tmp_path.glob("*.safetensors")):
+        empty.load_state_dict(load_file(file), strict=False, assign=True)
+    assert_same_state(empty, model)
+
+
+def test_a_part_of_the_experts_is_loaded_and_the_rest_is_missed():
+    model, other = compass_model(num_hidden_layers=1), compass_model(seed=1, num_hidden_layers=1)
+    experts, before = other.model.layers[0].mlp.experts, other.state_dict()
+    before = {name: value.clone() for name, value in before.items()}
+    key, source = "model.layers.0.mlp.experts.{}.{}.weight", model.model.layers[0].mlp.experts
+    part = {key.format(3, "up_proj"): source.gate_up_proj[3, 24:], key.format(5, "up_proj"): torch.ones(24, 32)}
+    missing, unexpected = other.load_state_dict(part, strict=False)
+    assert unexpected == [key.format(5, "up_proj")]  # there are five experts
+    assert {name for name in missing if "experts" in name} == {
+        "model.layers.0.mlp.experts.down_proj",
+        *(key.format(expert, "gate_proj") for expert in range(5)),
+        *(key.format(expert, "up_proj") for expert in (0, 1, 2, 4)),
+    }
+    assert torch.equal(experts.gate_up_proj[3, 24:], source.gate_up_proj[3, 24:])
+    experts.gate_up_proj.data[3, 24:] = before["model.layers.0.mlp.experts.gate_up_proj"][3, 24:]
+    assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
+    with pytest.raises(RuntimeError, match=r"size mismatch for model.layers.0.mlp.experts.0.down_proj.weight"):
+        other.load_state_dict({key.format(0, "down_proj"): torch.ones(2, 2)}, strict=False)
 
 
 def test_the_auto_classes_know_the_models(tmp_path):
