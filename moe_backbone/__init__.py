@@ -13,7 +13,6 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
 )
-from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
 from .configuration_compass import CompassConfig as CompassConfig
 from .experts import memcpy_experts_forward as memcpy_experts_forward
@@ -24,6 +23,7 @@ from .modeling_compass import CompassForTokenClassification as CompassForTokenCl
 from .modeling_compass import CompassModel as CompassModel
 from .presets import PRESETS as PRESETS
 from .presets import preset as preset
+from .saved_code import save_code as save_code
 
 AutoConfig.register(CompassConfig.model_type, CompassConfig, exist_ok=True)
 AutoModel.register(CompassConfig, CompassModel, exist_ok=True)
@@ -31,6 +31,3 @@ AutoModelForCausalLM.register(CompassConfig, CompassForCausalLM, exist_ok=True)
 AutoModelForSequenceClassification.register(CompassConfig, CompassForSequenceClassification, exist_ok=True)
 AutoModelForTokenClassification.register(CompassConfig, CompassForTokenClassification, exist_ok=True)
 AutoModelForQuestionAnswering.register(CompassConfig, CompassForQuestionAnswering, exist_ok=True)
-register_checkpoint_conversion_mapping(
-    CompassConfig.model_type, get_checkpoint_conversion_mapping("qwen2_moe") or [], overwrite=True
-)

@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import AutoModel, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
@@ -36,6 +37,10 @@ from .mtp import IGNORED, LiveMtpCandidateGenerator, mtp_labels, shift_left
 from .outputs import CompassCausalLMOutput, CompassModelOutput, CompassMtpOutput
 from .router import CompassRouter, expert_load, load_balancing_loss, router_z_loss
 
+# Files have a key for each expert. The code that is saved with a checkpoint needs this too, so it stands here.
+register_checkpoint_conversion_mapping(
+    CompassConfig.model_type, get_checkpoint_conversion_mapping("qwen2_moe") or [], overwrite=True
+)
 _MTP_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.eh_proj\.")
 
 
@@ -453,6 +458,8 @@ class _WithoutLanguageModel:
     """What the models with another head share: MTP layers, which only a language model runs, stand still in them."""
 
     def __init__(self, config: CompassConfig):
+        # The decoder is made by `AutoModel`. Saved code has a class of configurations that nobody has registered.
+        AutoModel.register(type(config), CompassModel, exist_ok=True)
         super().__init__(config)  # pyright: ignore[reportCallIssue] - of the class that stands behind it
         self.freeze_idle_layers()  # pyright: ignore[reportAttributeAccessIssue]
 
