@@ -18,6 +18,7 @@ from trl import ModelConfig, TrlParser
 
 from .engine import cpu_request, requested_engines, require_accelerator, require_deepspeed, require_engine
 from .launch import check_options, is_launched, launch, module_of
+from .model_card import WritesCard
 from .options import Given, changed_options, read_command_line
 from .report import make_report, write_report
 
@@ -160,6 +161,11 @@ def _prepare(command: TrainingCommand, parser: TrlParser, given: Given) -> tuple
     from . import compass  # noqa: F401 - makes its models known to the Auto classes
 
     values, arguments = given.values, given.arguments
+    if values["save_code"] and values["use_peft"]:
+        raise ValueError(
+            "`save_code=true` with `use_peft`: an adapter is saved without its model, and so without code. Leave "
+            "`save_code` out, and save the model with it."
+        )
     engines = requested_engines(values["deepspeed"], values["fsdp"], os.environ)
     if values["expert_parallel_size"] != 1:
         from .expert_parallel import prepare
@@ -198,7 +204,12 @@ def _finish(
 ) -> None:
     run_options, args = parsed[:2]
     trainer.save_model(args.output_dir)
-    _say(trainer, f"{'saved':<10} model and tokenizer in {args.output_dir}")
+    if isinstance(trainer, WritesCard):
+        trainer.create_model_card()
+    _say(
+        trainer,
+        f"{'saved':<10} model{', its code' if run_options.save_code else ''} and tokenizer in {args.output_dir}",
+    )
     if run_options.report is not None and trainer.is_world_process_zero():
         report = make_report(trainer, changed, time.monotonic() - begin, command.extra_report(trainer))
         write_report(run_options.report, report)

@@ -11,7 +11,9 @@ from transformers import AutoConfig
 
 from moe_backbone.expert_parallel import check_expert_parallel, expert_parallel_config
 from moe_backbone.expert_parallel_trainer import with_expert_parallelism
+from moe_backbone.saved_code import with_saved_code
 
+from .compass import require_own_code
 from .engine import requested_engines
 from .options import EXPERT_PARALLEL_BACKENDS, RunArguments
 
@@ -62,7 +64,7 @@ def prepare(values: Mapping[str, Any], environ: MutableMapping[str, str]) -> lis
 
 
 def trainer_class(plain: type, options: RunArguments, config: Any) -> Any:
-    """The class to make the trainer of: `plain`, or with experts spread by DeepSpeed a subclass of it.
+    """The class to make the trainer of: `plain`, or a subclass where experts are spread by DeepSpeed or code is saved.
 
     Args:
         plain: Of the command.
@@ -70,9 +72,12 @@ def trainer_class(plain: type, options: RunArguments, config: Any) -> Any:
         config: The model's configuration.
 
     Raises:
-        ValueError: The experts cannot be spread so; the message says what to set.
+        ValueError: The experts cannot be spread so, or the model has no code of ours; the message says what to set.
     """
     size = options.expert_parallel_size
+    if options.save_code:
+        require_own_code(config)
+        plain = with_saved_code(plain)
     if size == 1:
         return plain
     experts = getattr(config, "num_experts", None) or config.num_local_experts

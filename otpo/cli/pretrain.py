@@ -24,6 +24,7 @@ from .command import REFUSALS, TrainingCommand, refuse, require_model, run
 from .engine import count_rows, describe_run, rows_in_step
 from .expert_parallel import model_options, trainer_class
 from .loading import DEMO_CORPUS, RowArguments
+from .model_card import Origin, with_model_card
 from .options import RunArguments, make_grouped_parser, read_command_line
 from .stages import plan_stages
 
@@ -105,6 +106,9 @@ def make_trainer(data: PretrainArguments, args: PretrainingConfig, model: ModelC
     compass = make_model(data, args, model, tokenizer, stage)
     config = compass.config
     of_class = trainer_class(PretrainingTrainer, data, config)
+    sources = tuple(dict.fromkeys(source.path for source in stage.sources))
+    parent = model.model_name_or_path
+    of_class = with_model_card(of_class, Origin("otpo pretrain", parent, data.preset, sources, True, data.save_code))
     train = _rows(stage.sources, tokenizer, config, args, streaming=mixture.streaming)
     test = None
     if args.do_eval or args.eval_strategy != "no":

@@ -29,6 +29,7 @@ from otpo.data.instructions import check_instructions, instruction_form, is_conv
 from .command import TrainingCommand, require_model, run, with_model_options
 from .engine import count_rows, describe_run, rows_in_step
 from .loading import RowArguments, load_rows
+from .model_card import Origin, with_model_card
 from .options import RunArguments, make_grouped_parser
 
 logger = logging.get_logger(__name__)
@@ -76,6 +77,8 @@ def make_parser() -> TrlParser:
 
 def make_trainer(data: SftArguments, args: SFTConfig, model: ModelConfig, mixture: DatasetMixtureConfig) -> SFTTrainer:
     """Loads the instructions and the model."""
+    from moe_backbone import CompassConfig
+
     from .compass import freeze_adapters_of_mtp, mtp_options
     from .expert_parallel import model_options, trainer_class
 
@@ -103,6 +106,9 @@ def make_trainer(data: SftArguments, args: SFTConfig, model: ModelConfig, mixtur
         require_template(processor, template, args.assistant_only_loss)
     config = AutoConfig.from_pretrained(name, revision=model.model_revision, trust_remote_code=args.trust_remote_code)
     of_class = trainer_class(SFTTrainer, data, config)
+    sources = tuple(source.path for source in mixture.datasets) or (data.dataset_name or "",)
+    compass = isinstance(config, CompassConfig)
+    of_class = with_model_card(of_class, Origin("otpo sft", name, None, sources, compass, data.save_code))
     args.model_init_kwargs = {
         **model_options(data),
         **mtp_options(config),
