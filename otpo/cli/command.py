@@ -185,6 +185,10 @@ def _prepare(command: TrainingCommand, parser: TrlParser, given: Given) -> tuple
             name for name, buffer in trainer.model.named_buffers() if buffer.dtype == torch.bool
         ]
     require_engine(engines, trainer.accelerator.distributed_type.value, trainer.accelerator.num_processes)
+    if checkpoint is not None:
+        from .expert_parallel import check_checkpoint
+
+        check_checkpoint(checkpoint, trainer)
     return tuple(parsed), trainer, checkpoint
 
 

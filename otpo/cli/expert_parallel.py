@@ -10,7 +10,8 @@ from typing import Any
 from transformers import AutoConfig
 
 from moe_backbone.expert_parallel import check_expert_parallel, expert_parallel_config
-from moe_backbone.expert_parallel_trainer import with_expert_parallelism
+from moe_backbone.expert_parallel_resume import read_layout
+from moe_backbone.expert_parallel_trainer import ExpertParallelMixin, with_expert_parallelism
 from moe_backbone.saved_code import with_saved_code
 
 from .compass import require_own_code
@@ -83,6 +84,32 @@ def trainer_class(plain: type, options: RunArguments, config: Any) -> Any:
     experts = getattr(config, "num_experts", None) or config.num_local_experts
     check_expert_parallel(size, experts, int(os.environ["WORLD_SIZE"]))
     return with_expert_parallelism(plain, size) if options.expert_parallel_backend == "deepspeed" else plain
+
+
+def check_checkpoint(checkpoint: str, trainer: Any) -> None:
+    """Raises a `ValueError` where a trainer would resume the weights of a checkpoint without the optimizer's states.
+
+    Args:
+        checkpoint: A folder of transformers' Trainer.
+        trainer: Of this run, before it trains.
+    """
+    if isinstance(trainer, ExpertParallelMixin):
+        return trainer.check_checkpoint(checkpoint)
+    start = f"start from its weights: `model_name_or_path={checkpoint}` without `resume_from_checkpoint`."
+    spread = read_layout(Path(checkpoint))
+    if spread is not None:
+        raise ValueError(
+            f"`resume_from_checkpoint={checkpoint}` has the optimizer's states of experts spread over "
+            f"{spread.ep_size} process(es), which this run, whose experts DeepSpeed does not spread, can't load. Set "
+            f"`expert_parallel_size` as it was or to another size above 1, or {start}"
+        )
+    by_deepspeed = (Path(checkpoint) / "latest").is_file()
+    if by_deepspeed != trainer.is_deepspeed_enabled:
+        has, runs = ("the", "without") if by_deepspeed else ("no", "under")
+        raise ValueError(
+            f"`resume_from_checkpoint={checkpoint}` has {has} optimizer's states of DeepSpeed, and this run is {runs} "
+            f"it. Run as the checkpoint was saved, or {start}"
+        )
 
 
 def model_options(options: RunArguments) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Experts spread over processes: two of them, over gloo, against one with the whole model."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -258,6 +259,46 @@ def test_checkpoints_that_cannot_be_resumed_exactly(tmp_path):
     (tmp_path / LAYOUT_FILE).write_text(json.dumps(Layout(2, 2, 2)._asdict()))
     with pytest.raises(ValueError, match="another `ep_size` or `world_size` can, another ZeRO stage can't"):
         fit_checkpoint(tmp_path, Layout(2, 2, 3), {})
+    with pytest.raises(
+        ValueError, match=r"frozen experts.*with `expert_parallel_size=2` on 2 process\(es\), or start"
+    ):
+        fit_checkpoint(tmp_path, Layout(1, 2, 2), {}, frozen=True)
+    assert fit_checkpoint(tmp_path, Layout(2, 2, 2), {}, frozen=True) is False
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        (
+            LAYOUT_FILE,
+            "experts spread over 2 process.*Set `expert_parallel_size` as it was.*`model_name_or_path=.*ckpt`",
+        ),
+        (
+            "latest",
+            "has the optimizer's states of DeepSpeed, and this run is without it. Run as the checkpoint was saved",
+        ),
+    ],
+)
+def test_states_of_the_optimizer_are_not_lost_quietly(
+    capsys, compass_folder, pairs_file, tmp_path, own_process, file, message
+):
+    (tmp_path / "ckpt").mkdir()
+    (tmp_path / "ckpt" / file).write_text(json.dumps(Layout(2, 2, 2)._asdict()))
+    argv = arguments(compass_folder, pairs_file, tmp_path, resume_from_checkpoint=tmp_path / "ckpt")
+    assert re.search(message, refusal(align.main, capsys, argv))
+
+
+def test_frozen_experts_resume_in_their_own_layout_alone(compass_folder, pairs_file, tmp_path):
+    """One line from the command, before anything is trained."""
+    (tmp_path / "ckpt").mkdir()
+    (tmp_path / "ckpt" / LAYOUT_FILE).write_text(json.dumps(Layout(2, 4, 2)._asdict()))
+    changes = {"resume_from_checkpoint": tmp_path / "ckpt", "expert_parallel_size": 2}
+    done = python(
+        *launched("otpo.cli.align", *arguments(compass_folder, pairs_file, tmp_path, **changes)), **ENVIRONMENT
+    )
+    assert done.returncode
+    message = [line for line in done.stderr.splitlines() if "error: `resume" in line]
+    assert len(message) == 1 and "Resume it with `expert_parallel_size=2` on 4 process(es)" in message[0]
 
 
 def options(**changes):
