@@ -66,9 +66,10 @@ def models(tmp_path_factory):
     compass_model(num_experts=4, num_mtp_layers=1, num_shared_experts=1, router_aux_loss_coef=0.1).save_pretrained(
         folder / "compass"
     )
+    compass_model(num_experts=4, num_mtp_layers=1, mtp_detach_head=True).save_pretrained(folder / "compass_detached")
     Qwen3MoeForCausalLM(qwen).save_pretrained(folder / "qwen3_moe")
     MixtralForCausalLM(mixtral).save_pretrained(folder / "mixtral")
-    return {name: str(folder / name) for name in ("compass", "qwen3_moe", "mixtral")}
+    return {name: str(folder / name) for name in ("compass", "compass_detached", "qwen3_moe", "mixtral")}
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +109,8 @@ def test_the_layer_is_the_whole_experts(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "stage"), [("compass", 1), ("compass", 2), ("compass", 3), ("qwen3_moe", 2), ("mixtral", 3)]
+    ("name", "stage"),
+    [("compass", 1), ("compass", 2), ("compass", 3), ("compass_detached", 3), ("qwen3_moe", 2), ("mixtral", 3)],
 )
 def test_five_steps_are_those_of_the_whole_model(models, tmp_path, name, stage):
     errors = result("engine", tmp_path, model=models[name], stage=stage)
@@ -154,6 +156,16 @@ def test_a_checkpoint_resumes_in_this_and_another_size(run, models, tmp_path, al
     found = result("train", tmp_path, model=models["compass"], ep_size=ep_size, resume=str(folder))
     assert by_step(found) == pytest.approx(alone, abs=CLOSE)
     assert_saved(tmp_path, found)
+
+
+@pytest.mark.parametrize("detach", [False, True])
+def test_tensor_parallelism_of_transformers(tmp_path, detach):
+    """With MTP layers, whose head is split like the model's."""
+    sizes = {"vocab_size": 64, "num_experts": 4, "num_mtp_layers": 1, "num_shared_experts": 1}
+    compass_model(**sizes).save_pretrained(tmp_path / "model")
+    errors = result("tensor_parallel", tmp_path, model=str(tmp_path / "model"), mtp_detach_head=detach)
+    assert "gradient of model.layers.2.eh_proj.weight" in errors and errors["expert_load"] == 0
+    assert max(errors.values()) < 1e-4, max(errors, key=errors.__getitem__)
 
 
 def test_a_run_killed_while_saving_goes_on_from_the_last_good_checkpoint(models, tmp_path, alone):
