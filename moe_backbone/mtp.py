@@ -8,6 +8,8 @@ which transformers follows; Compass-v3 publishes that its layers share embedding
 from typing import Any
 
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import MtpCache
@@ -15,6 +17,8 @@ from transformers.generation.candidate_generator import MTPCandidateGenerator
 from transformers.initialization import no_init_weights
 from transformers.modeling_layers import MtpModel
 
+# How a model is asked for its last state alone; asked the other way, it returns all or none.
+_COUNTS_FROM_THE_END = Version(transformers.__version__) >= Version("5.23")
 IGNORED = -100
 """Label of a token that no loss is computed on, as in transformers."""
 
@@ -64,8 +68,6 @@ class LiveMtpCandidateGenerator(MTPCandidateGenerator):
     The parent's `__init__` reads layers from the checkpoint's files; what else it sets is set here, as a test proves.
     """
 
-    model_kwargs_overrides = {"output_hidden_states": -1}  # noqa: RUF012 - as in the parent; the last state alone
-
     def __init__(
         self,
         main_model: PreTrainedModel,
@@ -73,12 +75,15 @@ class LiveMtpCandidateGenerator(MTPCandidateGenerator):
         model_kwargs: dict[str, Any],
         logits_processor: Any = None,
     ):
-        self.num_mtp_layers = main_model.config.num_mtp_layers
+        config: Any = main_model.config
+        self.num_mtp_layers = config.num_mtp_layers
         if not self.num_mtp_layers:
             raise ValueError("`use_mtp=True`, but the model has no MTP layers (`num_mtp_layers=0`). Leave it out.")
+        last = -1 if _COUNTS_FROM_THE_END else [config.num_hidden_layers - 1]
+        self.model_kwargs_overrides = {"output_hidden_states": last}
         self.mtp_model = LiveMtpModel(main_model).eval()
         self.device = next(self.mtp_model.layers.parameters()).device
-        self.mtp_cache = MtpCache(config=main_model.config.get_mtp_config())
+        self.mtp_cache = MtpCache(config=config.get_mtp_config())
         self.mtp_cache.activate_past_recording()
         self.do_sample = generation_config.do_sample
         self.logits_processor = logits_processor
