@@ -114,7 +114,7 @@ class CompassPreTrainedModel(PreTrainedModel):
         super().__init__(config, *args, **kwargs)
         # Others look for what is listed here and fail where there is none of it.
         if config.num_mtp_layers:
-            self._no_split_modules = [*type(self)._no_split_modules, "CompassMtpLayer"]
+            self._no_split_modules = ["CompassDecoderLayer", "CompassMtpLayer"]
         if config.router_bias_update_speed:
             self._keep_in_fp32_modules_strict = ["e_score_correction_bias"]
 

@@ -208,7 +208,7 @@ def _finish(
 ) -> None:
     run_options, args = parsed[:2]
     trainer.save_model(args.output_dir)
-    if isinstance(trainer, WritesCard):
+    if issubclass(type(trainer), WritesCard):
         trainer.create_model_card()
     _say(
         trainer,

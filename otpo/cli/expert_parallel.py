@@ -75,15 +75,16 @@ def trainer_class(plain: type, options: RunArguments, config: Any) -> Any:
     Raises:
         ValueError: The experts cannot be spread so, or the model has no code of ours; the message says what to set.
     """
-    size = options.expert_parallel_size
+    size, of_class = options.expert_parallel_size, plain
+    if size != 1:
+        experts = getattr(config, "num_experts", None) or config.num_local_experts
+        check_expert_parallel(size, experts, int(os.environ["WORLD_SIZE"]))
+        if options.expert_parallel_backend == "deepspeed":
+            of_class = with_expert_parallelism(plain, size)
     if options.save_code:
         require_own_code(config)
-        plain = with_saved_code(plain)
-    if size == 1:
-        return plain
-    experts = getattr(config, "num_experts", None) or config.num_local_experts
-    check_expert_parallel(size, experts, int(os.environ["WORLD_SIZE"]))
-    return with_expert_parallelism(plain, size) if options.expert_parallel_backend == "deepspeed" else plain
+        of_class = with_saved_code(of_class)
+    return of_class
 
 
 def check_checkpoint(checkpoint: str, trainer: Any) -> None:

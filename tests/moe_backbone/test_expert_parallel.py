@@ -23,6 +23,7 @@ from transformers import (
 from moe_backbone.expert_parallel import check_expert_parallel, expert_parallel_config
 from moe_backbone.expert_parallel_resume import LAYOUT_FILE, Layout, fit_checkpoint
 from moe_backbone.expert_parallel_trainer import separate_experts
+from moe_backbone.saved_code import AUTO_MAP
 from otpo.cli import align, expert_parallel, pretrain
 from otpo.cli.command import find_checkpoint
 
@@ -202,12 +203,21 @@ def test_alignment_from_the_command_line(compass_folder, pairs_file, tmp_path, b
     for size in (1, 2):
         out = tmp_path / str(size)
         options = arguments(compass_folder, pairs_file, out, report=out / "report.json", expert_parallel_size=size)
-        options += ["--expert_parallel_backend", backend, "--ddp_find_unused_parameters", "true"]
+        options += [
+            "--expert_parallel_backend",
+            backend,
+            "--ddp_find_unused_parameters",
+            "true",
+            "--save_code",
+            "true",
+        ]
         done = python(*launched("otpo.cli.align", *options), **ENVIRONMENT)
         assert done.returncode == 0, done.stderr[-4000:]
         found[size] = json.loads((out / "report.json").read_text())["metrics"]["train"]
         assert ("parallel   2 of 4 in each process" in done.stdout) == (size == 2)
         AutoModelForCausalLM.from_pretrained(out)
+        assert (out / "modeling_compass.py").is_file()
+        assert json.loads((out / "config.json").read_text())["auto_map"] == AUTO_MAP
     for name in ("loss", "aux_loss", "rewards/margins"):
         assert found[2][name] == pytest.approx(found[1][name], rel=1e-3, abs=1e-5), name
 
