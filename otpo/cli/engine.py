@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
 ENGINES = ("DEEPSPEED", "FSDP")
 
@@ -173,8 +174,8 @@ def weight_bytes(model: torch.nn.Module) -> tuple[dict[str, int], dict[str, int]
 
 
 def _leaves(tensor: Any) -> list[Any]:
-    """The plain tensors that a tensor of torchao, or one of several devices, is made of."""
-    if not hasattr(tensor, "__tensor_flatten__"):
+    """The plain tensors that a tensor of torchao is made of; one that is divided among devices counts whole."""
+    if not hasattr(tensor, "__tensor_flatten__") or isinstance(tensor, DTensor):
         return [tensor]
     names, _ = tensor.__tensor_flatten__()
     return [leaf for name in names for leaf in _leaves(getattr(tensor, name))]
