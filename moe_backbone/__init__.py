@@ -1,25 +1,33 @@
 """The Compass Mixture-of-Experts backbone, native to transformers.
 
-Importing this package registers the models with `AutoConfig`, `AutoModel`, `AutoModelForCausalLM` and
-`AutoModelForSequenceClassification`, their checkpoint layout, which has a key for each expert, and for every MoE model
-of transformers `experts_implementation="memcpy"`.
+Importing this package registers the models with `AutoConfig`, `AutoModel`, `AutoModelForCausalLM` and the Auto classes
+of sequence classification, token classification and question answering, their checkpoint layout, which has a key for
+each expert, and for every MoE model of transformers `experts_implementation="memcpy"`.
 """
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
-from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 
 from .configuration_compass import CompassConfig as CompassConfig
 from .experts import memcpy_experts_forward as memcpy_experts_forward
 from .modeling_compass import CompassForCausalLM as CompassForCausalLM
+from .modeling_compass import CompassForQuestionAnswering as CompassForQuestionAnswering
 from .modeling_compass import CompassForSequenceClassification as CompassForSequenceClassification
+from .modeling_compass import CompassForTokenClassification as CompassForTokenClassification
 from .modeling_compass import CompassModel as CompassModel
 from .presets import PRESETS as PRESETS
 from .presets import preset as preset
+from .saved_code import save_code as save_code
 
 AutoConfig.register(CompassConfig.model_type, CompassConfig, exist_ok=True)
 AutoModel.register(CompassConfig, CompassModel, exist_ok=True)
 AutoModelForCausalLM.register(CompassConfig, CompassForCausalLM, exist_ok=True)
 AutoModelForSequenceClassification.register(CompassConfig, CompassForSequenceClassification, exist_ok=True)
-register_checkpoint_conversion_mapping(
-    CompassConfig.model_type, get_checkpoint_conversion_mapping("qwen2_moe") or [], overwrite=True
-)
+AutoModelForTokenClassification.register(CompassConfig, CompassForTokenClassification, exist_ok=True)
+AutoModelForQuestionAnswering.register(CompassConfig, CompassForQuestionAnswering, exist_ok=True)

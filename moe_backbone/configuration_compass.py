@@ -1,5 +1,7 @@
 """Configuration of the Compass models."""
 
+from typing import Any
+
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig, Qwen3MoeConfig
 from transformers.modeling_rope_utils import RopeParameters
@@ -49,9 +51,10 @@ class CompassConfig(PreTrainedConfig):
     """
 
     model_type = "compass"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = [
+        "past_key_values", "router_logits", "aux_loss", "z_loss", "lm_loss", "mtp_loss", "expert_load",
+    ]  # fmt: skip
     attribute_map = {"num_local_experts": "num_experts"}
-    auto_map = {}  # TRL reads it of classes that are not in transformers
     base_model_tp_plan = Qwen3MoeConfig.base_model_tp_plan
     base_model_ep_plan = Qwen3MoeConfig.base_model_ep_plan
     base_model_pp_plan = Qwen3MoeConfig.base_model_pp_plan
@@ -88,8 +91,12 @@ class CompassConfig(PreTrainedConfig):
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, auto_map: dict[str, str] | None = None, **kwargs):
         super().__post_init__(**kwargs)
+        # TRL reads it of classes that transformers lacks. To a class that did not come with the checkpoint it is of
+        # no use, and would be saved next without the code that it names.
+        with_code = type(self)._auto_class is not None
+        self.auto_map = {name: of for name, of in (auto_map or {}).items() if with_code or "--" in str(of)}
         self.check()
 
     @property
@@ -98,6 +105,13 @@ class CompassConfig(PreTrainedConfig):
         if self.mtp_loss_coef is None:
             return 0.1 if self.num_mtp_layers else 0.0
         return self.mtp_loss_coef
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in transformers, without an `auto_map` of nothing."""
+        options = super().to_dict()
+        if not options.get("auto_map"):
+            options.pop("auto_map", None)
+        return options
 
     def check(self) -> None:
         """Raises a `ValueError` for sizes that do not fit together."""

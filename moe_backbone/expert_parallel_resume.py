@@ -32,29 +32,29 @@ def write_layout(folder: Path, layout: Layout) -> None:
     (folder / LAYOUT_FILE).write_text(json.dumps(layout._asdict()) + "\n", encoding="utf-8")
 
 
-def fit_checkpoint(checkpoint: str | Path, layout: Layout, deepspeed_config: dict[str, Any]) -> bool:
-    """Makes a checkpoint loadable in this layout; all processes call it, before the engine is made.
+def read_layout(checkpoint: Path) -> Layout | None:
+    """How a checkpoint's run divided the model; None for a run that did not spread experts."""
+    path = checkpoint / LAYOUT_FILE
+    return Layout(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+
+
+def check_layout(checkpoint: str | Path, layout: Layout, frozen: bool) -> bool:
+    """Whether a checkpoint has to be converted before it loads in this layout.
 
     Args:
         checkpoint: A folder of the Trainer's.
         layout: Of this run.
-        deepspeed_config: Of this run; told to load the universal format where the checkpoint had to be converted.
-
-    Returns:
-        Whether the checkpoint was of another layout.
+        frozen: Whether some of the run's experts are frozen, as those of MTP layers in SFT and alignment.
 
     Raises:
         ValueError: The checkpoint does not say how it was made, or cannot be brought into this layout exactly.
-        RuntimeError: DeepSpeed could not convert it.
     """
-    checkpoint = Path(checkpoint)
-    path = checkpoint / LAYOUT_FILE
-    if not path.is_file():
+    saved = read_layout(Path(checkpoint))
+    if saved is None:
         raise ValueError(
             f"`resume_from_checkpoint={checkpoint}` has no {LAYOUT_FILE}: it was not saved by a run with expert "
             "parallelism. Start from its weights (`model_name_or_path`) in place of resuming it."
         )
-    saved = Layout(**json.loads(path.read_text(encoding="utf-8")))
     if saved == layout:
         return False
     if saved.zero_stage != layout.zero_stage:
@@ -63,6 +63,37 @@ def fit_checkpoint(checkpoint: str | Path, layout: Layout, deepspeed_config: dic
             "`ep_size` or `world_size` can, another ZeRO stage can't. Set the stage as it was, or start from its "
             "weights (`model_name_or_path`)."
         )
+    if frozen:
+        raise ValueError(
+            f"`resume_from_checkpoint={checkpoint}` was saved as {saved} and can't be resumed as {layout}: DeepSpeed "
+            "converts no checkpoint with frozen experts, those of MTP layers in SFT and alignment. Resume it "
+            f"with `expert_parallel_size={saved.ep_size}` on {saved.world_size} process(es), or start from its "
+            "weights (`model_name_or_path`)."
+        )
+    return True
+
+
+def fit_checkpoint(
+    checkpoint: str | Path, layout: Layout, deepspeed_config: dict[str, Any], frozen: bool = False
+) -> bool:
+    """Makes a checkpoint loadable in this layout; all processes call it, before the engine is made.
+
+    Args:
+        checkpoint: A folder of the Trainer's.
+        layout: Of this run.
+        deepspeed_config: Of this run; told to load the universal format where the checkpoint had to be converted.
+        frozen: See [`check_layout`].
+
+    Returns:
+        Whether the checkpoint was of another layout.
+
+    Raises:
+        ValueError: See [`check_layout`].
+        RuntimeError: DeepSpeed could not convert it.
+    """
+    checkpoint = Path(checkpoint)
+    if not check_layout(checkpoint, layout, frozen):
+        return False
     failure = [_convert(checkpoint) if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(failure, src=0)
     if failure[0]:

@@ -12,7 +12,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 from .expert_parallel import require_expert_parallelism
-from .expert_parallel_resume import Layout, fit_checkpoint, restore_steps, write_layout
+from .expert_parallel_resume import Layout, check_layout, fit_checkpoint, restore_steps, write_layout
 
 
 @cache
@@ -54,13 +54,21 @@ class ExpertParallelMixin:
             resume_from_checkpoint = get_last_checkpoint(trainer.args.output_dir)
         if resume_from_checkpoint:
             config = trainer.accelerator.state.deepspeed_plugin.deepspeed_config
-            self.converted = fit_checkpoint(str(resume_from_checkpoint), self._layout(), config)
+            frozen = self._has_frozen_experts()
+            self.converted = fit_checkpoint(str(resume_from_checkpoint), self._layout(), config, frozen)
         parent: Any = super()
         return parent.train(resume_from_checkpoint, *args, **kwargs)
 
+    def check_checkpoint(self, checkpoint: str | Path) -> None:
+        """Raises a `ValueError` where `train` could not resume a checkpoint with all that it holds."""
+        check_layout(checkpoint, self._layout(), self._has_frozen_experts())
+
+    def _has_frozen_experts(self) -> bool:
+        model = self.model  # pyright: ignore[reportAttributeAccessIssue]
+        return not all(parameter.requires_grad for parameter in _expert_parameters(model))
+
     def _check_frozen_experts(self, trainer: Any) -> None:
-        frozen = not all(parameter.requires_grad for parameter in _expert_parameters(trainer.model))
-        if frozen and self._layout().zero_stage == 3 and trainer.args.save_strategy != "no":
+        if self._has_frozen_experts() and self._layout().zero_stage == 3 and trainer.args.save_strategy != "no":
             raise ValueError(
                 "Some experts are frozen (those of MTP layers in SFT and alignment), which DeepSpeed can't save in "
                 "its checkpoints with ZeRO-3. Set the ZeRO stage to 2, or `save_strategy` to no."

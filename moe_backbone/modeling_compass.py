@@ -1,19 +1,27 @@
-"""The Compass models, in reading order: decoder layer, MTP layer, decoder, causal LM.
+"""The Compass models, in reading order: decoder layer, MTP layer, decoder, causal LM, other heads.
 
 Attention, norms and rotary positions are those of transformers' Qwen3-MoE, masks and caches transformers' own.
 Shapes: B rows, L tokens of a row, H hidden size.
 """
 
+import re
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedModel
+from torch.func import functional_call
+from transformers import AutoModel, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.masking_utils import create_causal_mask
-from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
+from transformers.modeling_layers import (
+    GenericForQuestionAnswering,
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+    GradientCheckpointingLayer,
+)
 from transformers.models.qwen3_moe.modeling_qwen3_moe import (
     Qwen3MoeAttention,
     Qwen3MoeRMSNorm,
@@ -28,6 +36,12 @@ from .moe_block import CompassExperts, CompassMoeBlock
 from .mtp import IGNORED, LiveMtpCandidateGenerator, mtp_labels, shift_left
 from .outputs import CompassCausalLMOutput, CompassModelOutput, CompassMtpOutput
 from .router import CompassRouter, expert_load, load_balancing_loss, router_z_loss
+
+# Files have a key for each expert. The code that is saved with a checkpoint needs this too, so it stands here.
+register_checkpoint_conversion_mapping(
+    CompassConfig.model_type, get_checkpoint_conversion_mapping("qwen2_moe") or [], overwrite=True
+)
+_MTP_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.eh_proj\.")
 
 
 class CompassDecoderLayer(GradientCheckpointingLayer):
@@ -81,9 +95,8 @@ class CompassPreTrainedModel(PreTrainedModel):
     config_class = CompassConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["CompassDecoderLayer", "CompassMtpLayer"]
+    _no_split_modules = ["CompassDecoderLayer"]
     _skip_keys_device_placement = ["past_key_values"]
-    _keep_in_fp32_modules_strict = ["e_score_correction_bias"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -99,10 +112,11 @@ class CompassPreTrainedModel(PreTrainedModel):
     def __init__(self, config: CompassConfig, *args: Any, **kwargs: Any):
         config.check()  # `from_pretrained` sets options on a configuration that is there
         super().__init__(config, *args, **kwargs)
-        # A checkpoint's MTP layers that this configuration leaves out.
-        first = config.num_hidden_layers + config.num_mtp_layers
-        dropped = "|".join(str(first + extra) for extra in range(8))
-        self._keys_to_ignore_on_load_unexpected = [rf"(^|\.)layers\.({dropped})\."]
+        # Others look for what is listed here and fail where there is none of it.
+        if config.num_mtp_layers:
+            self._no_split_modules = ["CompassDecoderLayer", "CompassMtpLayer"]
+        if config.router_bias_update_speed:
+            self._keep_in_fp32_modules_strict = ["e_score_correction_bias"]
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
@@ -111,6 +125,20 @@ class CompassPreTrainedModel(PreTrainedModel):
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model.freeze_idle_layers()
         return loaded
+
+    def _adjust_missing_and_unexpected_keys(self, loading_info: Any) -> None:
+        """Passes over MTP layers of the checkpoint that this configuration leaves out, and over no other layers.
+
+        Only its weights tell an MTP layer from a decoder layer, so the patterns are those of layers that were found.
+        transformers' `MtpModel` looks for the MTP layers of a checkpoint by the same patterns.
+        """
+        unexpected, missing = (
+            sorted({int(match[1]) for key in keys if (match := _MTP_LAYER.search(key))})
+            for keys in (loading_info.unexpected_keys, loading_info.missing_keys)
+        )
+        left_out = unexpected[len(missing) :]  # those before them should have been loaded
+        self._keys_to_ignore_on_load_unexpected = {rf"(^|\.)layers\.{layer}\." for layer in left_out}
+        super()._adjust_missing_and_unexpected_keys(loading_info)
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
@@ -316,8 +344,10 @@ class CompassForCausalLM(CompassPreTrainedModel, GenerationMixin):
             output_router_logits = config.output_router_logits
         learning = labels is not None and self.training
         with_mtp = learning and bool(config.effective_mtp_loss_coef)
-        record = output_router_logits or (learning and bool(config.router_aux_loss_coef or config.router_z_loss_coef))
-        recording = {"output_router_logits": record, "output_expert_indices": record}
+        weighed = bool(config.router_aux_loss_coef or config.router_z_loss_coef)
+        record = output_router_logits or (learning and weighed)
+        count = output_router_logits or learning  # whoever trains wants to see the load, and the biases live by it
+        recording = {"output_router_logits": record, "output_expert_indices": count}
         if labels is not None and use_cache is None:
             use_cache = False  # a loss needs none, and with one the documents of a packed row would see each other
         if with_mtp and input_ids is not None:
@@ -354,14 +384,16 @@ class CompassForCausalLM(CompassPreTrainedModel, GenerationMixin):
                 )
                 mtp_loss = self._mtp_loss(ahead.states, labels, attention_mask, position_ids, num_items_in_batch)
                 loss = loss + config.effective_mtp_loss_coef * mtp_loss
+                experts = experts + ahead.expert_indices
                 if record:
-                    router_logits, experts = router_logits + ahead.router_logits, experts + ahead.expert_indices
+                    router_logits = router_logits + ahead.router_logits
+        mask = attention_mask if router_mask is None else router_mask
+        mask = None if mask is None else mask[:, -hidden_states.size(1) :]
+        if count:
+            load = expert_load(experts, config.num_experts, mask)
         if record:
-            mask = attention_mask if router_mask is None else router_mask
-            mask = None if mask is None else mask[:, -hidden_states.size(1) :]
             aux_loss = load_balancing_loss(router_logits, experts, mask)
             z_loss = router_z_loss(router_logits, mask)
-            load = expert_load(experts, config.num_experts, mask)
             if labels is not None and loss is not None:
                 share = 1.0
                 if num_items_in_batch is not None:
@@ -392,7 +424,6 @@ class CompassForCausalLM(CompassPreTrainedModel, GenerationMixin):
         num_items_in_batch: Tensor | int | None,
     ) -> Tensor:
         """Mean of the MTP layers' losses, by the shared head; 0 for a layer that has nothing to predict."""
-        head = self.lm_head.weight.detach() if self.config.mtp_detach_head else self.lm_head.weight
         if position_ids is None:
             position_ids = torch.arange(labels.size(1), device=labels.device).unsqueeze(0)
         losses = []
@@ -401,11 +432,20 @@ class CompassForCausalLM(CompassPreTrainedModel, GenerationMixin):
             if attention_mask is not None:
                 ahead = ahead.masked_fill(attention_mask == 0, IGNORED)
             items = (ahead != IGNORED).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-            logits = F.linear(state, head)
+            logits = self._shared_head(state)
             losses.append(
                 self.loss_function(logits, labels, self.vocab_size, num_items_in_batch=items, shift_labels=ahead)
             )
         return torch.stack(losses).mean()
+
+    def _shared_head(self, state: Tensor) -> Tensor:
+        """The head called as a module, so that what is hooked onto it or wraps it runs for MTP layers too."""
+        if not self.config.mtp_detach_head:
+            return self.lm_head(state)
+        if hasattr(self.lm_head.weight, "ds_id"):  # ZeRO-3, whose hooks take the module's own parameters alone
+            return F.linear(state, self.lm_head.weight.detach())
+        detached = {name: parameter.detach() for name, parameter in self.lm_head.named_parameters()}
+        return functional_call(self.lm_head, detached, (state,))
 
     def _get_candidate_generator(self, generation_config: Any, **kwargs: Any) -> Any:
         if not generation_config.use_mtp:
@@ -417,9 +457,25 @@ class CompassForCausalLM(CompassPreTrainedModel, GenerationMixin):
         )
 
 
-class CompassForSequenceClassification(GenericForSequenceClassification, CompassPreTrainedModel):
-    """The decoder with a score for each row, for reward models."""
+class _WithoutLanguageModel:
+    """What the models with another head share: MTP layers, which only a language model runs, stand still in them."""
 
     def __init__(self, config: CompassConfig):
-        super().__init__(config)
-        self.freeze_idle_layers()
+        # The decoder is made by `AutoModel`. Saved code has a class of configurations that nobody has registered.
+        AutoModel.register(type(config), CompassModel, exist_ok=True)
+        super().__init__(config)  # pyright: ignore[reportCallIssue] - of the class that stands behind it
+        self.freeze_idle_layers()  # pyright: ignore[reportAttributeAccessIssue]
+
+
+class CompassForSequenceClassification(
+    _WithoutLanguageModel, GenericForSequenceClassification, CompassPreTrainedModel
+):
+    """The decoder with a score for each row, for reward models."""
+
+
+class CompassForTokenClassification(_WithoutLanguageModel, GenericForTokenClassification, CompassPreTrainedModel):
+    """The decoder with scores for each token."""
+
+
+class CompassForQuestionAnswering(_WithoutLanguageModel, GenericForQuestionAnswering, CompassPreTrainedModel):
+    """The decoder with two scores for each token: that the answer starts there, and that it ends there."""

@@ -71,20 +71,46 @@ def _cast_under_autocast(dispatch: Any) -> Any:
 CompassExperts.forward = _cast_under_autocast(CompassExperts.forward)
 
 
-def _join_experts(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
-    """Takes the layout of files, a key for each expert, where a file goes straight to `load_state_dict`.
+_MATRICES = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 
-    transformers' Trainer does that when it resumes, and otherwise goes on with the experts that it finds in memory.
+
+@torch.no_grad()
+def _join_experts(
+    module: Any,
+    state_dict: dict[str, Tensor],
+    prefix: str,
+    local_metadata: dict[str, Any],
+    strict: bool,
+    missing_keys: list[str],
+    unexpected_keys: list[str],
+    error_msgs: list[str],
+) -> None:
+    """Takes the layout of files, a key for each expert's matrices, where a file goes straight to `load_state_dict`.
+
+    transformers' Trainer does that when it resumes, file by file, and otherwise goes on with the experts that it finds
+    in memory. A file may hold any part of the matrices; those that it lacks stay as they are and count as missing.
     """
-    if f"{prefix}0.down_proj.weight" not in state_dict:
-        return
-    experts = range(module.num_experts)  # pyright: ignore
-    parts = {
-        part: torch.stack([state_dict.pop(f"{prefix}{expert}.{part}.weight") for expert in experts])
-        for part in ("gate_proj", "up_proj", "down_proj")
-    }
-    state_dict[f"{prefix}gate_up_proj"] = torch.cat([parts["gate_proj"], parts["up_proj"]], dim=1)
-    state_dict[f"{prefix}down_proj"] = parts["down_proj"]
+    for name, matrices in _MATRICES.items():
+        keys = [[f"{prefix}{expert}.{matrix}.weight" for matrix in matrices] for expert in range(module.num_experts)]
+        given = {key: state_dict.pop(key) for expert in keys for key in expert if key in state_dict}
+        if not given:
+            continue
+        own = getattr(module, name)
+        own = torch.zeros(own.shape, dtype=own.dtype) if own.is_meta else own.detach()
+        assigned = local_metadata.get("assign_to_params_buffers")  # what is loaded takes the place of what is there
+        whole = own.to(next(iter(given.values())) if assigned else own, copy=True)
+        for expert, rows in zip(keys, whole, strict=True):
+            for key, place in zip(expert, rows.chunk(len(matrices)), strict=True):
+                if key not in given:
+                    missing_keys.append(key)
+                elif given[key].shape != place.shape:
+                    error_msgs.append(
+                        f"size mismatch for {key}: copying a param with shape {given[key].shape} from checkpoint, the "
+                        f"shape in current model is {place.shape}."
+                    )
+                else:
+                    place.copy_(given[key])
+        state_dict[f"{prefix}{name}"] = whole
 
 
 class CompassMoeBlock(nn.Module):

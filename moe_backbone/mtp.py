@@ -8,12 +8,17 @@ which transformers follows; Compass-v3 publishes that its layers share embedding
 from typing import Any
 
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import MtpCache
 from transformers.generation.candidate_generator import MTPCandidateGenerator
+from transformers.initialization import no_init_weights
 from transformers.modeling_layers import MtpModel
 
+# How a model is asked for its last state alone; asked the other way, it returns all or none.
+_COUNTS_FROM_THE_END = Version(transformers.__version__) >= Version("5.23")
 IGNORED = -100
 """Label of a token that no loss is computed on, as in transformers."""
 
@@ -50,18 +55,18 @@ class LiveMtpModel(MtpModel):
     """transformers' drafting loop over the MTP layers that the model holds, in place of layers read from its files."""
 
     def __init__(self, main_model: PreTrainedModel):
-        PreTrainedModel.__init__(self, main_model.config.get_mtp_config())
         decoder: Any = main_model.get_decoder()
+        with no_init_weights():  # of the embeddings and the head, which are the model's
+            super().__init__(main_model, num_mtp_layers=0)  # makes no layers of its own
         self.layers = nn.ModuleList(decoder.mtp_layers)
         self.num_mtp_layers = len(self.layers)
-        self.use_post_norm = True
-        self.use_shared_post_norm = False
-        self.has_per_layer_rope = False
-        self.tie_with_main_model(main_model)
 
 
 class LiveMtpCandidateGenerator(MTPCandidateGenerator):
-    """Drafts tokens with the model's own MTP layers, so that unsaved and adapted models can draft too."""
+    """Drafts tokens with the model's own MTP layers, so that unsaved and adapted models can draft too.
+
+    The parent's `__init__` reads layers from the checkpoint's files; what else it sets is set here, as a test proves.
+    """
 
     def __init__(
         self,
@@ -70,12 +75,15 @@ class LiveMtpCandidateGenerator(MTPCandidateGenerator):
         model_kwargs: dict[str, Any],
         logits_processor: Any = None,
     ):
-        self.num_mtp_layers = main_model.config.num_mtp_layers
+        config: Any = main_model.config
+        self.num_mtp_layers = config.num_mtp_layers
         if not self.num_mtp_layers:
             raise ValueError("`use_mtp=True`, but the model has no MTP layers (`num_mtp_layers=0`). Leave it out.")
+        last = -1 if _COUNTS_FROM_THE_END else [config.num_hidden_layers - 1]
+        self.model_kwargs_overrides = {"output_hidden_states": last}
         self.mtp_model = LiveMtpModel(main_model).eval()
         self.device = next(self.mtp_model.layers.parameters()).device
-        self.mtp_cache = MtpCache(config=main_model.config.get_mtp_config())
+        self.mtp_cache = MtpCache(config=config.get_mtp_config())
         self.mtp_cache.activate_past_recording()
         self.do_sample = generation_config.do_sample
         self.logits_processor = logits_processor

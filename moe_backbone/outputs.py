@@ -30,8 +30,10 @@ class CompassCausalLMOutput(MoeCausalLMOutputWithPast):
     Attributes:
         lm_loss: Loss of the next token.
         mtp_loss: Mean of the MTP layers' losses, in training.
-        z_loss: The router's z-loss, wherever `aux_loss` is.
-        expert_load: Tokens of each expert, `[layers, E]`, wherever `aux_loss` is; MTP layers come last.
+        z_loss: The router's z-loss, wherever `aux_loss` is: where either weighs anything in training, or router logits
+            are asked for.
+        expert_load: Tokens of each expert, `[layers, E]`, in training with `labels` whatever weighs anything, and
+            wherever `aux_loss` is; MTP layers that ran come last.
     """
 
     lm_loss: Tensor | None = None

@@ -140,11 +140,21 @@ def update_router_biases(routers: Iterable[CompassRouter], load: Tensor, speed: 
     """Raises the biases of experts with less than their layer's mean load by `speed`, and lowers the others'.
 
     Args:
-        routers: The routers, layer by layer.
-        load: Tokens of each expert since the last update, over all processes, `[L, E]`.
+        routers: The routers, layer by layer, MTP layers last.
+        load: Tokens of each expert since the last update, over all processes, `[L, E]`. Routers past the L-th one,
+            those of MTP layers that did not run, stay as they are.
         speed: The step, arXiv 2408.15664's u.
+
+    Raises:
+        ValueError: There are fewer than L routers, or they have no biases.
     """
-    for router, layer_load in zip(routers, load.float(), strict=True):
+    routers = list(routers)
+    if len(load) > len(routers):
+        raise ValueError(
+            f"The argument `load` has {len(load)} layers, but there are {len(routers)} router(s). Pass the routers of "
+            "all layers of the model that the load is of."
+        )
+    for router, layer_load in zip(routers, load.float(), strict=False):
         bias = router.e_score_correction_bias
         if bias is None:
             raise ValueError("The routers have no biases: set `router_bias_update_speed` before the model is made.")

@@ -138,6 +138,29 @@ def engine(folder: Path, model: str, stage: int, **_: Any) -> Any:
     return errors
 
 
+def tensor_parallel(folder: Path, model: str, **changes: Any) -> Any:
+    """Loss and gradients under transformers' tensor parallelism against the whole model; the worst absolute errors."""
+    from transformers.distributed import DistributedConfig
+
+    dist.init_process_group("gloo")
+    whole = AutoModelForCausalLM.from_pretrained(model, **changes).train()
+    split = AutoModelForCausalLM.from_pretrained(
+        model, distributed_config=DistributedConfig(tp_size=dist.get_world_size(), tp_plan="auto"), **changes
+    ).train()
+    ids = torch.randint(1, 60, (2, 9), generator=torch.Generator().manual_seed(5))
+    expected, got = (each(ids, labels=ids) for each in (whole, split))
+    expected.loss.backward()
+    got.loss.backward()
+    names = ("loss", "lm_loss", "mtp_loss", "aux_loss", "expert_load")
+    errors = {name: float((getattr(got, name) - getattr(expected, name)).abs().max()) for name in names}
+    for (name, want), value in zip(whole.named_parameters(), split.parameters(), strict=True):
+        if want.grad is not None:
+            grad: Any = value.grad
+            grad = grad.full_tensor() if hasattr(grad, "full_tensor") else grad
+            errors[f"gradient of {name}"] = float((grad - want.grad).abs().max())
+    return errors
+
+
 def rows() -> list[dict[str, torch.Tensor]]:
     generator = torch.Generator().manual_seed(0)
     return [{"input_ids": (x := torch.randint(0, 60, (16,), generator=generator)), "labels": x} for _ in range(64)]

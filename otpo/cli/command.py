@@ -25,6 +25,7 @@ from .engine import cpu_request, requested_engines, require_accelerator, require
 from .identity import RunFile, require_same_run, run_identity
 from .interrupt import interruptible
 from .launch import check_options, default_launch, is_launched, launch, module_of
+from .model_card import WritesCard
 from .options import Given, changed_options, read_command_line
 from .preflight import check_options_alone
 from .redact import redact_text
@@ -96,7 +97,7 @@ def _run(command: TrainingCommand, argv: list[str], read: list[Given]) -> int:
                     _print(f"{'launching':<10} {count} processes, one a device; `--num_processes 1` takes one of them")
             if options:
                 return launch(options, command.name, _with_recipe(argv, given), given.values["use_cpu"])
-        parsed, trainer = _prepare(command, parser, given)
+        parsed, trainer = _prepare(command, parser, given, checkpoint)
     except REFUSALS as error:
         return refuse(parser.prog, error)
     except TypeError as error:
@@ -168,11 +169,18 @@ def _unknown_name(error: TypeError, read: Sequence[Given]) -> ValueError:
     raise error
 
 
-def _prepare(command: TrainingCommand, parser: TrlParser, given: Given) -> tuple[tuple[Any, ...], Any]:
-    """Everything up to the first step: options, engine, data and model."""
+def _prepare(
+    command: TrainingCommand, parser: TrlParser, given: Given, checkpoint: str | None
+) -> tuple[tuple[Any, ...], Any]:
+    """Everything up to the first step: options, engine, data and model, which must fit the checkpoint to resume."""
     from . import compass  # noqa: F401 - makes its models known to the Auto classes
 
     values, arguments = given.values, given.arguments
+    if values["save_code"] and values["use_peft"]:
+        raise ValueError(
+            "`save_code=true` with `use_peft`: an adapter is saved without its model, and so without code. Leave "
+            "`save_code` out, and save the model with it."
+        )
     engines = requested_engines(values["deepspeed"], values["fsdp"], os.environ)
     if values["expert_parallel_size"] != 1:
         from .expert_parallel import prepare
@@ -192,6 +200,10 @@ def _prepare(command: TrainingCommand, parser: TrlParser, given: Given) -> tuple
             name for name, buffer in trainer.model.named_buffers() if buffer.dtype == torch.bool
         ]
     require_engine(engines, trainer.accelerator.distributed_type.value, trainer.accelerator.num_processes)
+    if checkpoint is not None:
+        from .expert_parallel import check_checkpoint
+
+        check_checkpoint(checkpoint, trainer)
     return tuple(parsed), trainer
 
 
@@ -209,7 +221,12 @@ def _finish(
 ) -> None:
     run_options, args = parsed[:2]
     trainer.save_model(args.output_dir)
-    _say(trainer, f"{'saved':<10} model and tokenizer in {args.output_dir}")
+    if issubclass(type(trainer), WritesCard):
+        trainer.create_model_card()
+    _say(
+        trainer,
+        f"{'saved':<10} model{', its code' if run_options.save_code else ''} and tokenizer in {args.output_dir}",
+    )
     if run_options.report is not None and trainer.is_world_process_zero():
         report = make_report(trainer, changed, time.monotonic() - begin, command.extra_report(trainer))
         write_report(run_options.report, report)

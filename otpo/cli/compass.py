@@ -19,6 +19,15 @@ def mtp_options(config: PreTrainedConfig) -> dict[str, Any]:
     return {"mtp_loss_coef": 0.0} if idle else {}
 
 
+def require_own_code(config: PreTrainedConfig) -> None:
+    """Raises a `ValueError` where there is no code to save with a model, since transformers has it."""
+    if not isinstance(config, CompassConfig):
+        raise ValueError(
+            f"`save_code=true` saves the code of Compass models, and transformers has that of '{config.model_type}' "
+            "itself. Leave the option out."
+        )
+
+
 def freeze_adapters_of_mtp(model: Any) -> None:
     """Freezes the adapters that PEFT put into idle MTP layers, like the layers."""
     base: PreTrainedModel = model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
 ENGINES = ("DEEPSPEED", "FSDP")
 
@@ -98,7 +99,7 @@ def describe_device(device: torch.device) -> str:
 
 
 def describe_run(trainer: Any, model: str | None) -> dict[str, str]:
-    """What runs of any training, line by line: model, device, engine and precision.
+    """What runs of any training, line by line: model, device, engine, precision, and what is quantized.
 
     Args:
         trainer: A `transformers.Trainer`.
@@ -109,12 +110,16 @@ def describe_run(trainer: Any, model: str | None) -> dict[str, str]:
     devices = set((getattr(trainer.model, "hf_device_map", None) or {}).values())
     spread = f", the model split over {len(devices)} devices" if len(devices) > 1 else ""
     precision = args.mixed_precision if args.mixed_precision != "no" else "none"
-    return {
+    lines = {
         "model": f"{model}, {total:,} parameters, {trainable:,} trainable",
         "device": describe_device(trainer.accelerator.device) + spread,
         "engine": describe_engine(trainer.accelerator),
         "precision": f"{next(trainer.model.parameters()).dtype} weights, mixed precision {precision}",
     }
+    quantized, plain = weight_bytes(trainer.model)
+    if quantized or getattr(trainer.model, "is_quantized", False):
+        lines["quantized"] = f"{_count_bytes(quantized)}; left as it was: {_count_bytes(plain)}"
+    return lines
 
 
 def rows_in_step(trainer: Any) -> int:
@@ -140,6 +145,53 @@ def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
         total += count
         trainable += count if parameter.requires_grad else 0
     return total, trainable
+
+
+def weight_bytes(model: torch.nn.Module) -> tuple[dict[str, int], dict[str, int]]:
+    """Bytes of quantized and of plain weights, by the class of the module that holds them, the most first.
+
+    bitsandbytes and torchao quantize linear layers alone, so the experts of a Mixture-of-Experts model, which are one
+    tensor a layer, stay plain. Quantized is what has integers or floats of 8 bits in it: parameters, those of torchao
+    with their scales, and matrices among the buffers, where GPTQ and AWQ have them.
+
+    Args:
+        model: Any model; weights that modules share are counted once, those that ZeRO-3 divides whole.
+    """
+    counted: tuple[dict[str, int], dict[str, int]] = ({}, {})
+    seen = set()
+    for module in model.modules():
+        buffers = [buffer for buffer in module.buffers(recurse=False) if buffer.dim() > 1 and _is_packed(buffer)]
+        for weight in [*module.parameters(recurse=False), *buffers]:
+            if id(weight) in seen:
+                continue
+            seen.add(id(weight))
+            leaves = _leaves(weight)
+            size = sum(int(getattr(leaf, "ds_numel", leaf.numel())) * leaf.element_size() for leaf in leaves)
+            of_class = counted[0 if any(_is_packed(leaf) for leaf in leaves) else 1]
+            name = type(module).__name__
+            of_class[name] = of_class.get(name, 0) + size
+    return tuple(dict(sorted(sizes.items(), key=lambda entry: -entry[1])) for sizes in counted)  # pyright: ignore
+
+
+def _leaves(tensor: Any) -> list[Any]:
+    """The plain tensors that a tensor of torchao is made of; one that is divided among devices counts whole."""
+    if not hasattr(tensor, "__tensor_flatten__") or isinstance(tensor, DTensor):
+        return [tensor]
+    names, _ = tensor.__tensor_flatten__()
+    return [leaf for name in names for leaf in _leaves(getattr(tensor, name))]
+
+
+def _is_packed(tensor: Any) -> bool:
+    return tensor.dtype != torch.bool and (tensor.element_size() == 1 or tensor.dtype == torch.int32)
+
+
+def _count_bytes(sizes: Mapping[str, int]) -> str:
+    units = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
+    parts = []
+    for name, size in sizes.items():
+        unit, word = next((entry for entry in units if size >= entry[0]), units[-1])
+        parts.append(f"{size / unit:,.1f} {word} in {name}")
+    return ", ".join(parts) or "nothing"
 
 
 def _is_on(value: str | None) -> bool:

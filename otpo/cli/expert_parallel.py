@@ -10,8 +10,11 @@ from typing import Any
 from transformers import AutoConfig
 
 from moe_backbone.expert_parallel import check_expert_parallel, expert_parallel_config
-from moe_backbone.expert_parallel_trainer import with_expert_parallelism
+from moe_backbone.expert_parallel_resume import read_layout
+from moe_backbone.expert_parallel_trainer import ExpertParallelMixin, with_expert_parallelism
+from moe_backbone.saved_code import with_saved_code
 
+from .compass import require_own_code
 from .engine import requested_engines
 from .options import EXPERT_PARALLEL_BACKENDS, RunArguments
 
@@ -62,7 +65,7 @@ def prepare(values: Mapping[str, Any], environ: MutableMapping[str, str]) -> lis
 
 
 def trainer_class(plain: type, options: RunArguments, config: Any) -> Any:
-    """The class to make the trainer of: `plain`, or with experts spread by DeepSpeed a subclass of it.
+    """The class to make the trainer of: `plain`, or a subclass where experts are spread by DeepSpeed or code is saved.
 
     Args:
         plain: Of the command.
@@ -70,14 +73,44 @@ def trainer_class(plain: type, options: RunArguments, config: Any) -> Any:
         config: The model's configuration.
 
     Raises:
-        ValueError: The experts cannot be spread so; the message says what to set.
+        ValueError: The experts cannot be spread so, or the model has no code of ours; the message says what to set.
     """
-    size = options.expert_parallel_size
-    if size == 1:
-        return plain
-    experts = getattr(config, "num_experts", None) or config.num_local_experts
-    check_expert_parallel(size, experts, int(os.environ["WORLD_SIZE"]))
-    return with_expert_parallelism(plain, size) if options.expert_parallel_backend == "deepspeed" else plain
+    size, of_class = options.expert_parallel_size, plain
+    if size != 1:
+        experts = getattr(config, "num_experts", None) or config.num_local_experts
+        check_expert_parallel(size, experts, int(os.environ["WORLD_SIZE"]))
+        if options.expert_parallel_backend == "deepspeed":
+            of_class = with_expert_parallelism(plain, size)
+    if options.save_code:
+        require_own_code(config)
+        of_class = with_saved_code(of_class)
+    return of_class
+
+
+def check_checkpoint(checkpoint: str, trainer: Any) -> None:
+    """Raises a `ValueError` where a trainer would resume the weights of a checkpoint without the optimizer's states.
+
+    Args:
+        checkpoint: A folder of transformers' Trainer.
+        trainer: Of this run, before it trains.
+    """
+    if isinstance(trainer, ExpertParallelMixin):
+        return trainer.check_checkpoint(checkpoint)
+    start = f"start from its weights: `model_name_or_path={checkpoint}` without `resume_from_checkpoint`."
+    spread = read_layout(Path(checkpoint))
+    if spread is not None:
+        raise ValueError(
+            f"`resume_from_checkpoint={checkpoint}` has the optimizer's states of experts spread over "
+            f"{spread.ep_size} process(es), which this run, whose experts DeepSpeed does not spread, can't load. Set "
+            f"`expert_parallel_size` as it was or to another size above 1, or {start}"
+        )
+    by_deepspeed = (Path(checkpoint) / "latest").is_file()
+    if by_deepspeed != trainer.is_deepspeed_enabled:
+        has, runs = ("the", "without") if by_deepspeed else ("no", "under")
+        raise ValueError(
+            f"`resume_from_checkpoint={checkpoint}` has {has} optimizer's states of DeepSpeed, and this run is {runs} "
+            f"it. Run as the checkpoint was saved, or {start}"
+        )
 
 
 def model_options(options: RunArguments) -> dict[str, Any]:

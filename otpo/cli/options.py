@@ -35,6 +35,7 @@ class RunArguments:
         report: Path of a JSON file with the last metrics, versions, device and options of the run.
         expert_parallel_size: Processes of a machine that share the experts of a Mixture-of-Experts model.
         expert_parallel_backend: One of [`EXPERT_PARALLEL_BACKENDS`].
+        save_code: Whether checkpoints of a Compass model carry the model's code.
     """
 
     report: str | None = field(
@@ -56,6 +57,13 @@ class RunArguments:
         metadata={
             "help": "What spreads the experts: deepspeed (ZeRO-1, 2 or 3 beside it) or transformers (FSDP2 beside it, "
             "transformers 5.21 or later)."
+        },
+    )
+    save_code: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether to save the code of a Compass model with it, so that it loads by `trust_remote_code` "
+            "where otpo is not installed."
         },
     )
 

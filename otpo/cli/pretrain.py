@@ -22,6 +22,7 @@ from .command import REFUSALS, TrainingCommand, refuse, run
 from .engine import count_rows, describe_run, rows_in_step
 from .expert_parallel import trainer_class
 from .loading import RowArguments
+from .model_card import Origin, with_model_card
 from .models import require_folder
 from .options import Given, RunArguments, make_grouped_parser, read_command_line
 from .pretrain_data import find_sources, load_rows
@@ -82,6 +83,9 @@ def make_trainer(data: PretrainArguments, args: PretrainingConfig, model: ModelA
     compass = make_model(data, args, model, tokenizer, stage)
     config = compass.config
     of_class = trainer_class(PretrainingTrainer, data, config)
+    sources = tuple(dict.fromkeys(source.path for source in train))
+    parent = data.previous_stage or named
+    of_class = with_model_card(of_class, Origin("otpo pretrain", parent, data.preset, sources, True, data.save_code))
     options = (None, None) if data.mixture else ("dataset_train_split", "dataset_test_split")
     rows = load_rows(train, options[0], tokenizer, config, args, streaming=data.dataset_streaming)
     held_out = None

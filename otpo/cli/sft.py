@@ -29,6 +29,7 @@ from otpo.data.instructions import check_instructions, instruction_form, is_conv
 from .command import TrainingCommand, run
 from .engine import count_rows, describe_run, rows_in_step
 from .loading import RowArguments, load_rows
+from .model_card import Origin, with_model_card
 from .models import (
     find_origin,
     load_adapted,
@@ -85,6 +86,8 @@ def make_parser() -> TrlParser:
 
 def make_trainer(data: SftArguments, args: SFTConfig, model: ModelConfig, mixture: DatasetMixtureConfig) -> SFTTrainer:
     """Loads the instructions and the model."""
+    from moe_backbone import CompassConfig
+
     from .compass import freeze_adapters_of_mtp, mtp_options
     from .expert_parallel import model_options, trainer_class
 
@@ -106,6 +109,9 @@ def make_trainer(data: SftArguments, args: SFTConfig, model: ModelConfig, mixtur
         require_template(processor, template, args.assistant_only_loss)
     config = load_config(origin, args.trust_remote_code)
     of_class = trainer_class(SFTTrainer, data, config)
+    sources = tuple(source.path for source in mixture.datasets) or (data.dataset_name or "",)
+    compass = isinstance(config, CompassConfig)
+    of_class = with_model_card(of_class, Origin("otpo sft", origin.name, None, sources, compass, data.save_code))
     chosen = with_model_options(args.model_init_kwargs, model, origin.revision)
     kwargs = on_one_device(args, {**model_options(data), **mtp_options(config), **chosen})
     quantization = get_quantization_config(model)

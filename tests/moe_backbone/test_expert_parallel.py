@@ -1,6 +1,7 @@
 """Experts spread over processes: two of them, over gloo, against one with the whole model."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from transformers import (
 from moe_backbone.expert_parallel import check_expert_parallel, expert_parallel_config
 from moe_backbone.expert_parallel_resume import LAYOUT_FILE, Layout, fit_checkpoint
 from moe_backbone.expert_parallel_trainer import separate_experts
+from moe_backbone.saved_code import AUTO_MAP
 from otpo.cli import align, expert_parallel, pretrain
 from otpo.cli.command import find_checkpoint
 
@@ -65,9 +67,10 @@ def models(tmp_path_factory):
     compass_model(num_experts=4, num_mtp_layers=1, num_shared_experts=1, router_aux_loss_coef=0.1).save_pretrained(
         folder / "compass"
     )
+    compass_model(num_experts=4, num_mtp_layers=1, mtp_detach_head=True).save_pretrained(folder / "compass_detached")
     Qwen3MoeForCausalLM(qwen).save_pretrained(folder / "qwen3_moe")
     MixtralForCausalLM(mixtral).save_pretrained(folder / "mixtral")
-    return {name: str(folder / name) for name in ("compass", "qwen3_moe", "mixtral")}
+    return {name: str(folder / name) for name in ("compass", "compass_detached", "qwen3_moe", "mixtral")}
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +110,8 @@ def test_the_layer_is_the_whole_experts(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "stage"), [("compass", 1), ("compass", 2), ("compass", 3), ("qwen3_moe", 2), ("mixtral", 3)]
+    ("name", "stage"),
+    [("compass", 1), ("compass", 2), ("compass", 3), ("compass_detached", 3), ("qwen3_moe", 2), ("mixtral", 3)],
 )
 def test_five_steps_are_those_of_the_whole_model(models, tmp_path, name, stage):
     errors = result("engine", tmp_path, model=models[name], stage=stage)
@@ -155,6 +159,16 @@ def test_a_checkpoint_resumes_in_this_and_another_size(run, models, tmp_path, al
     assert_saved(tmp_path, found)
 
 
+@pytest.mark.parametrize("detach", [False, True])
+def test_tensor_parallelism_of_transformers(tmp_path, detach):
+    """With MTP layers, whose head is split like the model's."""
+    sizes = {"vocab_size": 64, "num_experts": 4, "num_mtp_layers": 1, "num_shared_experts": 1}
+    compass_model(**sizes).save_pretrained(tmp_path / "model")
+    errors = result("tensor_parallel", tmp_path, model=str(tmp_path / "model"), mtp_detach_head=detach)
+    assert "gradient of model.layers.2.eh_proj.weight" in errors and errors["expert_load"] == 0
+    assert max(errors.values()) < 1e-4, max(errors, key=errors.__getitem__)
+
+
 def test_a_run_killed_while_saving_goes_on_from_the_last_good_checkpoint(models, tmp_path, alone):
     found, done = start("train", tmp_path, model=models["compass"], die_saving=True)
     assert found is None
@@ -189,12 +203,21 @@ def test_alignment_from_the_command_line(compass_folder, pairs_file, tmp_path, b
     for size in (1, 2):
         out = tmp_path / str(size)
         options = arguments(compass_folder, pairs_file, out, report=out / "report.json", expert_parallel_size=size)
-        options += ["--expert_parallel_backend", backend, "--ddp_find_unused_parameters", "true"]
+        options += [
+            "--expert_parallel_backend",
+            backend,
+            "--ddp_find_unused_parameters",
+            "true",
+            "--save_code",
+            "true",
+        ]
         done = python(*launched("otpo.cli.align", *options), **ENVIRONMENT)
         assert done.returncode == 0, done.stderr[-4000:]
         found[size] = json.loads((out / "report.json").read_text())["metrics"]["train"]
         assert ("parallel   2 of 4 in each process" in done.stdout) == (size == 2)
         AutoModelForCausalLM.from_pretrained(out)
+        assert (out / "modeling_compass.py").is_file()
+        assert json.loads((out / "config.json").read_text())["auto_map"] == AUTO_MAP
     for name in ("loss", "aux_loss", "rewards/margins"):
         assert found[2][name] == pytest.approx(found[1][name], rel=1e-3, abs=1e-5), name
 
@@ -258,6 +281,46 @@ def test_checkpoints_that_cannot_be_resumed_exactly(tmp_path):
     (tmp_path / LAYOUT_FILE).write_text(json.dumps(Layout(2, 2, 2)._asdict()))
     with pytest.raises(ValueError, match="another `ep_size` or `world_size` can, another ZeRO stage can't"):
         fit_checkpoint(tmp_path, Layout(2, 2, 3), {})
+    with pytest.raises(
+        ValueError, match=r"frozen experts.*with `expert_parallel_size=2` on 2 process\(es\), or start"
+    ):
+        fit_checkpoint(tmp_path, Layout(1, 2, 2), {}, frozen=True)
+    assert fit_checkpoint(tmp_path, Layout(2, 2, 2), {}, frozen=True) is False
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        (
+            LAYOUT_FILE,
+            "experts spread over 2 process.*Set `expert_parallel_size` as it was.*`model_name_or_path=.*ckpt`",
+        ),
+        (
+            "latest",
+            "has the optimizer's states of DeepSpeed, and this run is without it. Run as the checkpoint was saved",
+        ),
+    ],
+)
+def test_states_of_the_optimizer_are_not_lost_quietly(
+    capsys, compass_folder, pairs_file, tmp_path, own_process, file, message
+):
+    (tmp_path / "ckpt").mkdir()
+    (tmp_path / "ckpt" / file).write_text(json.dumps(Layout(2, 2, 2)._asdict()))
+    argv = arguments(compass_folder, pairs_file, tmp_path, resume_from_checkpoint=tmp_path / "ckpt")
+    assert re.search(message, refusal(align.main, capsys, argv))
+
+
+def test_frozen_experts_resume_in_their_own_layout_alone(compass_folder, pairs_file, tmp_path):
+    """One line from the command, before anything is trained."""
+    (tmp_path / "ckpt").mkdir()
+    (tmp_path / "ckpt" / LAYOUT_FILE).write_text(json.dumps(Layout(2, 4, 2)._asdict()))
+    changes = {"resume_from_checkpoint": tmp_path / "ckpt", "expert_parallel_size": 2}
+    done = python(
+        *launched("otpo.cli.align", *arguments(compass_folder, pairs_file, tmp_path, **changes)), **ENVIRONMENT
+    )
+    assert done.returncode
+    message = [line for line in done.stderr.splitlines() if "error: `resume" in line]
+    assert len(message) == 1 and "Resume it with `expert_parallel_size=2` on 4 process(es)" in message[0]
 
 
 def options(**changes):

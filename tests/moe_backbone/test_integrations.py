@@ -167,7 +167,9 @@ def losses(trainer):
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-def test_the_trainer_trains_and_resumes(tmp_path):
+@pytest.mark.parametrize("shard", [None, "1KB", "20KB"])
+def test_the_trainer_trains_and_resumes(tmp_path, shard):
+    """Also of files that split a layer's experts."""
     model = compass_model(**FULL)
     before = {name: value.clone() for name, value in model.named_parameters()}
     options = {"save_strategy": "steps", "save_steps": 3, "max_steps": 6}
@@ -175,10 +177,26 @@ def test_the_trainer_trains_and_resumes(tmp_path):
     trainer.train()
     assert losses(trainer)[-1] < losses(trainer)[0]
     assert not [name for name, value in model.named_parameters() if value.equal(before[name])]
+    if shard is not None:
+        saved = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-3")
+        (tmp_path / "checkpoint-3" / "model.safetensors").unlink()
+        saved.save_pretrained(tmp_path / "checkpoint-3", max_shard_size=shard)
     again = Trainer(model=compass_model(**FULL), args=arguments(tmp_path, **options), train_dataset=rows(16))
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     for name, value in again.model.named_parameters():
         torch.testing.assert_close(value, model.get_parameter(name), msg=name, **CLOSE)
+
+
+def test_metrics_are_computed_of_logits_alone(tmp_path):
+    model, seen = compass_model(**FULL, output_router_logits=True), []
+    trainer = Trainer(
+        model=model,
+        args=arguments(tmp_path),
+        eval_dataset=rows(8),
+        compute_metrics=lambda prediction: seen.append(prediction.predictions) or {},
+    )
+    trainer.evaluate()
+    assert seen[0].shape == (8, 10, 61)
 
 
 def test_gradient_accumulation_is_a_larger_batch(tmp_path):

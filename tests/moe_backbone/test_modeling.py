@@ -16,18 +16,28 @@ from compass_helpers import (
     token_ids,
 )
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
 )
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRotaryEmbedding
+from transformers.trainer_utils import load_sharded_checkpoint
 
-from moe_backbone import CompassConfig, CompassForCausalLM, CompassForSequenceClassification, CompassModel
+from moe_backbone import (
+    CompassConfig,
+    CompassForCausalLM,
+    CompassForQuestionAnswering,
+    CompassForSequenceClassification,
+    CompassForTokenClassification,
+    CompassModel,
+)
 
 FULL = {"num_mtp_layers": 1, "num_shared_experts": 2, "router_bias_update_speed": 1e-3}
 YARN = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 8.0, "original_max_position_embeddings": 16}
@@ -168,6 +178,65 @@ def test_a_file_goes_straight_into_a_model(tmp_path):
     assert_same_state(other, model)
     other.load_state_dict(compass_model(seed=2, **FULL).state_dict())  # and the layout in memory still works
     assert_same_state(other, compass_model(seed=2, **FULL))
+
+
+def split(folder, kind):
+    """Writes the one file of a checkpoint as several, split in the middle of experts, keys in a random order."""
+    stored = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    order = torch.randperm(len(stored), generator=torch.Generator().manual_seed(1)).tolist()
+    names = [sorted(stored)[place] for place in order]
+    if kind == "one key a file":
+        files = [[name] for name in names]
+    elif kind == "a matrix a file":
+        matrices = ("gate_proj", "up_proj", "down_proj")
+        files = [[name for name in names if matrix in name] for matrix in matrices]
+        files.append([name for name in names if not any(matrix in name for matrix in matrices)])
+    else:
+        files = [names[start : start + 7] for start in range(0, len(names), 7)]
+    weight_map = {}
+    for number, part in enumerate(files):
+        save_file({name: stored[name] for name in part}, folder / f"part-{number}.safetensors", {"format": "pt"})
+        weight_map |= dict.fromkeys(part, f"part-{number}.safetensors")
+    index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize("kind", ["one key a file", "a matrix a file", "seven keys a file", "20KB"])
+def test_experts_split_over_files(tmp_path, kind):
+    model = compass_model(**FULL).eval()
+    model.save_pretrained(tmp_path, **({"max_shard_size": kind} if kind == "20KB" else {}))
+    if kind != "20KB":
+        split(tmp_path, kind)
+    assert_same_state(CompassForCausalLM.from_pretrained(tmp_path), model)
+    resumed = compass_model(seed=1, **FULL)
+    load_sharded_checkpoint(resumed, tmp_path, strict=False)  # as the Trainer does
+    assert_same_state(resumed, model)
+    with torch.device("meta"):
+        empty = CompassForCausalLM(model.config)
+    for file in sorted(tmp_path.glob("*.safetensors")):
+        empty.load_state_dict(load_file(file), strict=False, assign=True)
+    assert_same_state(empty, model)
+
+
+def test_a_part_of_the_experts_is_loaded_and_the_rest_is_missed():
+    model, other = compass_model(num_hidden_layers=1), compass_model(seed=1, num_hidden_layers=1)
+    experts, before = other.model.layers[0].mlp.experts, other.state_dict()
+    before = {name: value.clone() for name, value in before.items()}
+    key, source = "model.layers.0.mlp.experts.{}.{}.weight", model.model.layers[0].mlp.experts
+    part = {key.format(3, "up_proj"): source.gate_up_proj[3, 24:], key.format(5, "up_proj"): torch.ones(24, 32)}
+    missing, unexpected = other.load_state_dict(part, strict=False)
+    assert unexpected == [key.format(5, "up_proj")]  # there are five experts
+    assert {name for name in missing if "experts" in name} == {
+        "model.layers.0.mlp.experts.down_proj",
+        *(key.format(expert, "gate_proj") for expert in range(5)),
+        *(key.format(expert, "up_proj") for expert in (0, 1, 2, 4)),
+    }
+    assert torch.equal(experts.gate_up_proj[3, 24:], source.gate_up_proj[3, 24:])
+    experts.gate_up_proj.data[3, 24:] = before["model.layers.0.mlp.experts.gate_up_proj"][3, 24:]
+    assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
+    with pytest.raises(RuntimeError, match=r"size mismatch for model.layers.0.mlp.experts.0.down_proj.weight"):
+        other.load_state_dict({key.format(0, "down_proj"): torch.ones(2, 2)}, strict=False)
 
 
 def test_the_auto_classes_know_the_models(tmp_path):
@@ -317,10 +386,30 @@ def test_either_of_the_routers_losses_can_stand_alone(aux, z):
     torch.testing.assert_close(out.loss, out.lm_loss + aux * out.aux_loss + z * out.z_loss)
 
 
-def test_without_the_routers_losses_nothing_is_recorded():
+def test_without_the_routers_losses_the_load_alone_is_recorded():
     model, ids = compass_model(router_aux_loss_coef=0.0, router_z_loss_coef=0.0), token_ids(2, 9)
     out = model(ids, labels=ids)
     assert out.aux_loss is None and out.z_loss is None and torch.equal(out.loss, out.lm_loss)
+    assert out.router_logits is None and out.expert_load.shape == (2, 5)
+
+
+@pytest.mark.parametrize("speed", [0.0, 1e-3])
+@pytest.mark.parametrize(("aux", "z"), [(0.0, 0.0), (0.1, 0.0), (0.0, 0.1), (0.1, 0.1)])
+@pytest.mark.parametrize(
+    ("changes", "layers"), [({}, 2), ({"num_mtp_layers": 1}, 3), ({"num_mtp_layers": 1, "mtp_loss_coef": 0.0}, 2)]
+)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_load_hangs_on_nothing_else(speed, aux, z, changes, layers, checkpointing):
+    model = compass_model(router_bias_update_speed=speed, router_aux_loss_coef=aux, router_z_loss_coef=z, **changes)
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    ids = token_ids(2, 9)
+    out = model(ids, labels=ids)
+    out.loss.backward()
+    assert out.expert_load.shape == (layers, 5) and out.expert_load.sum(1).eq(2 * 9 * 2).all()
+    assert torch.equal(out.expert_load, model(ids, labels=ids, output_router_logits=True).expert_load)
+    assert model(ids).expert_load is None and model.eval()(ids, labels=ids).expert_load is None
+    assert model(ids, output_router_logits=True).expert_load.shape == (2, 5)
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
@@ -593,7 +682,68 @@ def test_order_matters_and_a_common_shift_does_not():
     assert (spread - logits)[:, 1:].abs().max() > 0.01
 
 
-# Sequence classification
+# Other heads
+
+TOKEN_LABELS = token_ids(4, 8, seed=2) % 3
+HEADS = {
+    "sequence": (
+        CompassForSequenceClassification,
+        AutoModelForSequenceClassification,
+        {"labels": torch.arange(4) % 3},
+    ),
+    "token": (CompassForTokenClassification, AutoModelForTokenClassification, {"labels": TOKEN_LABELS}),
+    "answer": (
+        CompassForQuestionAnswering,
+        AutoModelForQuestionAnswering,
+        {"start_positions": torch.tensor([0, 1, 2, 3]), "end_positions": torch.tensor([2, 3, 4, 7])},
+    ),
+}
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_other_heads_train_and_are_saved(tmp_path, head):
+    """MTP layers, which they never run, are frozen: distributed training fails over parameters without a gradient."""
+    model_class, auto_class, targets = HEADS[head]
+    model = compass_model(model_class=model_class, num_labels=3, pad_token_id=0, **FULL)
+    ids, losses = token_ids(4, 8), []
+    optimizer = torch.optim.Adam([value for value in model.parameters() if value.requires_grad], lr=1e-2)
+    for _ in range(20):
+        loss = model(ids, **targets).loss
+        loss.backward()
+        trainable = {name for name, value in model.named_parameters() if value.requires_grad}
+        assert gradients(model).keys() == trainable and any("layers.2" not in name for name in trainable)
+        losses.append(loss.item())
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < 0.5 * losses[0]
+    model.eval().save_pretrained(tmp_path)
+    loaded, info = auto_class.from_pretrained(tmp_path, output_loading_info=True)
+    assert type(loaded) is model_class and not any(info[kind] for kind in ("missing_keys", "unexpected_keys"))
+    for got, expected in zip(loaded(ids).to_tuple(), model(ids).to_tuple(), strict=True):
+        if torch.is_tensor(expected):
+            assert torch.equal(got, expected)
+
+
+def test_scores_of_tokens_are_linear_in_the_decoders_states():
+    ids = token_ids(2, 7)
+    token, answer = (
+        compass_model(model_class=HEADS[name][0], num_labels=3, **FULL).eval() for name in ("token", "answer")
+    )
+    states = token.model(ids).last_hidden_state
+    assert torch.equal(token(ids).logits, token.score(states)) and token(ids).logits.shape == (2, 7, 3)
+    starts = answer.qa_outputs(answer.model(ids).last_hidden_state)[..., 0]
+    assert torch.equal(answer(ids).start_logits, starts) and answer(ids).end_logits.shape == (2, 7)
+
+
+@pytest.mark.parametrize("head", [CompassForCausalLM, CompassModel, *(head[0] for head in HEADS.values())])
+@pytest.mark.parametrize("layers", [0, 1])
+@pytest.mark.parametrize("speed", [0.0, 1e-3])
+def test_lists_for_transformers_name_what_there_is(head, layers, speed):
+    model = compass_model(model_class=head, num_mtp_layers=layers, router_bias_update_speed=speed)
+    classes = {type(module).__name__ for module in model.modules()}
+    listed = {"CompassDecoderLayer", "CompassMtpLayer"} & classes
+    assert model._no_split_modules == listed and len(listed) == 1 + layers
+    assert model._keep_in_fp32_modules_strict == ({"e_score_correction_bias"} if speed else set())
 
 
 def test_a_classifier_scores_the_last_token_and_trains():

@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 from transformers.cache_utils import MtpCache
+from transformers.generation.candidate_generator import MTPCandidateGenerator
 from transformers.modeling_layers import MtpModel
 
-from moe_backbone import CompassForCausalLM
+from moe_backbone import CompassForCausalLM, CompassModel
 from moe_backbone.mtp import LiveMtpCandidateGenerator, LiveMtpModel, mtp_labels, shift_left
 
 documents = st.lists(st.integers(1, 7), min_size=1, max_size=5)  # lengths
@@ -236,6 +237,26 @@ def test_a_coefficient_above_zero_trains_the_layers(tmp_path):
     assert mtp_grad_flags(AutoModelForCausalLM.from_pretrained(tmp_path, mtp_loss_coef=0.0)) == {False}
 
 
+def unexpected(folder, model_class=CompassForCausalLM, **changes):
+    """Unexpected keys at load, by layer."""
+    _, info = model_class.from_pretrained(folder, output_loading_info=True, **changes)
+    layers = [key.partition("layers.")[2].partition(".")[0] for key in info["unexpected_keys"]]
+    return {int(layer): layers.count(layer) for layer in layers if layer}
+
+
+def test_decoder_layers_are_not_dropped_quietly(tmp_path):
+    compass_model(num_hidden_layers=6).save_pretrained(tmp_path / "six")
+    compass_model(num_hidden_layers=6, num_mtp_layers=2).save_pretrained(tmp_path / "mtp")
+    left_out = dict.fromkeys(range(2, 6), 11)
+    assert unexpected(tmp_path / "six", num_hidden_layers=2) == left_out
+    assert unexpected(tmp_path / "six", CompassModel, num_hidden_layers=2) == left_out
+    assert unexpected(tmp_path / "mtp", num_hidden_layers=2, num_mtp_layers=0) == left_out
+    # a decoder layer stands where the model's MTP layer is to be, so the checkpoint's first one went unread
+    assert set(unexpected(tmp_path / "mtp", num_hidden_layers=2, num_mtp_layers=1)) == {3, 4, 5, 6}
+    for kept in range(3):
+        assert unexpected(tmp_path / "mtp", num_mtp_layers=kept) == {}
+
+
 @pytest.mark.parametrize("kept", [0, 1])
 def test_layers_left_out_at_load_are_dropped_quietly(tmp_path, kept, caplog):
     model = compass_model(num_mtp_layers=2).eval()
@@ -400,6 +421,47 @@ def test_drafting_leaves_the_model_as_it_was(trained):
     greedy(model, rows[:1, :4], use_mtp=True)
     assert not model.training
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_drafting_keeps_one_state_of_a_call(trained):
+    model, rows = trained
+    kept = []
+    hook = model.register_forward_hook(lambda _module, _inputs, output: kept.append(output.hidden_states))
+    greedy(model, rows[:1, :4], use_mtp=True)
+    hook.remove()
+    assert kept and all(sum(state is not None for state in states) == 1 for states in kept)
+
+
+def test_the_drafter_has_all_that_transformers_own_has(tmp_path):
+    """Its `__init__` can't call the parent's, which reads the layers from files."""
+    compass_model(num_mtp_layers=1).save_pretrained(tmp_path)
+    model = CompassForCausalLM.from_pretrained(tmp_path)
+    without = CompassForCausalLM.from_pretrained(tmp_path, num_mtp_layers=0)
+    without.config.num_mtp_layers = 1
+    options = {"generation_config": model.generation_config, "model_kwargs": {}, "logits_processor": None}
+    parent = MTPCandidateGenerator(without, **options)
+    own = LiveMtpCandidateGenerator(model, **options)
+    for name, value in vars(parent).items():
+        assert hasattr(own, name), name
+        if isinstance(value, bool | int | str | dict | torch.device):
+            assert getattr(own, name) == value, name
+    for name, value in vars(parent.mtp_model).items():
+        if isinstance(value, bool | int | str) and name != "training":
+            assert getattr(own.mtp_model, name) == value, name
+
+
+@pytest.mark.parametrize("detach", [False, True])
+def test_the_head_is_called_for_every_prediction(detach):
+    """What is hooked onto the head, as for tensor parallelism, must run for MTP layers too."""
+    model, ids = compass_model(num_mtp_layers=2, mtp_detach_head=detach), token_ids(1, 9)
+    calls = []
+    model.lm_head.register_forward_hook(lambda _module, _inputs, output: calls.append(1) or 2 * output)
+    out = model(ids, labels=ids)
+    expected = compass_model(num_mtp_layers=2)
+    with torch.no_grad():
+        expected.lm_head.weight *= 2
+    torch.testing.assert_close(out.mtp_loss, expected(ids, labels=ids).mtp_loss)
+    assert len(calls) == 3
 
 
 def test_configurations_for_drafting_have_the_models_sizes():

@@ -188,6 +188,27 @@ def test_biases_even_the_load_without_a_loss(tmp_path):
     assert final_load(0.01) > final_load(0.0) + 0.02
 
 
+@pytest.mark.parametrize("changes", [{}, {"num_mtp_layers": 0}, {"mtp_loss_coef": 0.0}], ids=["mtp", "none", "idle"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_biases_need_no_loss_to_move(tmp_path, changes, checkpointing):
+    weights = {"router_aux_loss_coef": 0.0, "router_z_loss_coef": 0.0}
+    model = tiny_compass(router_bias_update_speed=0.01, **weights, **changes)
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    rows = pack_documents(chain_documents(30, seed=5), 32)
+    trainer = pretrainer(tmp_path, model=model, eval_rows=rows, max_steps=3)
+    trainer.train()
+    assert len(logged(trainer, "router/load_entropy")) == 3 and not logged(trainer, "aux_loss")
+    moved = [float(router.e_score_correction_bias.abs().max()) for router in model.model.routers]
+    trained = 2 if changes else 3
+    assert moved[:trained] == pytest.approx([0.03] * trained, abs=0.021) and min(moved[:trained]) > 0
+    assert not any(moved[trained:])
+    before = [router.e_score_correction_bias.clone() for router in model.model.routers]
+    trainer.evaluate()
+    assert trainer.take_load_of_step() is None
+    assert all(map(torch.equal, before, (router.e_score_correction_bias for router in model.model.routers)))
+
+
 def test_a_gradient_that_is_not_finite_stops_before_the_update(tmp_path):
     model = tiny_compass()
     with torch.no_grad():

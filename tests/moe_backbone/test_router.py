@@ -239,6 +239,20 @@ def test_updates_want_a_load_for_each_router():
         update_router_biases([make_router(router_bias_update_speed=0.1)], torch.ones(2, 5), 0.1)
 
 
+def test_routers_of_layers_that_did_not_run_stay_as_they_are():
+    """Those of MTP layers whose loss weighs nothing, as in a checkpoint of SFT."""
+    model = compass_model(router_bias_update_speed=0.1, num_mtp_layers=2, mtp_loss_coef=0.0)
+    before = [router.e_score_correction_bias.clone() for router in model.model.routers]
+    ids = token_ids(2, 9)
+    load = model(ids, labels=ids).expert_load
+    update_router_biases(model.model.routers, load, 0.1)
+    moved = [
+        not torch.equal(router.e_score_correction_bias, old)
+        for router, old in zip(model.model.routers, before, strict=True)
+    ]
+    assert moved == [True, True, False, False]
+
+
 def test_updates_even_a_skewed_router():
     router = make_router(num_experts=8, router_bias_update_speed=0.01)
     with torch.no_grad():

@@ -12,11 +12,13 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset
+from huggingface_hub import ModelCard
 from pretraining_helpers import chain_documents
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moe_backbone import CompassForCausalLM, preset
+from moe_backbone.saved_code import AUTO_MAP
 from otpo.cli import pretrain
 from otpo.cli.pretrain_data import find_sources, load_rows
 from otpo.cli.pretrain_model import parse_overrides
@@ -103,6 +105,31 @@ def test_a_new_model(tokenizer_folder, tokenizer, documents, tmp_path, capsys):
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["steps"] == 4
     assert report["metrics"]["train"]["router/dropped"] == 0
+
+
+def test_the_code_and_a_card_are_saved(tokenizer_folder, documents, tmp_path, capsys):
+    first = arguments(
+        tokenizer_folder, tmp_path / "first", dataset_name=documents, max_train_rows=100, max_steps=2, save_code=True,
+        save_strategy="steps", save_steps=1,
+    )  # fmt: skip
+    assert pretrain.main(first) == 0
+    assert "model, its code and tokenizer in" in capsys.readouterr().out
+    for folder in (tmp_path / "first", tmp_path / "first" / "checkpoint-1"):
+        assert json.loads((folder / "config.json").read_text())["auto_map"] == AUTO_MAP
+        assert {"modeling_compass.py", "configuration_compass.py", "moe_block.py"} <= set(os.listdir(folder))
+    card = ModelCard.load(tmp_path / "first" / "README.md")
+    assert {"otpo", "pretraining", "compass"} <= set(card.data.tags) and not card.data.base_model
+    assert "a new model of the preset `compass-tiny`" in card.text and f"on `{documents}`" in card.text
+    assert "trust_remote_code=True" in card.text and "import moe_backbone" not in card.text
+
+    second = arguments(
+        tokenizer_folder, tmp_path / "second", preset=None, model_name_or_path=tmp_path / "first", max_steps=1,
+        dataset_name=documents, max_train_rows=100,
+    )  # fmt: skip
+    assert pretrain.main(second) == 0
+    card = ModelCard.load(tmp_path / "second" / "README.md").text
+    assert f"from `{tmp_path / 'first'}`" in card and "import moe_backbone" in card and "remote_code" not in card
+    assert not list((tmp_path / "second").glob("*.py"))
 
 
 def test_going_on_from_a_checkpoint_with_the_bundled_corpus(tokenizer_folder, tmp_path):

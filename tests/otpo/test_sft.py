@@ -8,10 +8,13 @@ import torch
 from cli_helpers import arguments, launched, python, refusal
 from datasets import Dataset
 from helpers import MARKED_TEMPLATE, assert_same_parameters, make_pairs, parameters, save_model
+from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl.chat_template_utils import qwen3_chat_template
 
+from otpo import __version__
 from otpo.cli import sft
+from otpo.cli.model_card import Origin, make_card
 from otpo.data.instructions import check_instructions, instruction_form, row_problem
 
 pytestmark = pytest.mark.usefixtures("own_process")
@@ -95,6 +98,26 @@ def test_a_run_in_a_process_of_its_own(compass_folder, messages_file, tmp_path):
     for name, value in parameters(trained).items():
         assert torch.equal(value, before[name]) == name.startswith("model.layers.2."), name
     assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == MARKED_TEMPLATE
+
+
+@pytest.mark.parametrize("folder", ["compass", "qwen3"])
+def test_the_card_says_what_was_made_of_what(compass_folder, model_folder, completions_file, tmp_path, folder):
+    parent = compass_folder if folder == "compass" else model_folder
+    argv = arguments(parent, completions_file, tmp_path / "tuned", max_steps=1, save_strategy="steps", save_steps=1)
+    assert sft.main(argv) == 0
+    card = ModelCard.load(tmp_path / "tuned" / "README.md")
+    assert {"otpo", "sft"} <= set(card.data.tags) and card.data.model_name == "tuned"
+    assert card.data.base_model is None and card.data.datasets is None  # which name what is on the Hub alone
+    assert f"`otpo sft` of otpo {__version__}, from `{parent}`, on `{completions_file}`" in card.text
+    assert ("import moe_backbone" in card.text) == (folder == "compass")
+
+
+def test_metadata_of_the_card_name_what_is_on_the_hub():
+    origin = Origin("otpo sft", "owner/model", None, ("owner/data", "otpo/demo", "/a/b", "rows.jsonl"), True, False)
+    card = make_card(origin, "name", "owner/name", ["mine"])
+    assert card.data.base_model == "owner/model" and card.data.datasets == ["owner/data"]
+    assert card.data.tags == ["otpo", "sft", "compass", "mine"]
+    assert 'model="owner/name")' in card.text and "on `owner/data`, `otpo/demo`, `/a/b`, `rows.jsonl`" in card.text
 
 
 def test_the_loss_falls_and_the_load_is_balanced(compass_folder, messages_file, tmp_path):
@@ -272,11 +295,20 @@ def test_data_that_is_refused(capsys, compass_folder, tmp_path, data, message):
         ({"max_train_rows": 0}, "`max_train_rows` must be at least 1, got 0"),
         ({"resume_from_checkpoint": True}, "`resume_from_checkpoint=true`: there is no checkpoint"),
         ({"max_length": 3}, "All 12 rows of the training dataset have no token of an answer within `max_length=3`"),
+        ({**LORA, "save_code": True}, "`save_code=true` with `use_peft`: an adapter is saved without its model"),
+        (
+            {"save_code": True, "model_name_or_path": "qwen3"},
+            "transformers has that of 'qwen3' itself. Leave the option out",
+        ),
         ({**LORA, "lora_dropout": 0.1}, "`lora_dropout=0.1` with `lora_target_parameters`.*to 0"),
         ({"packign": True}, r"Unknown option among \['--packign', 'True'\]. `otpo sft --help`"),
     ],
 )
-def test_options_that_are_refused(capsys, compass_folder, messages_file, tmp_path, changes, message):
+def test_options_that_are_refused(
+    capsys, compass_folder, model_folder, completions_file, messages_file, tmp_path, changes, message
+):
+    if changes.get("model_name_or_path") == "qwen3":
+        changes = {**changes, "model_name_or_path": model_folder, "dataset_name": completions_file}
     argv = arguments(compass_folder, messages_file, tmp_path / "out", **changes)
     assert re.search(message, refusal(sft.main, capsys, argv))
 
