@@ -126,7 +126,8 @@ def router_health(load: Tensor) -> dict[str, float]:
         0 to 1. `max_load`: the busiest expert's load over its layer's mean, the worst layer's, 1 to E.
         `dead_experts`: how many experts took no token.
     """
-    share = load.double() / load.sum(dim=-1, keepdim=True).clamp(min=1)
+    load = load.cpu().double()  # not every device has float64, and the numbers are read on the host
+    share = load / load.sum(dim=-1, keepdim=True).clamp(min=1)
     entropy = torch.special.entr(share).sum(dim=-1).mean()
     return {
         "load_entropy": float(entropy) / math.log(load.size(-1)) if load.size(-1) > 1 else 1.0,
