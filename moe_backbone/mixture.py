@@ -67,7 +67,9 @@ class Stage:
         gradient_accumulation_steps: Micro-batches of a step, >= 1; None for the run's.
     """
 
-    name: str = field(metadata=limits(form=(r"\w[\w .+-]*", "letters, digits and `_ - . +`, since it names a folder")))
+    name: str = field(
+        metadata=limits(form=(r"\w[\w .+-]{0,99}", "up to 100 letters, digits and `_ - . +`, since it names a folder"))
+    )
     steps: int = field(metadata=limits(least=1))
     sequence_length: int = field(metadata=limits(least=2))
     learning_rate: float = field(metadata=limits(least=0))
@@ -148,15 +150,25 @@ def read_mixture(path: str) -> Mixture:
 class _Loader(yaml.SafeLoader):
     """Refuses a key that stands twice in a mapping, of which YAML would take the last."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
-                continue
-            if key.value in seen:
+    def get_single_node(self) -> yaml.Node | None:
+        """The file as it is written, before mappings are merged into others, which may set a key again."""
+        node = super().get_single_node()
+        _refuse_doubles(node, set())
+        return node
+
+
+def _refuse_doubles(node: Any, seen: set[int]) -> None:
+    if id(node) in seen or not isinstance(node, yaml.CollectionNode):
+        return
+    seen.add(id(node))
+    keys = set()
+    for entry in node.value:
+        key, value = entry if isinstance(node, yaml.MappingNode) else (None, entry)
+        if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+            if key.value in keys:
                 raise yaml.MarkedYAMLError(problem=f"the key {key.value!r} stands twice", problem_mark=key.start_mark)
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
+            keys.add(key.value)
+        _refuse_doubles(value, seen)
 
 
 def _read_yaml(path: str) -> Any:
@@ -173,5 +185,7 @@ def _read_yaml(path: str) -> Any:
         raise ValueError(f"it is not YAML: {place}{error.problem}.") from error
     except yaml.YAMLError as error:
         raise ValueError(f"it is not YAML: {' '.join(str(error).split())}.") from error
+    except RecursionError as error:
+        raise ValueError("it is nested too deep.") from error
     except OSError as error:
         raise ValueError(f"it can't be read: {error.strerror}.") from error

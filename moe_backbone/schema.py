@@ -111,9 +111,32 @@ def build(kind: Any, values: Any, path: str = "") -> Any:
 def _make(hint: Any, value: Any, path: str) -> Any:
     if get_origin(hint) is list and is_dataclass(get_args(hint)[0]) and isinstance(value, list):
         return [build(get_args(hint)[0], item, f"{path}[{place}]") for place, item in enumerate(value)]
-    if float in _kinds_of(hint) and isinstance(value, str) and _EXPONENT.fullmatch(value):
-        return float(value)
+    kinds = _kinds_of(hint)
+    if float in kinds and isinstance(value, str):
+        return _number(value)
+    if dict in kinds and isinstance(value, dict):
+        return _with_numbers(value)
     return value
+
+
+def _with_numbers(value: Any) -> Any:
+    """A mapping or list whose texts that are numbers with an exponent are numbers."""
+    if isinstance(value, dict):
+        return {name: _with_numbers(entry) for name, entry in value.items()}
+    if isinstance(value, list):
+        return [_with_numbers(entry) for entry in value]
+    return _number(value) if isinstance(value, str) else value
+
+
+def _number(text: str) -> float | str:
+    return float(text) if _EXPONENT.fullmatch(text) else text
+
+
+def _is_finite(value: int | float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number that no float holds
+        return False
 
 
 def _kinds_of(hint: Any) -> list[type]:
@@ -125,8 +148,8 @@ def _find_problem(value: Any, kinds: Collection[type], allowed: Limits) -> str |
     if not any(_is_of(value, kind) for kind in kinds):
         return f"must be {' or '.join(_KINDS[kind] for kind in kinds)}, got {value!r:.60}."
     if isinstance(value, int | float) and not isinstance(value, bool):
-        if isinstance(value, float) and not math.isfinite(value):
-            return f"must be a finite number, got {value}."
+        if not _is_finite(value):
+            return f"must be a finite number, got {value!r:.60}."
         if allowed.least is not None and value < allowed.least:
             return f"must be at least {allowed.least:g}, got {value}."
         if allowed.above is not None and not value > allowed.above:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -117,7 +117,8 @@ def require_finite_parameters(model: torch.nn.Module, accelerator: Accelerator, 
     if bad is not None:
         accelerator.print(f"Parameter {bad} is not finite.")
     anywhere = bad is not None
-    if any(_is_shard(parameter) for parameter in trained.values()):
+    sharded = accelerator.distributed_type == DistributedType.FSDP
+    if sharded or any(_is_shard(parameter) for parameter in trained.values()):
         flag = torch.tensor([float(anywhere)], device=accelerator.device)
         anywhere = accelerator.reduce(flag, reduction="sum").item() > 0  # pyright: ignore
     if anywhere:
@@ -129,7 +130,9 @@ def require_finite_parameters(model: torch.nn.Module, accelerator: Accelerator, 
 
 
 def _is_shard(parameter: Tensor) -> bool:
-    return isinstance(parameter, DTensor) or hasattr(parameter, "ds_tensor")
+    """Whether other processes hold other numbers: of ZeRO-3, of a DTensor, or of DeepSpeed's spread experts."""
+    spread = not getattr(parameter, "allreduce", True)
+    return spread or isinstance(parameter, DTensor) or hasattr(parameter, "ds_tensor")
 
 
 def _local(parameter: Tensor) -> Tensor:

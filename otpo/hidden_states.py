@@ -76,13 +76,14 @@ def check_layer_number(count: int, layer: int, model: str) -> None:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Dropout off inside the block."""
-    training = model.training
+    """Dropout off inside the block; afterwards each module is in the mode that it was in."""
+    training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         yield
     finally:
-        model.train(training)
+        for module in training:
+            module.training = True
 
 
 def _without_adapter(causal_lm: Any) -> Any:

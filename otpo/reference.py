@@ -77,7 +77,7 @@ def stored_under(dataset: Dataset, key: int, name: str) -> bool:
         return False
     if len(brought) == len(REFERENCE_COLUMNS) + 1 and dataset.unique(KEY_COLUMN) == [key]:
         return True
-    whose = "another model, data or truncation" if KEY_COLUMN in brought else "another program"
+    whose = "another model, other rows or another truncation" if KEY_COLUMN in brought else "another program"
     raise ValueError(
         f"The {name} dataset has the columns {brought}, precomputed by {whose}. Remove them with "
         f"`dataset.remove_columns({brought})`; `precompute_ref_log_probs=True` makes them anew."
@@ -155,4 +155,6 @@ def _lists(rows: Tensor, counts: Tensor) -> pa.ListArray:
 def _without_places(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _without_places(entry) for name, entry in value.items() if name not in _NOT_OF_THE_MODEL}
+    if isinstance(value, set | frozenset):  # whose order is another one in each process
+        return sorted(map(str, value))
     return [_without_places(entry) for entry in value] if isinstance(value, list | tuple) else value

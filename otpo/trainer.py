@@ -10,7 +10,7 @@ then the rejected ones.
 
 import textwrap
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list, is_peft_model, parse_flag_from_env
 from datasets import Dataset, IterableDataset, concatenate_datasets
+from datasets.fingerprint import Hasher
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -28,7 +29,7 @@ from trl.trainer.utils import get_config_model_id
 
 from .callbacks import LogTokenWeightsCallback
 from .config import OTPOConfig
-from .data.prepared import PreparedDatasets, refuse_unread_stream
+from .data.prepared import PreparedDatasets, free_name, refuse_unread_stream
 from .data.streams import AlreadyTokenized, FirstRow
 from .data.validation import PairRule, has_tokens_alone, no_rows, require_preference_columns
 from .guards import (
@@ -253,7 +254,7 @@ class OTPOTrainer(DPOTrainer):
         """
         if self._own_names is not None:
             return f"evaluate({dataset_name})" if dataset_name in self._own_names else dataset_name
-        return f"eval_{dataset_name}" if dataset_name in self.dropped_pairs else dataset_name
+        return free_name(dataset_name, self.dropped_pairs)
 
     def _tokenized(self, dataset: Any, processing_class: Any, args: OTPOConfig, name: str) -> Any:
         """The dataset with token columns, by TRL's own tokenization."""
@@ -286,13 +287,14 @@ class OTPOTrainer(DPOTrainer):
         self._look_at_models()  # the pass takes long, and what training would refuse is refused before it
         if not isinstance(self.data_collator, StoredRowsCollator):
             self.data_collator = StoredRowsCollator(self.data_collator)
-        reference = self.model if self.ref_model is None else self.ref_model
+        reference = self.accelerator.unwrap_model(self.model if self.ref_model is None else self.ref_model)
         settings = (
             self.args.max_length,
             self.args.truncation_mode,
             self.accelerator.mixed_precision,
             self.accelerator.device.type,
             torch.get_float32_matmul_precision(),
+            Hasher.hash(self.data_collator.collator),
         )
         key = reference_key(dataset, reference, str(self._precompute_model_hash), *settings)
         path = cache_file(dataset, key)
@@ -487,8 +489,9 @@ class OTPOTrainer(DPOTrainer):
             require_same_start(largest_gap(outputs.log_probs[:, -scored.mask.size(1) :]))
 
     def _require_finite(self, bad: Tensor, what: str, inputs: dict[str, Any]) -> None:
-        dataset = self.train_dataset if self._evaluated is None else self._evaluated
-        known = self.prepared_datasets.get(dataset)
+        evaluating = self._mode == "eval" and self._evaluated is not None
+        dataset = self._evaluated if evaluating else self.train_dataset
+        known = None if dataset is None else self.prepared_datasets.get(dataset)
         require_finite_step(
             bad,
             what,
@@ -536,25 +539,26 @@ class OTPOTrainer(DPOTrainer):
         }
         pairs = scored.mask.size(0) // 2
         # The last batch on several processes is filled up with pairs that were there before.
+        # (In training the loop is ahead of the micro-batch that is computed, so there this can't be told.)
         loop = self.accelerator.gradient_state
         everyones = pairs * self.accelerator.num_processes
-        repeats = loop.end_of_dataloader and 0 < loop.remainder < everyones
+        repeats = self._mode == "eval" and loop.end_of_dataloader and 0 < loop.remainder < everyones
         if repeats:  # TRL counts those too, so its numbers of this batch are replaced
             weighted = scored.policy_logps.detach() * scored.weights_for(loss_type)
             logps = torch.cat(self._summed(weighted, inputs))
             columns |= reward_metrics(self.beta * (logps - torch.cat(sums)))
             columns |= dict(zip(("logps/chosen", "logps/rejected"), logps.chunk(2), strict=True))
-        own = {**scored.metrics, "loss": loss.detach()}
-        columns |= {name: torch.as_tensor(value).reshape(1).expand(pairs) for name, value in own.items()}
-        table = torch.stack([column.to(scored.mask.device, torch.float32) for column in columns.values()], 1)
+        self._refuse_names(scored.metrics, columns)
+        columns |= {name: torch.as_tensor(value).reshape(1).expand(pairs) for name, value in scored.metrics.items()}
+        numbers = [*columns.values(), loss.detach().reshape(1).expand(pairs)]
+        table = torch.stack([number.to(scored.mask.device, torch.float32) for number in numbers], 1)
         table = self.accelerator.gather(table).cpu()  # pyright: ignore[reportAttributeAccessIssue]
         table = table[: loop.remainder] if repeats else table
 
         metrics = self._metrics[self._mode]
-        means, largest = table.double().nanmean(0).tolist(), table.amax(0).tolist()
+        of_columns = table[:, : len(columns)]
+        means, largest = of_columns.double().nanmean(0).tolist(), of_columns.amax(0).tolist()
         for name, mean, most in zip(columns, means, largest, strict=True):
-            if name == "loss":
-                continue
             if name in metrics and len(metrics[name]) > len(self._pairs[self._mode]):
                 metrics[name][-1] = mean  # in TRL's place
             else:
@@ -562,6 +566,16 @@ class OTPOTrainer(DPOTrainer):
         self._pairs[self._mode].append(len(table))
         if self._mode == "eval":
             self._losses.append(table[:, -1].numpy())
+
+    def _refuse_names(self, metrics: Mapping[str, Any], columns: Mapping[str, Any]) -> None:
+        """Raises a `ValueError` for a number of a weighting that is called as one of TRL's or of ours."""
+        logged = self._metrics[self._mode]
+        ours = [name for name in metrics if len(logged.get(name, ())) > len(self._pairs[self._mode])]
+        taken = [*ours, *(name for name in metrics if name in columns or name in ("loss", "transport/ms"))]
+        if taken:
+            raise ValueError(
+                f"The weighting logs a number as {taken[0]!r}, which the trainer logs itself. Give it another name."
+            )
 
     def evaluation_loop(
         self,
@@ -571,7 +585,10 @@ class OTPOTrainer(DPOTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> Any:
-        """As in transformers, whose loss counts a row of the last, smaller batch otherwise than one of the others."""
+        """As in transformers, whose loss counts a row of the last, smaller batch otherwise than one of the others.
+
+        On several processes a process's loss of a batch that is filled up with repeated pairs is the mean with them.
+        """
         self._losses.clear()
         try:
             output = super().evaluation_loop(
@@ -608,6 +625,11 @@ class OTPOTrainer(DPOTrainer):
 
 def _check_datasets(args: OTPOConfig, train_dataset: Any, eval_dataset: Any) -> None:
     """Refuses what can be seen of the data before anything is loaded."""
+    if train_dataset is not None and not isinstance(train_dataset, Dataset | IterableDataset | dict):
+        raise TypeError(
+            f"`train_dataset` must be a `Dataset` or `IterableDataset`, got `{type(train_dataset).__name__}`. Make "
+            "one with `datasets.Dataset.from_list(rows)`."
+        )
     if isinstance(train_dataset, dict):
         splits = sorted(map(str, train_dataset)) or ["train"]
         raise TypeError(
@@ -621,6 +643,12 @@ def _check_datasets(args: OTPOConfig, train_dataset: Any, eval_dataset: Any) -> 
                 f"`precompute_ref_log_probs=True` is not supported with IterableDataset, and the {name} dataset is a "
                 "stream: it has to be read before training. Set `precompute_ref_log_probs=False`, or load it without "
                 "streaming."
+            )
+    for name, dataset in named.items():
+        if dataset is not None and not isinstance(dataset, Dataset | IterableDataset):
+            raise TypeError(
+                f"The {name} dataset must be a `Dataset` or `IterableDataset`, got `{type(dataset).__name__}`. Make "
+                "one with `datasets.Dataset.from_list(rows)`."
             )
     for name, dataset in [("train", train_dataset), *named.items()]:
         if dataset is not None:

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -64,4 +65,12 @@ def _fault(folder: Path) -> str | None:
         json.loads(state.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         return f"its {TRAINER_STATE_NAME} can't be read ({error})"
-    return None if any(any(folder.glob(pattern)) for pattern in _WEIGHTS) else "it has no weights"
+    if not any(any(folder.glob(pattern)) for pattern in _WEIGHTS):
+        return "it has no weights"
+    for file in folder.glob("*.safetensors"):
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            return f"its {file.name} can't be read ({error})"
+    return None

@@ -20,6 +20,8 @@ from safetensors import SafetensorError
 from trl import TrlParser
 from yaml import YAMLError
 
+from otpo.data.validation import RowError
+
 from .checkpoints import find_checkpoint, newest_checkpoint
 from .engine import cpu_request, requested_engines, require_accelerator, require_deepspeed, require_engine
 from .identity import RunFile, require_same_run, run_identity
@@ -108,7 +110,10 @@ def _run(command: TrainingCommand, argv: list[str], read: list[Given]) -> int:
 
         lines |= describe_native(parsed[0], trainer.model)
     trainer.add_callback(RunFile(run_identity(parser.dataclass_types, given.values)))
-    _train({**lines, **line}, trainer, checkpoint)
+    try:
+        _train({**lines, **line}, trainer, checkpoint)
+    except RowError as error:  # of a stream, whose rows are looked at when they are read
+        return refuse(parser.prog, RowError(str(error).strip().rpartition("RowError: ")[2]))
     _finish(command, parsed, trainer, changed_options(given), begin)
     # A model that outlives its process group takes the group's threads down with the interpreter locked, which those
     # of gloo may be waiting for. So it goes first.
@@ -176,7 +181,7 @@ def _prepare(
     from . import compass  # noqa: F401 - makes its models known to the Auto classes
 
     values, arguments = given.values, given.arguments
-    if values["save_code"] and values["use_peft"]:
+    if values["save_code"] and values.get("use_peft"):
         raise ValueError(
             "`save_code=true` with `use_peft`: an adapter is saved without its model, and so without code. Leave "
             "`save_code` out, and save the model with it."

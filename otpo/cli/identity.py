@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import fields
 from inspect import get_annotations
 from pathlib import Path
@@ -22,7 +23,11 @@ _MAY_CHANGE = {"attn_implementation", "experts_implementation", "ot_solver", "pr
 _MAY_CHANGE |= {"precompute_ref_batch_size", "dataset_num_proc", "dataset_test_split", "peak_tflops"}
 _MAY_CHANGE |= {"max_eval_pairs", "max_eval_rows", "ignore_bias_buffers", "trust_remote_code", "model_init_kwargs"}
 _MAY_CHANGE |= {"pad_to_multiple_of", "activation_offloading", "use_liger_kernel", "padding_free", "eval_packing"}
+_MAY_CHANGE |= {"ot_tolerance", "ot_max_iterations"}
 _ALSO = ("seed", "data_seed")
+# Options that say nothing where another one is off.
+_ONLY_WITH = {"lora": "use_peft", "use_dora": "use_peft", "use_rslora": "use_peft", "bnb": "load_in_4bit"}
+_ONLY_WITH |= {"use_bnb": "load_in_4bit", "ref_model_mixup": "sync_ref_model", "ref_model_sync": "sync_ref_model"}
 _PLACES = ("dataset_name", "mixture")
 
 
@@ -38,7 +43,7 @@ def run_identity(dataclasses: Iterable[Any], values: Mapping[str, Any]) -> dict[
     of_training = {entry.name for entry in fields(TrainingArguments)}
     names = {name for kind in dataclasses for base in kind.__mro__ for name in get_annotations(base)}
     names -= of_training | _MAY_CHANGE | set(get_annotations(RunArguments))
-    names = (names | set(_ALSO)) & set(values)
+    names = {name for name in (names | set(_ALSO)) & set(values) if _says_something(name, values)}
     return {name: _plain(name, without_secrets(values[name])) for name in sorted(names)}
 
 
@@ -98,12 +103,23 @@ def _read(checkpoint: str) -> tuple[Path, dict[str, Any]] | None:
     return None
 
 
+def _says_something(name: str, values: Mapping[str, Any]) -> bool:
+    """Whether an option makes a difference to a run with these others."""
+    # The mixture's stages before say what a stage starts from.
+    if name == "previous_stage" or (values.get("stage") and name in ("preset", "model_name_or_path")):
+        return False
+    if any(name.startswith(start) and not values.get(switch, True) for start, switch in _ONLY_WITH.items()):
+        return False
+    return name != "d2po_gamma" or values.get("weighting") == "d2po"
+
+
 def _plain(name: str, value: Any) -> Any:
     """A value as JSON gives it back: local paths whole, mappings in text as mappings."""
     if isinstance(value, str) and value.startswith("{"):
-        return json.loads(value)
+        with suppress(ValueError):  # text that only begins so
+            return json.loads(value)
     if isinstance(value, str) and (name.endswith("_path") or name in _PLACES) and os.path.exists(value):
-        return os.path.abspath(value)
+        return os.path.realpath(value)
     return json.loads(json.dumps(value, default=str))
 
 

@@ -29,6 +29,7 @@ from .recipe import read_yaml
 
 _LOGGERS = ("torch.distributed.elastic.agent.server.api", "torch.distributed.elastic.multiprocessing.api")
 _PATIENCE = 5.0  # seconds in which a process that was told to stop ends
+_WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 _SIGNAL_BASE = 128  # a shell's exit code for a process that a signal ended
 
 
@@ -71,16 +72,20 @@ def default_launch(devices: int, values: Mapping[str, Any], environ: Mapping[str
     """The launcher's options for a command that was given none: a process on each of several GPUs.
 
     Empty where one process is right: with one GPU or none, on the CPU, and where the model is to be split or placed
-    by hand, which a `device_map` asks for, or is quantized, which may be what makes it fit one GPU or several.
+    by hand, which a `device_map` asks for, or is quantized, which may be what makes it fit one GPU or several; and in
+    a process that MPI or Slurm started beside others.
 
     Args:
         devices: Number of visible accelerators.
         values: Value of each option of the command.
         environ: The environment.
     """
+    if any(int(environ.get(name) or 1) > 1 for name in _WORLD_SIZES):  # a launcher that accelerate knows began it
+        return []
     kwargs = values.get("model_init_kwargs")
     chosen = json.loads(kwargs) if isinstance(kwargs, str) else kwargs or {}
-    by_hand = {"device_map", "quantization_config", "tp_plan", "max_memory"} & set(chosen)
+    placed = ("device_map", "quantization_config", "tp_plan", "max_memory")
+    by_hand = any(chosen.get(name) is not None for name in placed)
     quantized = values.get("load_in_4bit") or values.get("load_in_8bit")
     if devices < 2 or by_hand or quantized or cpu_request(values["use_cpu"], environ) is not None:
         return []

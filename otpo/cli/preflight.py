@@ -17,7 +17,9 @@ PREFERENCE_LOSSES = (
     *("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired"),
     *("apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm"),
 )
+DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 """What `trl.DPOTrainer` knows; it tells an unknown one in its first step."""
+_LEAST = {"learning_rate": 0.0, "beta": 0.0, "dataloader_num_workers": 0, "weight_decay": 0.0, "max_grad_norm": 0.0}
 _PACKAGES = {"comet_ml": "comet-ml", "azure_ml": "azureml-mlflow", "flyte": "flytekit", "kubeflow": "kubeflow"}
 
 
@@ -34,9 +36,16 @@ def check_options_alone(values: Mapping[str, Any]) -> None:
     for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
         if values[name] < 1:
             raise ValueError(f"`{name}` must be at least 1, got {values[name]}.")
+    for name, least in _LEAST.items():
+        value = values.get(name)
+        if value is not None and not least <= float(value) < float("inf"):
+            raise ValueError(f"`{name}` must be a finite number of at least {least:g}, got {value}.")
     require_trackers(values["report_to"])
     if "weighting" in values:
         require_losses(values["loss_type"])
+        if values["f_divergence_type"] not in DIVERGENCES:
+            found, known = values["f_divergence_type"], ", ".join(DIVERGENCES)
+            raise ValueError(f"`f_divergence_type={found}` is not known. Set one of: {known}.")
     check_model_options(values)
 
 
@@ -75,7 +84,7 @@ def check_model_options(values: Mapping[str, Any]) -> None:
         return
     origin = find_origin("model_name_or_path", name, values["model_revision"])
     if origin.adapted:
-        for option, off in (("use_peft", False), ("expert_parallel_size", 1), ("preset", None)):
+        for option, off in (("use_peft", False), ("expert_parallel_size", 1), ("preset", None), ("save_code", False)):
             if values.get(option, off) != off:
                 raise ValueError(
                     f"`{option}={values[option]}` with `model_name_or_path={name}`, which is an adapter and trains on "

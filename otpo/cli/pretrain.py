@@ -165,7 +165,15 @@ def _plan_runs(given: Given) -> list[tuple[TrainingCommand, list[str], Path | No
         stage = mixture.stage(values["stage"]) if values["stage"] else mixture.stages[0]
         return [(command(stage), [], None)]
     plan = plan_stages(mixture.stages, values["output_dir"], values["resume_from_checkpoint"])
-    return [(command(stage), words, finished) for stage, words, finished in plan]
+    return [(command(stage), [*words, *_report(values, finished)], finished) for stage, words, finished in plan]
+
+
+def _report(values: Mapping[str, Any], finished: Path) -> list[str]:
+    """The option with a report's path of a stage's own, which else the next stage would write over."""
+    if values["report"] is None:
+        return []
+    path = Path(values["report"])
+    return ["--report", str(path.with_name(f"{path.stem}_{finished.parent.name}{path.suffix}"))]
 
 
 if __name__ == "__main__":

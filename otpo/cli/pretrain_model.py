@@ -7,6 +7,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from transformers import AutoTokenizer
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRotaryEmbedding
 
 from moe_backbone import PRESETS, CompassConfig, CompassForCausalLM, preset
 from moe_backbone.config_checks import check_config, describe_longer_rows, one_line_refusals
@@ -18,6 +19,8 @@ from .models import require_folder
 from .pretrain_options import ModelArguments, PretrainArguments
 
 _VOCABULARY_MULTIPLE = 64
+_SET_ELSEWHERE = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), "the tokenizer")
+_SET_ELSEWHERE |= {"dtype": "the option `dtype`", "model_type": "Compass", "return_dict": "the training"}
 _WORDS = {"True": True, "False": False, "None": None}  # as Python writes what JSON writes small
 
 
@@ -90,6 +93,7 @@ def make_config(
         with one_line_refusals():
             config = CompassConfig.from_dict({**values, **changes})
             check_config(config)
+            Qwen3MoeRotaryEmbedding(config=config)  # pyright: ignore - refuses lists of another length
             return config
     except ValueError as error:
         raise ValueError(f"`config_overrides={overrides}`: {error}" if overrides else str(error)) from error
@@ -111,6 +115,9 @@ def fit_to_tokenizer(config: CompassConfig, tokenizer: Any, new: bool, sized: bo
         config.vocab_size = -(-len(tokenizer) // _VOCABULARY_MULTIPLE) * _VOCABULARY_MULTIPLE
     for token in ("pad", "bos", "eos"):
         setattr(config, f"{token}_token_id", getattr(tokenizer, f"{token}_token_id"))
+    others = {name: token for name, token in tokenizer.special_tokens_map.items() if name != "pad_token"}
+    if tokenizer.pad_token in others.values():  # whose row would never be learnt
+        config.pad_token_id = None
 
 
 def load_tokenizer(name: str | None, revision: str | None, option: str) -> Any:
@@ -153,7 +160,10 @@ def parse_overrides(text: str | None) -> dict[str, Any]:
             raise ValueError(f"`config_overrides={text}` sets `{name}` twice.")
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"`config_overrides={text}`: `{name}` must be a finite number, got {value}.")
-        changes[name] = value
+        if name in _SET_ELSEWHERE:
+            raise ValueError(f"`config_overrides={text}`: `{name}` is set by {_SET_ELSEWHERE[name]}. Leave it out.")
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        changes[name] = float(value) if whole and CompassConfig.__annotations__.get(name) is float else value
     return changes
 
 

@@ -10,24 +10,32 @@ LEFT_OUT = "left out"
 
 _ALWAYS = {"password", "passwd", "passphrase", "passcode", "pwd", "pass", "secret", "secrets", "jwt", "pat"}
 _ALWAYS |= {"credential", "credentials", "creds", "authorization", "authentication", "auth", "bearer", "cookie"}
-_ALWAYS |= {"cookies", "header", "headers", "apikey", "apikeys", "apitoken", "accesstoken", "hftoken", "authtoken"}
+_ALWAYS |= {"passwords", "sas", "sig", "cookies", "headers"}
+_ALWAYS |= {"apikey", "apikeys", "apitoken", "accesstoken", "hftoken", "authtoken"}
 _BEFORE_KEY = {"api", "access", "secret", "private", "auth", "account", "ssh", "signing", "encryption", "shared"}
 _BEFORE_KEY |= {"subscription", "storage", "service", "hf", "wandb", "aws", "azure", "openai", "deploy", "license"}
 _BEFORE_TOKENS = {"api", "access", "auth", "hub", "hf", "bearer", "refresh", "session", "user"}
+_NAMES = ("name_or_path", "dataset_name", "dataset_config", "output_dir", "_path", "revision")
+"""Ends of the names of options that hold names and paths, which are no secrets, credentials in a URL apart."""
 # A token of these is one of a text, and so is one that is counted or weighed (`max_token_length`, `token_weights`).
 _OF_TEXT = {"pad", "eos", "bos", "unk", "mask", "sep", "cls", "image", "video", "audio", "vision", "speech", "think"}
 _OF_TEXT |= {"start", "end", "begin", "stop", "special", "additional", "first", "last", "next", "per", "max", "min"}
 _OF_TEXT |= {"boi", "eoi", "bot", "eot", "eom", "fim", "prefix", "suffix", "middle", "time", "text", "chat", "each"}
 _OF_TEXT |= {"system", "assistant", "tool", "function", "response", "instruction", "boundary", "placeholder", "word"}
+_OF_TEXT |= {"query", "answer", "user", "role", "reasoning", "turn", "object", "message", "document", "content"}
 _OF_TEXT |= {"decoder", "separator", "padding", "masked", "unknown", "target", "source", "label", "number", "loss"}
 
-_SCHEME = re.compile(r"\b(bearer|basic|token)\s+[\w.~+/=-]{6,}", re.IGNORECASE)
+# What looks like prose is left alone: a token has a digit, or stands where only one can stand.
+_SCHEME = re.compile(r"\b(bearer|basic)\s+(?=[\w.~+/=-]*\d)[\w.~+/=-]{12,}", re.IGNORECASE)
+_AUTHORIZATION = re.compile(r"(authorization[\"']?\s*[:=]\s*[\"']?)(?!left out)[^\"'\n,}]+", re.IGNORECASE)
 _IN_URL = re.compile(r"([a-z][\w+.-]*://)[^\s/@'\"]+@", re.IGNORECASE)
 _LOOKS = re.compile(
-    r"\b(?:(?:hf|ghp|gho|ghu|ghs|ghr|npm|nvapi|pypi|dckr_pat|github_pat|glpat|api_org|sk|xox[abeprs])[-_][\w-]{16,}"
+    r"\b(?:(?:hf|ghp|gho|ghu|ghs|ghr|npm|api_org)_[A-Za-z0-9]{20,}"
+    r"|(?:nvapi|pypi|dckr_pat|github_pat|glpat|sk|xox[abeprs])[-_](?=[\w-]*\d)[\w-]{16,}"
     r"|AKIA[A-Z0-9]{16}|eyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]*)"
 )
-_WHOLE = re.compile(r"(?:hf|api_org)_[A-Za-z0-9]{3,}")
+_WHOLE = re.compile(r"(?:hf|api_org)_(?=\w*\d)(?=\w*[A-Z])[A-Za-z0-9]{3,}")
+_RANDOM = re.compile(r"(?=.*\d)(?=.*[A-Za-z]).{6,}")
 _ASSIGNED = re.compile(
     r"""(?P<before>(?P<name>["']?[\w.-]*\w["']?)\s*[=:]\s*(?!//))(?P<value>"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*'|[^\s,;&{}\[\]"']+)"""
 )
@@ -38,7 +46,7 @@ def is_secret(name: str) -> bool:
     words = [word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+", name)]
     if not words:
         return False
-    if _ALWAYS & set(words) or {"connection", "string"} <= set(words):
+    if _ALWAYS & set(words) or words in (["connection", "string"], ["storage", "options"]):
         return True
     pairs = list(pairwise(words))
     if any(word in ("key", "keys") and before in _BEFORE_KEY for before, word in pairs):
@@ -75,18 +83,23 @@ def redact_text(text: str) -> str:
     if _WHOLE.fullmatch(text):
         return LEFT_OUT
     text = _IN_URL.sub(rf"\1{LEFT_OUT}@", text)
+    text = _AUTHORIZATION.sub(rf"\1{LEFT_OUT}", text)
     text = _SCHEME.sub(lambda match: f"{match[1]} {LEFT_OUT}", text)
     text = _LOOKS.sub(LEFT_OUT, text)
     return _ASSIGNED.sub(_assigned, text)
 
 
 def _of_name(name: str, content: Any) -> Any:
+    if isinstance(content, str) and name.endswith(_NAMES):
+        return _IN_URL.sub(rf"\1{LEFT_OUT}@", content)
     return LEFT_OUT if content is not None and is_secret(name) else without_secrets(content)
 
 
 def _assigned(match: re.Match[str]) -> str:
     value = match["value"]
-    if not is_secret(match["name"]) or LEFT_OUT.startswith(value) or value in ("None", "null"):
+    # `pass: 3` and `header: metadata` of a message are words, where the name is not quoted and nothing is assigned.
+    words = match["name"][0] not in "\"'" and "=" not in match["before"] and not _RANDOM.fullmatch(value)
+    if words or not is_secret(match["name"]) or LEFT_OUT.startswith(value) or value in ("None", "null"):
         return match[0]
     quote = value[0] if value[0] in "\"'" else ""
     return f"{match['before']}{quote}{LEFT_OUT}{quote}"

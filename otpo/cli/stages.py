@@ -76,11 +76,14 @@ def stage_settings(stage: Stage, said: Mapping[str, str]) -> dict[str, Any]:
 
     Args:
         stage: The stage.
-        said: Options that the recipe or the command line sets. Epochs that are set there are in place of its steps.
+        said: Options that the recipe or the command line sets. Epochs that are set there are in place of its steps,
+            and a schedule that is set there is without its arguments.
     """
     settings = {option: getattr(stage, name) for option, name in _FIELDS.items()}
     if "num_train_epochs" in said:
         del settings["max_steps"]
+    if "lr_scheduler_type" in said:  # another schedule needs other arguments
+        del settings["lr_scheduler_kwargs"]
     return {option: value for option, value in settings.items() if value is not None}
 
 

@@ -1,7 +1,7 @@
 """Datasets that are ready for training, each with the way back to the rows that the user passed."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -26,7 +26,7 @@ class PreparedRows:
         name: What the dataset is called: `"train"`, `"eval"`, or the name in an `eval_dataset` of several.
         rule: How its pairs are truncated, and which are left out.
         kept: The row in the user's dataset of each of its rows; None where they are the same, and for streams.
-        counts: How many pairs were left out; for a stream they grow while it is read.
+        counts: How many pairs were left out; of a stream in all readings of it.
         unfiltered: A stream with all its pairs, for looks at a row that must not count as reading; else None.
     """
 
@@ -121,6 +121,13 @@ class PreparedDatasets:
         other = pair + len(ids) // 2
         chosen, rejected = (ids[row][mask[row]].tolist() for row in (pair, other))
         return [known.original(row) for row in find_pair(dataset, known.rule, chosen, rejected)]
+
+
+def free_name(name: str, taken: Collection[str]) -> str:
+    """What an evaluation dataset is called: its name, with as many `eval_` before it as make it another than those."""
+    while name in taken:
+        name = f"eval_{name}"
+    return name
 
 
 def refuse_unread_stream(dataset: Any, known: PreparedRows | None) -> None:

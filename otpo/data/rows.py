@@ -6,7 +6,7 @@ from typing import Any
 from datasets import Dataset, IterableDataset
 
 from .text_table import rows_to_look_at
-from .validation import has_tokens_alone, require_preference_columns
+from .validation import RowError, has_tokens_alone, require_preference_columns
 
 RowProblem = Callable[[Mapping[str, Any]], str | None]
 """What is wrong with a row, as the end of a sentence; None when nothing is."""
@@ -63,7 +63,7 @@ def check_pairs(
 def pair_problem(row: Mapping[str, Any]) -> str | None:
     """What is wrong with a preference pair: `chosen`, `rejected` and perhaps `prompt`, of one form.
 
-    Empty responses are no fault here: the trainer drops and counts them. Rows of tokens have no text to look at.
+    Empty texts are no fault here: the trainer drops and counts such responses. Rows of tokens have no text to look at.
     """
     if has_tokens_alone(row):
         return None
@@ -76,8 +76,9 @@ def pair_problem(row: Mapping[str, Any]) -> str | None:
     if texts and len(texts) < len(sides):
         lists = [side for side in sides if side not in texts]
         return f"has text in {_listed(texts)} and messages in {_listed(lists)}; they must be of one form"
-    if not texts and not row[sides[0]]:
-        return f"has no messages in '{sides[0]}'"
+    for side in () if texts else sides:
+        if not row[side]:
+            return f"has no messages in '{side}'"
     return None
 
 
@@ -127,7 +128,7 @@ class _RowCheck:
 
 def _refuse(problem: str | None, index: int, name: str) -> None:
     if problem is not None:
-        raise ValueError(
+        raise RowError(
             f"Row {index} of the {name} dataset {problem}. Mend or remove such rows, for instance with "
             "`dataset.filter`."
         )

@@ -16,6 +16,10 @@ logger = logging.get_logger(__name__)
 Problem = Literal["empty", "identical"]
 
 
+class RowError(ValueError):
+    """A row of the user's data can't be used; the message names it."""
+
+
 def require_preference_columns(dataset: Dataset | IterableDataset, name: str) -> None:
     """Raises a `ValueError` that names the missing columns of the dataset called `name`, or that it has no rows.
 
@@ -105,11 +109,11 @@ class PairRule:
         return "identical" if spans[0] == spans[1] else None
 
     def refuse_identical(self, row: str) -> None:
-        """Raises a `ValueError` for an identical pair, called `row`, unless such pairs are dropped."""
+        """Raises a [`RowError`] for an identical pair, called `row`, unless such pairs are dropped."""
         if self.drop_identical:
             return
         limit = "" if self.max_length is None else f" within max_length={self.max_length}"
-        raise ValueError(
+        raise RowError(
             f"{row} has the same chosen and rejected completion{limit}, so it states no "
             "preference. Remove such rows, or set `drop_identical_pairs=True` to drop and count them."
         )

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from otpo.config import OTPOConfig
+from otpo.data.prepared import free_name
 from otpo.hidden_states import evaluating
 from otpo.metrics import weight_metrics
 from otpo.scoring import Scored, model_inputs, rewarded_loss_type
@@ -158,7 +159,8 @@ def _splits(trainer: "OTPOTrainer") -> dict[str, Any]:
     evaluation: Any = trainer.eval_dataset
     named = evaluation if isinstance(evaluation, dict) else {"eval": evaluation}
     found = {"train": trainer.train_dataset}
-    found |= {f"eval_{name}" if name in found else name: dataset for name, dataset in named.items()}
+    for name, dataset in named.items():
+        found[free_name(name, found)] = dataset
     return {name: dataset for name, dataset in found.items() if dataset is not None}
 
 

@@ -7,10 +7,12 @@ from otpo.cli.options import changed_options, read_command_line
 from otpo.cli.redact import LEFT_OUT, is_secret, redact_text, without_secrets
 
 SECRET = "token hub_token use_auth_token api_key apiKey password secret authorization headers HF_TOKEN X-Auth-Token"
+SECRET += " storage_options sas sig passwords"
 SECRET += " WANDB_API_KEY aws_secret_access_key client_secret credentials proxy_password github_token access_tokens"
 PLAIN = (
     "pad_token eos_token max_token_length max_new_tokens max_tokens token_weights num_key_value_heads author tokens"
 )
+PLAIN += " query_token answer_token user_token role_token turn_token header_rows"
 PLAIN += " tokenizer_name_or_path image_token include_num_input_tokens_seen compass decoder_start_token_id"
 
 
@@ -38,10 +40,26 @@ def test_names_of_anything_else(name):
         ('{"pad_token": "<x>"}', '{"pad_token": "<x>"}'),
         ("runs/hf_model", "runs/hf_model"),
         ("git@github.com:x/y", "git@github.com:x/y"),
+        ("pass a token having permission, no token weights", "pass a token having permission, no token weights"),
+        (
+            "Error while deserializing header: incomplete metadata",
+            "Error while deserializing header: incomplete metadata",
+        ),
+        ("hf-internal-testing/tiny-random-qwen", "hf-internal-testing/tiny-random-qwen"),
+        ("hf_transfer", "hf_transfer"),
+        ("pass: 3 of 4", "pass: 3 of 4"),
+        ("Authorization: Bearer abcdefgh", "Authorization: left out"),
+        ("password: hunter2", "password: left out"),
     ],
 )
 def test_secrets_in_text(text, safe):
     assert redact_text(text) == safe
+
+
+def test_names_and_paths_are_told_apart():
+    names = {"model_name_or_path": "hf_base", "dataset_name": "hf-internal-testing/dpo-a-1234567890"}
+    assert without_secrets(names) == names
+    assert without_secrets({"dataset_name": "https://me:pass@host/x"}) == {"dataset_name": "https://left out@host/x"}
 
 
 def test_reports_keep_the_names_of_options():

@@ -107,7 +107,7 @@ def test_rows_carry_their_key(model_folder, other_model_folder, tmp_path, passes
     for data in (rows, tokens):
         trainer = OTPOTrainer(model_folder, args=args, train_dataset=data)
         assert first_loss(trainer) == pytest.approx(0.6931, abs=1e-4)
-    with pytest.raises(ValueError, match=r"\['ref_chosen_logps', .*precomputed by another model, data or trunc"):
+    with pytest.raises(ValueError, match=r"\['ref_chosen_logps', .*precomputed by another model, other rows or"):
         OTPOTrainer(other_model_folder, args=args, train_dataset=rows)
     with pytest.raises(ValueError, match=r"precomputed by another program. Remove them with `dataset.remove_columns"):
         OTPOTrainer(model_folder, args=args, train_dataset=tokens.remove_columns([KEY_COLUMN]))
