@@ -19,7 +19,7 @@ from .models import require_folder
 from .pretrain_options import ModelArguments, PretrainArguments
 
 _VOCABULARY_MULTIPLE = 64
-_SET_ELSEWHERE = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), "the tokenizer")
+_SET_ELSEWHERE = {f"{token}_token_id": "the tokenizer" for token in ("pad", "bos", "eos")}
 _SET_ELSEWHERE |= {"dtype": "the option `dtype`", "model_type": "Compass", "return_dict": "the training"}
 _WORDS = {"True": True, "False": False, "None": None}  # as Python writes what JSON writes small
 
