@@ -68,7 +68,9 @@ class Stage:
     """
 
     name: str = field(
-        metadata=limits(form=(r"\w[\w .+-]{0,99}", "up to 100 letters, digits and `_ - . +`, since it names a folder"))
+        metadata=limits(
+            form=(r"\w[\w .+-]{0,99}", "letters, digits and `_ - . +`, up to 100, since it names a folder")
+        )
     )
     steps: int = field(metadata=limits(least=1))
     sequence_length: int = field(metadata=limits(least=2))

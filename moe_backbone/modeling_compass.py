@@ -132,10 +132,14 @@ class CompassPreTrainedModel(PreTrainedModel):
         Only its weights tell an MTP layer from a decoder layer, so the patterns are those of layers that were found.
         transformers' `MtpModel` looks for the MTP layers of a checkpoint by the same patterns.
         """
-        found = {int(match[1]) for key in loading_info.unexpected_keys if (match := _MTP_LAYER.search(key))}
-        # One of an index that the model has was taken for a decoder layer, which is no leaving out.
+        unexpected, missing = (
+            sorted({int(match[1]) for key in keys if (match := _MTP_LAYER.search(key))})
+            for keys in (loading_info.unexpected_keys, loading_info.missing_keys)
+        )
+        # Those before the missing ones should have been loaded, and one of an index that the model has was taken for a
+        # decoder layer: neither is left out.
         layers = self.config.num_hidden_layers + self.config.num_mtp_layers
-        left_out = sorted(layer for layer in found if layer >= layers)
+        left_out = [layer for layer in unexpected[len(missing) :] if layer >= layers]
         self._keys_to_ignore_on_load_unexpected = {rf"(^|\.)layers\.{layer}\." for layer in left_out}
         super()._adjust_missing_and_unexpected_keys(loading_info)
 

@@ -107,8 +107,8 @@ def check_checkpoint(checkpoint: str, trainer: Any) -> None:
     by_deepspeed = (Path(checkpoint) / "latest").is_file()
     if not by_deepspeed and not any(Path(checkpoint).glob("optimizer*")):
         raise ValueError(
-            f"`resume_from_checkpoint={checkpoint}` has no optimizer's states (`save_only_model`), so the run can't go "
-            f"on as it was. To go on without them, {start}"
+            f"`resume_from_checkpoint={checkpoint}` has no optimizer's states (`save_only_model`), so the run "
+            f"can't go on as it was. To go on without them, {start}"
         )
     if by_deepspeed != trainer.is_deepspeed_enabled:
         has, runs = ("the", "without") if by_deepspeed else ("no", "under")

@@ -115,6 +115,7 @@ def test_what_a_field_may_not_hold(tmp_path, changes, message):
     [
         (b"stages:\n  - name: [one\n", "it is not YAML: line 3, column 1: "),
         (b"streaming: true\nstreaming: false\nstages: []\n", "line 2, column 1: the key 'streaming' stands twice"),
+        (b"stages: " + b"[" * 3000, "it is nested too deep"),
         (b"stages: \xff\n", r"it is not UTF-8 text \(.* at byte 8\)"),
         (b"stages: \x00\n", "it is not YAML: unacceptable character"),
         (b"", "a YAML mapping with a list `stages`, got None"),

@@ -255,6 +255,10 @@ def test_decoder_layers_are_not_dropped_quietly(tmp_path):
     assert set(unexpected(tmp_path / "mtp", num_hidden_layers=2, num_mtp_layers=1)) == {3, 4, 5, 6}
     for kept in range(3):
         assert unexpected(tmp_path / "mtp", num_mtp_layers=kept) == {}
+    # an MTP layer that a decoder layer is made of is no layer that is left out: the other half of it is named
+    for decoder, kept in ((7, 0), (7, 1), (8, 0)):
+        found = unexpected(tmp_path / "mtp", num_hidden_layers=decoder, num_mtp_layers=kept)
+        assert set(found) == set(range(6, decoder)) and all(found.values())
 
 
 @pytest.mark.parametrize("kept", [0, 1])

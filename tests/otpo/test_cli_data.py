@@ -108,6 +108,27 @@ def test_what_is_wrong_with_a_pair(row, problem):
     assert found is None if problem is None else found is not None and re.search(problem, found)
 
 
+def test_a_broken_row_of_a_stream_is_refused_in_one_line(capsys, model_folder, tmp_path):
+    """It is found in training, where other faults keep their trace."""
+    rows = make_pairs(6).to_list()
+    rows[5]["chosen"] = []
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    argv = arguments(model_folder, str(path), tmp_path / "out", dataset_streaming=True, max_steps=4)
+    assert "Row 5 of the training dataset has no messages in 'chosen'" in refusal(align.main, capsys, argv)
+    argv = arguments(model_folder, str(path), tmp_path / "out")
+    assert "Row 5 of the training dataset has no messages in 'chosen'" in refusal(align.main, capsys, argv)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("learning_rate", -1), ("beta", "nan"), ("dataloader_num_workers", -1), ("f_divergence_type", "foo")],
+)
+def test_values_that_no_step_can_take(option, value, capsys, model_folder, pairs_file, tmp_path):
+    argv = arguments(model_folder, pairs_file, tmp_path / "out", **{option: value})
+    assert f"`{option}" in refusal(align.main, capsys, argv)
+
+
 def test_rows_keep_their_numbers(tmp_path):
     rows = [{"prompt": "a", "chosen": str(n), "rejected": "x"} for n in range(20)]
     rows[13]["chosen"] = None

@@ -141,6 +141,9 @@ def test_a_process_on_each_device(devices):
         ({"model_init_kwargs": '{"device_map": "auto"}'}, {}),
         ({"load_in_4bit": True}, {}),
         ({"load_in_8bit": True}, {}),
+        ({}, {"OMPI_COMM_WORLD_SIZE": "4"}),
+        ({}, {"WORLD_SIZE": "2"}),
+        ({}, {"SLURM_STEP_NUM_TASKS": "4"}),
     ],
 )
 def test_one_process_is_right_there(values, environ):

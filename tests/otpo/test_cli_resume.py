@@ -13,7 +13,7 @@ from cli_helpers import ROOT, arguments, refusal
 
 from otpo.cli import align, pretrain, sft
 from otpo.cli.checkpoints import find_checkpoint
-from otpo.cli.identity import RUN_FILE
+from otpo.cli.identity import RUN_FILE, run_identity
 
 pytestmark = pytest.mark.usefixtures("own_process")
 SAVING = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1}
@@ -54,6 +54,23 @@ def test_another_run_is_refused(changes, message, capsys, run, model_folder, pai
     found = refusal(align.main, capsys, resuming(model_folder, pairs_file, run, **changes))
     assert f"{run / 'checkpoint-1'} is of another run: " in found and message in found
     assert f"remove {run / 'checkpoint-1' / RUN_FILE} to resume all the same" in found
+
+
+def test_options_that_say_nothing_do_not_make_another_run():
+    names = {"use_peft": False, "lora_r": 8, "weighting": "otpo", "d2po_gamma": 0.9, "ot_max_iterations": 5}
+    kinds, other = align.make_parser().dataclass_types, {**names, "lora_r": 64, "d2po_gamma": 0.5}
+    other["ot_max_iterations"] = 5000  # which a warning of the solver advises to raise
+    assert run_identity(kinds, names) == run_identity(kinds, other)
+    assert run_identity(kinds, names) != run_identity(kinds, {**names, "use_peft": True})
+    assert run_identity(kinds, {"pad_token": "{end"}) == {"pad_token": "{end"}
+
+
+def test_a_checkpoint_without_states_of_the_optimizer_is_refused(capsys, run, model_folder, pairs_file, tmp_path):
+    bare = tmp_path / "checkpoint-1"
+    shutil.copytree(find_checkpoint(True, str(run)), bare)
+    (bare / "optimizer.pt").unlink()
+    argv = arguments(model_folder, pairs_file, tmp_path / "out", **SAVING, resume_from_checkpoint=str(bare))
+    assert "has no optimizer's states (`save_only_model`)" in refusal(align.main, capsys, argv)
 
 
 def test_another_model_is_refused(capsys, run, other_model_folder, pairs_file):

@@ -16,7 +16,7 @@ from transformers import (
 
 from otpo import OTPOTrainer, PairBatch
 from otpo.explain import explain_rows
-from otpo.hidden_states import captured_states, check_hidden_layer
+from otpo.hidden_states import captured_states, check_hidden_layer, evaluating
 
 FOLDERS = ("model_folder", "moe_folder", "compass_folder")
 
@@ -134,3 +134,12 @@ def test_what_a_model_has_not_is_refused(model_folder, tmp_path):
     check_hidden_layer(other, -1)
     with pytest.raises(ValueError, match=r"`hidden_layer=0` needs a model .* GPT2LMHeadModel has none\. Set"):
         check_hidden_layer(other, 0)
+
+
+def test_evaluating_gives_each_module_its_mode_back(model_folder):
+    model = AutoModelForCausalLM.from_pretrained(model_folder).train()
+    model.model.layers[1].eval()
+    before = [module.training for module in model.modules()]
+    with evaluating(model):
+        assert not any(module.training for module in model.modules())
+    assert [module.training for module in model.modules()] == before

@@ -4,11 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from cli_helpers import python
 from datasets import Dataset, load_from_disk
 from helpers import history, make_pairs, make_plain_pairs, options
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 from trl import DPOTrainer
+from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from otpo import OTPOTrainer
 from otpo.reference import KEY_COLUMN, REFERENCE_COLUMNS, describe_model
@@ -138,3 +140,33 @@ def test_a_batch_without_rows_is_refused(model_folder, tmp_path):
     trainer.train_dataset = Dataset.from_list(trainer.train_dataset.to_list()).remove_columns(list(REFERENCE_COLUMNS))
     with pytest.raises(ValueError, match="`precompute_ref_log_probs=True`, and the batch has no 'ref_chosen_logps'"):
         trainer.train()
+
+
+def test_the_key_is_the_same_in_every_process(model_folder, tmp_path):
+    """Sets in an adapter's configuration have another order under another PYTHONHASHSEED."""
+    program = (
+        "import sys; from peft import LoraConfig, get_peft_model; from transformers import AutoModelForCausalLM; "
+        "from otpo.reference import reference_key; from datasets import Dataset; import torch; torch.manual_seed(0); "
+        "model = get_peft_model(AutoModelForCausalLM.from_pretrained(sys.argv[1]), "
+        "LoraConfig(target_modules=['q_proj', 'k_proj', 'v_proj'])); "
+        "names = ('prompt_ids', 'chosen_ids', 'rejected_ids'); "
+        "print(reference_key(Dataset.from_dict({name: [[1]] for name in names}), model, ''))"
+    )
+    keys = {python("-c", program, model_folder, PYTHONHASHSEED=seed).stdout.split()[-1] for seed in "123"}
+    assert len(keys) == 1
+
+
+class Shouting(DataCollatorForPreference):
+    def torch_call(self, examples):
+        return super().torch_call([{**row, "chosen_ids": [*row["chosen_ids"], 5]} for row in examples])
+
+
+def test_another_collator_is_asked_again(model_folder, tmp_path, stored, passes):
+    for collator, again in ((None, True), (Shouting(pad_token_id=0), True), (Shouting(pad_token_id=0), False)):
+        passes.clear()
+        args = options(tmp_path, precompute_ref_log_probs=True, max_steps=1)
+        trainer = OTPOTrainer(
+            model_folder, args=args, data_collator=collator, train_dataset=stored(), peft_config=adapter()
+        )
+        assert (len(passes) > 0) == again
+        assert first_loss(trainer) == pytest.approx(0.6931, abs=1e-4)

@@ -43,6 +43,17 @@ def test_an_evaluation_dataset_may_be_called_train(model_folder, tmp_path):
     assert trainer.evaluate().keys() >= {"eval_train_loss"}
 
 
+def test_names_that_would_be_one_are_kept_apart(model_folder, tmp_path):
+    sets = {"eval_train": pairs_with_identical({0}, 6), "train": pairs_with_identical({1, 2}, 8)}
+    trainer = make(model_folder, tmp_path, make_pairs(), sets)
+    assert {name: sum(counts.values()) for name, counts in trainer.dropped_pairs.items()} == {
+        "train": 0,
+        "eval_train": 1,
+        "eval_eval_train": 2,
+    }
+    assert find_row(trainer, 7, "eval_eval_train")["prompt"] == "cotton 7 costs"
+
+
 def test_evaluating_another_dataset_leaves_rows_alone(model_folder, tmp_path):
     trainer = make(model_folder, tmp_path, make_pairs(), pairs_with_identical({0, 3}))
     before = find_row(trainer, 4, "eval")

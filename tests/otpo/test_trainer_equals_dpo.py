@@ -139,6 +139,10 @@ CASES: dict[str, Case] = {
         {"remove_unused_columns": False},
         data=lambda: make_pairs().add_column("source", ["web"] * 16).add_column("score", list(range(16))),
     ),
+    "accumulation-partial_step": Case(
+        {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "num_train_epochs": 2, "max_steps": 4},
+        data=lambda: make_pairs(13),
+    ),
     "ragged_last_batch": Case({"per_device_train_batch_size": 3, "max_steps": 6}),
 }
 

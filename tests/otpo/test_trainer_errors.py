@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
 from otpo import OTPOConfig, OTPOTrainer
-from otpo.weighting import WEIGHTINGS
+from otpo.weighting import WEIGHTINGS, TokenWeights
 
 LONG = "red " * 100
 
@@ -608,3 +608,23 @@ def test_a_layer_that_is_not_there_is_refused_before_anything_is_read(as_object,
     with pytest.raises(ValueError, match=r"`hidden_layer` must be within \[-3, 2\] .* 2 layers, got 99"):
         make(model, tmp_path, data, hidden_layer=99)
     assert not read
+
+
+@pytest.mark.parametrize("split", ["train", "eval"])
+def test_lists_are_no_datasets(split, model_folder, tmp_path):
+    data: Any = {"train_dataset": make_pairs(), "eval_dataset": make_pairs(4)}
+    data[f"{split}_dataset"] = data[f"{split}_dataset"].to_list()
+    with pytest.raises(TypeError, match=rf"{split}.* must be a `Dataset` or `IterableDataset`, got `list`.*from_list"):
+        OTPOTrainer(model_folder, args=options(tmp_path), **data)
+
+
+@pytest.mark.parametrize("name", ["loss", "rewards/margins", "weights/ess", "rewards/chosen_unweighted"])
+def test_numbers_of_a_weighting_have_names_of_their_own(name, model_folder, tmp_path):
+    trainer = OTPOTrainer(
+        model_folder,
+        args=options(tmp_path),
+        train_dataset=make_pairs(),
+        weighting=lambda batch: TokenWeights(hashed_weights(batch), {name: 5.0}),
+    )
+    with pytest.raises(ValueError, match=f"The weighting logs a number as '{name}', which the trainer logs itself"):
+        trainer.train()
