@@ -288,6 +288,13 @@ def test_checkpoints_that_cannot_be_resumed_exactly(tmp_path):
     assert fit_checkpoint(tmp_path, Layout(2, 2, 2), {}, frozen=True) is False
 
 
+def make_checkpoint(folder, file, layout):
+    """What tells a checkpoint of DeepSpeed's, without its states."""
+    (folder / "global_step1").mkdir(parents=True)
+    (folder / "trainer_state.json").write_text("{}")
+    (folder / file).write_text(json.dumps(layout._asdict()))
+
+
 @pytest.mark.parametrize(
     ("file", "message"),
     [
@@ -304,16 +311,14 @@ def test_checkpoints_that_cannot_be_resumed_exactly(tmp_path):
 def test_states_of_the_optimizer_are_not_lost_quietly(
     capsys, compass_folder, pairs_file, tmp_path, own_process, file, message
 ):
-    (tmp_path / "ckpt").mkdir()
-    (tmp_path / "ckpt" / file).write_text(json.dumps(Layout(2, 2, 2)._asdict()))
+    make_checkpoint(tmp_path / "ckpt", file, Layout(2, 2, 2))
     argv = arguments(compass_folder, pairs_file, tmp_path, resume_from_checkpoint=tmp_path / "ckpt")
     assert re.search(message, refusal(align.main, capsys, argv))
 
 
 def test_frozen_experts_resume_in_their_own_layout_alone(compass_folder, pairs_file, tmp_path):
     """One line from the command, before anything is trained."""
-    (tmp_path / "ckpt").mkdir()
-    (tmp_path / "ckpt" / LAYOUT_FILE).write_text(json.dumps(Layout(2, 4, 2)._asdict()))
+    make_checkpoint(tmp_path / "ckpt", LAYOUT_FILE, Layout(2, 4, 2))
     changes = {"resume_from_checkpoint": tmp_path / "ckpt", "expert_parallel_size": 2}
     done = python(
         *launched("otpo.cli.align", *arguments(compass_folder, pairs_file, tmp_path, **changes)), **ENVIRONMENT
