@@ -589,7 +589,8 @@ class OTPOTrainer(DPOTrainer):
 
         On several processes a process's loss of a batch that is filled up with repeated pairs is the mean with them.
         """
-        self._losses.clear()
+        for collected in (self._losses, self._pairs["eval"], self._metrics["eval"]):
+            collected.clear()  # of a prediction, or of an evaluation that was broken off
         try:
             output = super().evaluation_loop(
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
