@@ -97,10 +97,14 @@ def test_csv_is_text(ending, tmp_path):
         ({"prompt": [ASKED], "chosen": [{"role": "x"}], "rejected": [ANSWERED]}, r"without content \(x\), number 0"),
         ({"prompt": [ASKED], "chosen": [{**ASKED, "content": 3}], "rejected": [ANSWERED]}, "whose content is 3"),
         ({"prompt": [], "chosen": [ANSWERED], "rejected": [ANSWERED]}, "has no messages in 'prompt'"),
-        ({"prompt": [ASKED], "chosen": [], "rejected": [ANSWERED]}, None),
+        ({"prompt": [ASKED], "chosen": [], "rejected": [ANSWERED]}, "has no messages in 'chosen'"),
+        ({"chosen": [ANSWERED], "rejected": []}, "has no messages in 'rejected'"),
         ({"chosen": [ASKED, ANSWERED], "rejected": [ASKED, {**ANSWERED, "content": "b"}]}, None),
         ({"prompt": "a", "chosen": "", "rejected": "b"}, None),
-        ({"prompt": [ASKED], "chosen": [{**ANSWERED, "content": None, "tool_calls": [{}]}], "rejected": []}, None),
+        (
+            {"prompt": [ASKED], "chosen": [{**ANSWERED, "content": None, "tool_calls": [{}]}], "rejected": [ANSWERED]},
+            None,
+        ),
     ],
 )
 def test_what_is_wrong_with_a_pair(row, problem):

@@ -60,17 +60,16 @@ class TDPOTrainer(OTPOTrainer):
         if found := [what for what, there in obstacles.items() if there]:
             raise ValueError(f"TDPO2 can't be trained with {'; '.join(found)}.")
 
-    def _score(self, model: Callable[..., Any], inputs: dict[str, Any], kwargs: dict[str, Any]) -> Scored:
+    def _score(
+        self, model: Callable[..., Any], inputs: dict[str, Any], kwargs: dict[str, Any], *, reference: bool = True
+    ) -> Scored:
+        if not reference:
+            raise ValueError("TDPO2 needs the reference's distributions: explain with `reference=True`.")
         policy: Any = self.accelerator.unwrap_model(self.model)
-        reference: Any = self.accelerator.unwrap_model(self.ref_model)
-        with _states(policy) as of_policy, _states(reference) as of_reference:
+        other: Any = self.accelerator.unwrap_model(self.ref_model)
+        with _states(policy) as of_policy, _states(other) as of_reference:
             scored = super()._score(model, inputs, kwargs)
-        if not of_reference:
-            raise ValueError(
-                "TDPO2 needs the reference's distributions, and the batch has its log-probabilities alone. Drop the "
-                "columns `ref_chosen_logps` and `ref_rejected_logps`, or explain with `reference=True`."
-            )
-        heads = policy.get_output_embeddings(), reference.get_output_embeddings()
+        heads = policy.get_output_embeddings(), other.get_output_embeddings()
         divergence = torch.zeros_like(scored.policy_logps)
         rows = len(scored.mask) // 2
         for side, grad in ((slice(0, rows), False), (slice(rows, None), torch.is_grad_enabled())):
