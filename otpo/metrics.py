@@ -65,7 +65,7 @@ def averaged_over_pairs(metrics: Mapping[str, Sequence[float]], pairs: Sequence[
 
     Args:
         metrics: For each name a number of each batch, as TRL collects them.
-        pairs: Pairs of each batch.
+        pairs: Pairs of each batch, or its share in the mean.
     """
     averaged = {}
     for name, values in metrics.items():

@@ -602,8 +602,9 @@ class OTPOTrainer(DPOTrainer):
         return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """TRL's log, its batch means as means over pairs, with the weights' time, which is read off the device here.
+        """TRL's log, an evaluation's as means over pairs, with the weights' time, which is read off the device here.
 
+        Training's are means over micro-batches as TRL's are, since each has the same share in the step's loss.
         Warns of transport that was not solved: on a GPU nothing may wait for the solver, and here its residual is on
         the host. Anywhere else the solver has looked itself.
         """
@@ -611,7 +612,8 @@ class OTPOTrainer(DPOTrainer):
         residuals = metrics.get("transport/residual")
         if residuals and self.accelerator.device.type == "cuda" and self.is_world_process_zero():
             warn_unsolved(max(residuals), **self.args.solver_options())
-        metrics.update(averaged_over_pairs(metrics, pairs))
+        shares = pairs if self._mode == "eval" else [1] * len(pairs)
+        metrics.update(averaged_over_pairs(metrics, shares))
         pairs.clear()
         times = self._timers[self._mode].take()
         if times and "transport/iterations" in metrics:
