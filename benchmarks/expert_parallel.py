@@ -48,9 +48,9 @@ from benchmarks.expert_parallel_steps import (
     step,
 )
 from benchmarks.figures import close_empty, grouped_bars, legend, machine_line, number, save
-from moe_backbone.hardware import find_gpu, recognise_gpu
-from moe_backbone.planning import make_plan
-from moe_backbone.training_setup import TrainingSetup
+from moe_backbone.planning.hardware import find_gpu, recognise_gpu
+from moe_backbone.planning.plan import make_plan
+from moe_backbone.planning.setup import TrainingSetup
 
 OVER_AUTOEP, OVER_NATIVE, NOISE = 1.0, 1.5, 0.01
 MEASURED = ("ms", "tokens_per_s", "peak_mib", "setup_peak_mib", "setup_s", "before_mib")

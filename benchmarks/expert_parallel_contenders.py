@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from moe_backbone.presets import PRESETS
+from moe_backbone.model.presets import PRESETS
 
 BASE, NATIVE, AUTOEP = "data parallel", "deepspeed.moe.MoE", "AutoEP as it comes"
 OURS, COMPASS = "ours", "ours, Compass"
@@ -164,7 +164,7 @@ def _autoep(model: Any, world: int, rank: int) -> dict[str, Any]:
 
 
 def _ours(model: Any, world: int, rank: int) -> dict[str, Any]:
-    from moe_backbone.expert_parallel import expert_parallel_config
+    from moe_backbone.expert_parallel.deepspeed_config import expert_parallel_config
 
     return {"expert_parallel": expert_parallel_config(model.config.model_type, world)["expert_parallel"]}
 

@@ -39,7 +39,7 @@ from benchmarks.figures import close_empty, grouped_bars, legend, machine_line, 
 from benchmarks.moe_cases import random_routing, row_error, unmasked_experts_forward
 from benchmarks.planning import name_of_gpu
 from moe_backbone import CompassConfig
-from moe_backbone.moe_block import CompassExperts
+from moe_backbone.model.moe_block import CompassExperts
 
 
 class Layer(NamedTuple):

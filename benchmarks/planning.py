@@ -1,4 +1,4 @@
-"""What `moe_backbone.planning` says of a training step against the step itself, on one GPU.
+"""What `moe_backbone.planning.plan` says of a training step against the step itself, on one GPU.
 
 Each setting runs real steps: forward with all losses, backward, fused AdamW. Compared are the peak of PyTorch's
 allocator, which has to be within 10% of the plan or the benchmark ends with code 1, and on the way to it what the
@@ -24,11 +24,11 @@ from rich.table import Table
 
 from benchmarks.harness import describe_machine, write_rows
 from moe_backbone import CompassConfig, CompassForCausalLM
-from moe_backbone.activations import saved_activations
-from moe_backbone.hardware import GPUS, find_gpu
-from moe_backbone.memory import plan_memory
-from moe_backbone.planning import load_config, make_plan
-from moe_backbone.training_setup import TrainingSetup
+from moe_backbone.planning.activations import saved_activations
+from moe_backbone.planning.hardware import GPUS, find_gpu
+from moe_backbone.planning.memory import plan_memory
+from moe_backbone.planning.plan import load_config, make_plan
+from moe_backbone.planning.setup import TrainingSetup
 
 GATE = 0.1
 STEPS = 3

@@ -27,7 +27,7 @@ from torch import Tensor
 from benchmarks.dpo_step import LENGTH, PAIRS, dpo_step_ms
 from benchmarks.figures import close_empty, legend, machine_line, save
 from benchmarks.harness import describe_machine, measure, read_rows, write_rows
-from otpo.transport import pairwise_cost, transport_weights
+from otpo.transport.solve import pairwise_cost, transport_weights
 
 REGS = ((1.0, 0.2), (0.1, 1.0), (0.02, 0.2))
 GATE = 1e-4
@@ -46,7 +46,7 @@ class Problem(NamedTuple):
 
 
 class Solution(NamedTuple):
-    """Weights `(B, L)`, and of the worst pair the sweeps and the residual of `otpo.sinkhorn.Transport`."""
+    """Weights `(B, L)`, and of the worst pair the sweeps and the residual of `otpo.transport.sinkhorn.Transport`."""
 
     chosen: Tensor
     rejected: Tensor

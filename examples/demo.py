@@ -32,8 +32,8 @@ from transformers.utils import logging
 import moe_backbone  # noqa: F401 - makes Compass known to transformers
 from otpo.cli.main import main as otpo
 from otpo.data import load_demo_corpus, load_demo_instructions, load_demo_preferences
-from otpo.data.checks import check_answer
-from otpo.transport import transport_weights
+from otpo.data.ecommerce.answers import check_answer
+from otpo.transport.solve import transport_weights
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>"

@@ -14,16 +14,16 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
-from .configuration_compass import CompassConfig as CompassConfig
-from .experts import memcpy_experts_forward as memcpy_experts_forward
-from .modeling_compass import CompassForCausalLM as CompassForCausalLM
-from .modeling_compass import CompassForQuestionAnswering as CompassForQuestionAnswering
-from .modeling_compass import CompassForSequenceClassification as CompassForSequenceClassification
-from .modeling_compass import CompassForTokenClassification as CompassForTokenClassification
-from .modeling_compass import CompassModel as CompassModel
-from .presets import PRESETS as PRESETS
-from .presets import preset as preset
-from .saved_code import save_code as save_code
+from .memcpy_experts import memcpy_experts_forward as memcpy_experts_forward
+from .model.configuration_compass import CompassConfig as CompassConfig
+from .model.modeling_compass import CompassForCausalLM as CompassForCausalLM
+from .model.modeling_compass import CompassForQuestionAnswering as CompassForQuestionAnswering
+from .model.modeling_compass import CompassForSequenceClassification as CompassForSequenceClassification
+from .model.modeling_compass import CompassForTokenClassification as CompassForTokenClassification
+from .model.modeling_compass import CompassModel as CompassModel
+from .model.presets import PRESETS as PRESETS
+from .model.presets import preset as preset
+from .model.saved_code import save_code as save_code
 
 AutoConfig.register(CompassConfig.model_type, CompassConfig, exist_ok=True)
 AutoModel.register(CompassConfig, CompassModel, exist_ok=True)

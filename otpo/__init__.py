@@ -10,8 +10,8 @@ if TYPE_CHECKING:
     from .callbacks import LogTokenWeightsCallback as LogTokenWeightsCallback
     from .config import OTPOConfig as OTPOConfig
     from .trainer import OTPOTrainer as OTPOTrainer
-    from .weighting import PairBatch as PairBatch
-    from .weighting import TokenWeights as TokenWeights
+    from .weighting.methods import PairBatch as PairBatch
+    from .weighting.methods import TokenWeights as TokenWeights
 
 __version__ = "0.1.0"
 
@@ -19,8 +19,8 @@ _HOMES = {
     "LogTokenWeightsCallback": "otpo.callbacks",
     "OTPOConfig": "otpo.config",
     "OTPOTrainer": "otpo.trainer",
-    "PairBatch": "otpo.weighting",
-    "TokenWeights": "otpo.weighting",
+    "PairBatch": "otpo.weighting.methods",
+    "TokenWeights": "otpo.weighting.methods",
 }
 __all__ = ["LogTokenWeightsCallback", "OTPOConfig", "OTPOTrainer", "PairBatch", "TokenWeights", "__version__"]
 

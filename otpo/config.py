@@ -5,10 +5,10 @@ from typing import Any, Literal
 
 from trl import DPOConfig
 
-from .sinkhorn import check_positive
-from .solver_choice import Solver, check_solver
-from .transport import check_cost, check_cost_scale
-from .weighting import WEIGHTINGS
+from .transport.backend import Solver, check_solver
+from .transport.sinkhorn import check_positive
+from .transport.solve import check_cost, check_cost_scale
+from .weighting.methods import WEIGHTINGS
 
 
 @dataclass
@@ -19,7 +19,7 @@ class OTPOConfig(DPOConfig):
     set `ot_reg` to 0.1. `beta` keeps TRL's default of 0.1; the release takes 0.01 for 8B and 0.1 for 3B.
 
     Parameters:
-        weighting: Name of the token weighting, see `otpo.weighting`. `"otpo"`: optimal transport (arXiv
+        weighting: Name of the token weighting, see `otpo.weighting.methods`. `"otpo"`: optimal transport (arXiv
             2505.18720). `"uniform"`: ones, which is DPO. `"budget"`: every token of a response alike, with OTPO's
             budget min(|y_c|, |y_r|). `"length"`: 1/|y|. `"sampo"`: a seeded random subset of the longer response
             (arXiv 2406.10957). `"ld"`: `ld_alpha` past the shorter response's length (arXiv 2409.06411). `"d2po"`:
@@ -134,7 +134,7 @@ class OTPOConfig(DPOConfig):
         return {"cost": self.ot_cost, "cost_scale": self.ot_cost_scale, **self.solver_options()}
 
     def solver_options(self) -> dict[str, Any]:
-        """The options of the solver, as [`otpo.transport.warn_unsolved`] takes them."""
+        """The options of the solver, as [`otpo.transport.solve.warn_unsolved`] takes them."""
         return {
             "reg": self.ot_reg,
             "reg_m": self.ot_reg_m,

@@ -29,10 +29,11 @@ from trl.trainer.utils import get_config_model_id
 
 from .callbacks import LogTokenWeightsCallback
 from .config import OTPOConfig
+from .data.preferences import PairRule, has_tokens_alone, no_rows, require_preference_columns
 from .data.prepared import PreparedDatasets, free_name, refuse_unread_stream
 from .data.streams import AlreadyTokenized, FirstRow
-from .data.validation import PairRule, has_tokens_alone, no_rows, require_preference_columns
-from .guards import (
+from .swap import swapped
+from .training.finite_checks import (
     is_same_start,
     require_finite_parameters,
     require_finite_step,
@@ -42,9 +43,9 @@ from .guards import (
     states_not_finite,
     tensor_versions,
 )
-from .hidden_states import captured_states, check_hidden_layer, check_layer_number, evaluating
-from .metrics import averaged_over_pairs, reward_metrics, weight_metrics
-from .reference import (
+from .training.hidden_states import captured_states, check_hidden_layer, check_layer_number, evaluating
+from .training.metrics import averaged_over_pairs, reward_metrics, weight_metrics
+from .training.reference_cache import (
     REFERENCE_COLUMNS,
     StoredRowsCollator,
     cache_file,
@@ -53,11 +54,10 @@ from .reference import (
     without_stored,
     write_rows,
 )
-from .scoring import Scored, loss_groups, model_inputs
-from .swap import swapped
-from .timing import DeviceTimer
-from .token_rows import pack_rows, unpack_rows
-from .transport import warn_unsolved
+from .training.row_layouts import pack_rows, unpack_rows
+from .training.scoring import Scored, loss_groups, model_inputs
+from .training.timing import DeviceTimer
+from .transport.solve import warn_unsolved
 from .trl_seam import (
     HandedInputs,
     bring_router_logits_to_head,
@@ -66,7 +66,7 @@ from .trl_seam import (
     require_known_loss,
     require_read,
 )
-from .weighting import WEIGHTINGS, PairBatch, TokenWeights, Weighting
+from .weighting.methods import WEIGHTINGS, PairBatch, TokenWeights, Weighting
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -83,7 +83,7 @@ class OTPOTrainer(DPOTrainer):
         loss = -log sigmoid(beta * (sum_i w_c,i log(pi/pi_ref)_i - sum_j w_r,j log(pi/pi_ref)_j))
 
     Logged beside TRL's metrics, whose `rewards/*` are the weighted ones: `rewards/*_unweighted`,
-    `weights/{entropy,ess,max}` (see `otpo.metrics`), `transport/residual`, `transport/iterations` and
+    `weights/{entropy,ess,max}` (see `otpo.training.metrics`), `transport/residual`, `transport/iterations` and
     `transport/ms`. To change the weights, pass `weighting` or override [`token_weights`].
 
     Loss types: `ipo` and `sigmoid_norm`, which divide by the response's length in DPO, divide by the weights' mass
@@ -103,7 +103,7 @@ class OTPOTrainer(DPOTrainer):
         optimizers: As in [`trl.DPOTrainer`].
         quantization_config: As in [`trl.DPOTrainer`].
         peft_config: As in [`trl.DPOTrainer`].
-        weighting: Your own callable (see `otpo.weighting`), in place of `args.weighting`.
+        weighting: Your own callable (see `otpo.weighting.methods`), in place of `args.weighting`.
 
     Raises:
         ValueError: An option or a row of the data can't be trained with; the message names it.

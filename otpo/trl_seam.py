@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 from trl.trainer.utils import FusedCausalLMOutput
 
-from .reference import REFERENCE_COLUMNS
 from .swap import swapped
+from .training.reference_cache import REFERENCE_COLUMNS
 
 _TOLERANCE = 1e-4
 

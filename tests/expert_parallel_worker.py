@@ -31,8 +31,8 @@ def layers(folder: Path, **_: Any) -> Any:
     import deepspeed
     from compass_helpers import compass_config
 
-    from moe_backbone.moe_block import CompassExperts
-    from moe_backbone.parallel_experts import ParallelExperts
+    from moe_backbone.expert_parallel.deepspeed_layer import ParallelExperts
+    from moe_backbone.model.moe_block import CompassExperts
 
     deepspeed.init_distributed(dist_backend="gloo")
     rank, size = dist.get_rank(), dist.get_world_size()
@@ -91,7 +91,7 @@ def engine(folder: Path, model: str, stage: int, **_: Any) -> Any:
     import deepspeed
     from deepspeed.utils import safe_get_full_grad
 
-    from moe_backbone.expert_parallel import expert_parallel_config
+    from moe_backbone.expert_parallel.deepspeed_config import expert_parallel_config
 
     deepspeed.init_distributed(dist_backend="gloo")
     rank, size = dist.get_rank(), dist.get_world_size()
@@ -214,9 +214,9 @@ def train(
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
     from accelerate import PartialState
 
-    from moe_backbone import expert_parallel_export
-    from moe_backbone.expert_parallel import expert_parallel_config
-    from moe_backbone.expert_parallel_trainer import with_expert_parallelism
+    from moe_backbone.expert_parallel import save as expert_parallel_export
+    from moe_backbone.expert_parallel.deepspeed_config import expert_parallel_config
+    from moe_backbone.expert_parallel.deepspeed_trainer import with_expert_parallelism
 
     rank = PartialState(backend="gloo").process_index
     config = AutoModelForCausalLM.from_pretrained(model).config
@@ -246,7 +246,7 @@ def train(
 
 def native(folder: Path, model: str, **_: Any) -> Any:
     """The same with experts that transformers spreads."""
-    from moe_backbone.native_expert_parallel import (
+    from moe_backbone.expert_parallel.native import (
         native_expert_parallel_options,
         require_native_expert_parallelism,
     )

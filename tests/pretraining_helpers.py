@@ -7,8 +7,8 @@ import torch
 from datasets import Dataset
 
 from moe_backbone import CompassForCausalLM, preset
-from moe_backbone.packing import pack_documents
-from moe_backbone.pretraining import PretrainingConfig, PretrainingTrainer
+from moe_backbone.pretraining.packing import pack_documents
+from moe_backbone.pretraining.trainer import PretrainingConfig, PretrainingTrainer
 
 VOCABULARY = 64
 SUCCESSORS = 4

@@ -6,7 +6,7 @@ from typing import Any, Protocol, cast
 
 import numpy as np
 
-from otpo.data.checks import check_answer
+from otpo.data.ecommerce.answers import check_answer
 
 CHECKS = ("attribute", "price", "language", "format")
 NO_JUDGE = "none"

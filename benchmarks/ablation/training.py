@@ -21,8 +21,8 @@ from transformers import (
 from examples.demo import log_probabilities
 from otpo import OTPOConfig
 from otpo.data import load_demo_preferences
-from otpo.data.checks import check_answer
 from otpo.data.demo import KINDS, SPLITS
+from otpo.data.ecommerce.answers import check_answer
 
 from .cells import BUNDLED, METHODS, Cell, Matrix
 from .methods import TRAINERS

@@ -1,6 +1,6 @@
 """The device code of the transport solver: one persistent kernel.
 
-The mathematics is that of `otpo.sinkhorn`, the float64 reference in plain torch: translation-invariant
+The mathematics is that of `otpo.transport.sinkhorn`, the float64 reference in plain torch: translation-invariant
 sweeps in the log domain (arXiv 2201.00730) with Anderson acceleration. What is particular to the kernel:
 
 - One launch solves all pairs. The programs form groups, a group solves one pair at a time, and its programs

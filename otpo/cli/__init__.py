@@ -3,6 +3,6 @@
 import sys
 
 if sys.argv[:1] == ["-m"]:  # Python is locating a module of this package to run it as the program
-    from .interrupt import leave_while_importing
+    from .launching.interrupt import leave_while_importing
 
     leave_while_importing()

@@ -21,11 +21,10 @@ from trl import (
 )
 
 from otpo import OTPOConfig, OTPOTrainer
+from otpo.data.loading import DataArguments, load_pairs
 
-from .command import TrainingCommand, run
-from .engine import count_rows, describe_run, rows_in_step
-from .loading import DataArguments, load_pairs
-from .models import (
+from .launching.engine import count_rows, describe_run, rows_in_step
+from .models.loading import (
     find_origin,
     load_adapted,
     load_config,
@@ -36,7 +35,8 @@ from .models import (
     require_same_vocabulary,
     with_model_options,
 )
-from .options import RunArguments, make_grouped_parser
+from .options.run_options import RunArguments, make_grouped_parser
+from .runs.command import TrainingCommand, run
 
 _DESCRIPTION = """\
 Align a model on preference pairs, its tokens weighted by optimal transport (OTPO).
@@ -88,8 +88,8 @@ def make_trainer(
     data: AlignArguments, args: OTPOConfig, model: ModelConfig, mixture: DatasetMixtureConfig
 ) -> OTPOTrainer:
     """Loads the pairs, the model and its reference."""
-    from .compass import freeze_adapters_of_mtp, mtp_options
-    from .expert_parallel import model_options, trainer_class
+    from .launching.expert_parallel import model_options, trainer_class
+    from .models.compass import freeze_adapters_of_mtp, mtp_options
 
     origin = find_origin("model_name_or_path", require_model(model), model.model_revision)
     trusted = args.trust_remote_code
@@ -128,7 +128,7 @@ def make_trainer(
 
 def describe(trainer: OTPOTrainer, parsed: tuple[Any, ...]) -> dict[str, str]:
     """What really runs, line by line."""
-    from .compass import describe_mtp
+    from .models.compass import describe_mtp
 
     args: OTPOConfig = parsed[1]
     weighting = args.describe_weighting()
@@ -173,7 +173,7 @@ COMMAND = TrainingCommand("align", make_parser, make_trainer, describe, extra_re
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs `otpo align`; see [`otpo.cli.command.run`]."""
+    """Runs `otpo align`; see [`otpo.cli.runs.command.run`]."""
     return run(COMMAND, argv)
 
 

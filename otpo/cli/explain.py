@@ -8,8 +8,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .interrupt import interruptible
-from .writing import require_writable_file
+from .launching.interrupt import interruptible
+from .options.writing import require_writable_file
 
 if TYPE_CHECKING:  # at run time they are imported when options have been read, since they bring torch
     from datasets import Dataset
@@ -116,7 +116,7 @@ def _run(argv: Sequence[str] | None) -> int:
         parser.error(str(error))
     from rich.console import Console
 
-    from .command import REFUSALS, refuse
+    from .runs.command import REFUSALS, refuse
 
     with tempfile.TemporaryDirectory() as folder:
         try:
@@ -183,8 +183,8 @@ def _prepare(options: argparse.Namespace, folder: str) -> tuple[Any, list[str], 
 
     from otpo import OTPOConfig
 
-    from . import compass  # noqa: F401 - makes its models known to the Auto classes
-    from .models import (
+    from .models import compass  # noqa: F401 - makes its models known to the Auto classes
+    from .models.loading import (
         find_origin,
         load_adapted,
         load_config,
@@ -195,7 +195,7 @@ def _prepare(options: argparse.Namespace, folder: str) -> tuple[Any, list[str], 
         require_same_vocabulary,
         with_model_options,
     )
-    from .preflight import require_layer
+    from .options.preflight import require_layer
 
     model = ModelConfig(
         model_name_or_path=options.model_name_or_path,
@@ -277,9 +277,8 @@ def _load_rows(options: argparse.Namespace) -> tuple[list[int], "Dataset"]:
     """The numbers of the rows and the rows."""
     from trl import DatasetMixtureConfig
 
+    from otpo.data.loading import DataArguments, load_pairs, unchecked
     from otpo.data.rows import check_pairs
-
-    from .loading import DataArguments, load_pairs, unchecked
 
     source = DataArguments(
         dataset_name=options.dataset_name,

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from otpo import __version__
 
-from .interrupt import importing, interruptible
+from .launching.interrupt import importing, interruptible
 
 
 class Command(NamedTuple):

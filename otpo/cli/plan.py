@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # at run time it is imported when options have been read, since it brings torch
-    from moe_backbone.planning import Plan
+    from moe_backbone.planning.plan import Plan
 
 _DESCRIPTION = """\
 Plan the training of a Compass model: parameters, memory of a GPU by part and whether it fits, all-to-all bytes,
@@ -114,10 +114,10 @@ def _print_json(report: dict[str, Any]) -> None:
 
 
 def _make_plan(options: argparse.Namespace) -> "Plan":
-    from moe_backbone.hardware import find_gpu
-    from moe_backbone.planning import load_config, make_plan
-    from moe_backbone.step_time import Rates
-    from moe_backbone.training_setup import TrainingSetup
+    from moe_backbone.planning.hardware import find_gpu
+    from moe_backbone.planning.plan import load_config, make_plan
+    from moe_backbone.planning.setup import TrainingSetup
+    from moe_backbone.planning.step_time import Rates
 
     config = load_config(options.model)
     named = {name: getattr(options, name) for name in TrainingSetup.__dataclass_fields__}

@@ -14,21 +14,21 @@ from transformers import set_seed
 from trl import ScriptArguments, TrlParser
 
 from moe_backbone import PRESETS
-from moe_backbone.counting import count_parameters
-from moe_backbone.mixing import Stage, read_mixture
-from moe_backbone.pretraining import PretrainingConfig, PretrainingTrainer
+from moe_backbone.planning.counting import count_parameters
+from moe_backbone.pretraining.documents import Stage, read_mixture
+from moe_backbone.pretraining.trainer import PretrainingConfig, PretrainingTrainer
+from otpo.data.loading import RowArguments
 
-from .command import REFUSALS, TrainingCommand, refuse, run
-from .engine import count_rows, describe_run, rows_in_step
-from .expert_parallel import trainer_class
-from .loading import RowArguments
-from .model_card import Origin, with_model_card
-from .models import require_folder
-from .options import Given, RunArguments, make_grouped_parser, read_command_line
-from .pretrain_data import find_sources, load_rows
-from .pretrain_model import load_tokenizer, make_model
-from .pretrain_options import ModelArguments, PretrainArguments, check_options
-from .stages import describe_stage, plan_stages, stage_settings
+from .launching.engine import count_rows, describe_run, rows_in_step
+from .launching.expert_parallel import trainer_class
+from .models.loading import require_folder
+from .options.run_options import Given, RunArguments, make_grouped_parser, read_command_line
+from .pretraining.data import find_sources, load_rows
+from .pretraining.model import load_tokenizer, make_model
+from .pretraining.options import ModelArguments, PretrainArguments, check_options
+from .pretraining.stages import describe_stage, plan_stages, stage_settings
+from .runs.command import REFUSALS, TrainingCommand, refuse, run
+from .runs.model_card import Origin, with_model_card
 
 _DESCRIPTION = """\
 Pretrain a Compass Mixture-of-Experts model on packed documents.

@@ -25,12 +25,10 @@ from trl import (
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
 from otpo.data.instructions import check_instructions, instruction_form, is_conversational
+from otpo.data.loading import RowArguments, load_rows
 
-from .command import TrainingCommand, run
-from .engine import count_rows, describe_run, rows_in_step
-from .loading import RowArguments, load_rows
-from .model_card import Origin, with_model_card
-from .models import (
+from .launching.engine import count_rows, describe_run, rows_in_step
+from .models.loading import (
     find_origin,
     load_adapted,
     load_config,
@@ -39,7 +37,9 @@ from .models import (
     require_model,
     with_model_options,
 )
-from .options import RunArguments, make_grouped_parser
+from .options.run_options import RunArguments, make_grouped_parser
+from .runs.command import TrainingCommand, run
+from .runs.model_card import Origin, with_model_card
 
 logger = logging.get_logger(__name__)
 
@@ -88,8 +88,8 @@ def make_trainer(data: SftArguments, args: SFTConfig, model: ModelConfig, mixtur
     """Loads the instructions and the model."""
     from moe_backbone import CompassConfig
 
-    from .compass import freeze_adapters_of_mtp, mtp_options
-    from .expert_parallel import model_options, trainer_class
+    from .launching.expert_parallel import model_options, trainer_class
+    from .models.compass import freeze_adapters_of_mtp, mtp_options
 
     origin = find_origin("model_name_or_path", require_model(model), model.model_revision)
     if model.use_peft and model.lora_target_parameters and model.lora_dropout:
@@ -179,7 +179,7 @@ def require_rows(loaded: Dataset | IterableDataset, prepared: Any, args: SFTConf
 
 def describe(trainer: SFTTrainer, parsed: tuple[Any, ...]) -> dict[str, str]:
     """What really runs, line by line."""
-    from .compass import describe_mtp
+    from .models.compass import describe_mtp
 
     args: SFTConfig = parsed[1]
     counted = "all tokens"
@@ -213,7 +213,7 @@ COMMAND = TrainingCommand("sft", make_parser, make_trainer, describe)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs `otpo sft`; see [`otpo.cli.command.run`]."""
+    """Runs `otpo sft`; see [`otpo.cli.runs.command.run`]."""
     return run(COMMAND, argv)
 
 

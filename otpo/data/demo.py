@@ -73,8 +73,8 @@ def load_demo_instructions(
 
     Returns:
         Rows with `messages` (user, assistant), and `answer`, `language`, `kind`, `length`, `product_id` and
-        `template_id` as in [`load_demo_preferences`], so that [`otpo.data.checks.check_answer`] can check what a model
-        answers to the first message.
+        `template_id` as in [`load_demo_preferences`], so that
+        [`otpo.data.ecommerce.answers.check_answer`] can check what a model answers to the first message.
 
     Raises:
         ValueError: An argument names something that is not there, or nothing; or `count` is set for a test split.

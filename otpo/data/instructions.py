@@ -6,8 +6,8 @@ from typing import Any, Literal
 
 from datasets import Dataset, IterableDataset
 
+from .preferences import column_names
 from .rows import check_rows, text_problem
-from .validation import column_names
 
 Form = Literal["messages", "prompt-completion"]
 _NO_ANSWER = "has no assistant turn, so there is no answer to learn"

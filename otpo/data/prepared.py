@@ -11,9 +11,9 @@ import numpy as np
 from datasets import Dataset, IterableDataset
 from torch import Tensor
 
+from .preferences import PairRule, drop_unusable_pairs, find_pair, nothing_left
 from .streams import DropCounts, drop_unusable_pairs_of_stream
 from .token_table import TOKEN_COLUMNS
-from .validation import PairRule, drop_unusable_pairs, find_pair, nothing_left
 
 Rows = Dataset | IterableDataset
 

@@ -5,8 +5,8 @@ from typing import Any
 
 from datasets import Dataset, IterableDataset
 
+from .preferences import RowError, has_tokens_alone, require_preference_columns
 from .text_table import rows_to_look_at
-from .validation import RowError, has_tokens_alone, require_preference_columns
 
 RowProblem = Callable[[Mapping[str, Any]], str | None]
 """What is wrong with a row, as the end of a sentence; None when nothing is."""

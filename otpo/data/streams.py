@@ -12,8 +12,8 @@ from datasets import IterableDataset
 from torch.utils.data import get_worker_info
 from transformers.utils import logging
 
+from .preferences import PairRule, Problem, has_tokens_alone, require_columns
 from .token_table import TOKEN_COLUMNS
-from .validation import PairRule, Problem, has_tokens_alone, require_columns
 
 logger = logging.get_logger(__name__)
 

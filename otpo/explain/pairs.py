@@ -17,13 +17,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from otpo.config import OTPOConfig
 from otpo.data.prepared import free_name
-from otpo.hidden_states import evaluating
-from otpo.metrics import weight_metrics
-from otpo.scoring import Scored, model_inputs, rewarded_loss_type
 from otpo.swap import swapped
-from otpo.timing import DeviceTimer
-from otpo.transport import transport_plan
-from otpo.weighting import WEIGHTINGS, PairBatch, ld
+from otpo.training.hidden_states import evaluating
+from otpo.training.metrics import weight_metrics
+from otpo.training.scoring import Scored, model_inputs, rewarded_loss_type
+from otpo.training.timing import DeviceTimer
+from otpo.transport.solve import transport_plan
+from otpo.weighting.methods import WEIGHTINGS, PairBatch, ld
 
 from .pieces import Piece, split_pieces
 
@@ -71,7 +71,7 @@ class ExplainedPair:
         prompt: The prompt as the model reads it.
         chosen: The chosen response, M tokens.
         rejected: The rejected response, N tokens.
-        plan: `(M, N)` float64, see [`otpo.transport.transport_plan`].
+        plan: `(M, N)` float64, see [`otpo.transport.solve.transport_plan`].
         plan_gives_weights: Whether the weights are the plan's marginals, up to a factor for each response.
         weighting: The weighting and its options, to be read.
     """
@@ -90,7 +90,7 @@ class ExplainedPair:
         return self.chosen.reference_logps is not None
 
     def numbers(self) -> dict[str, float]:
-        """Numbers of the pair: `ess`, `entropy` and `max` of the weights as in `otpo.metrics`, and reward margins."""
+        """The pair's `ess`, `entropy` and `max` of weights as in `otpo.training.metrics`, and its margins."""
         sides = (self.chosen, self.rejected)
         weights = torch.nn.utils.rnn.pad_sequence([side.weights for side in sides], batch_first=True)
         lengths = torch.tensor([len(side.weights) for side in sides])

@@ -5,7 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from moe_backbone import PRESETS, CompassConfig, CompassForCausalLM, preset
-from moe_backbone.counting import count_flops, count_parameters, flops_per_token
+from moe_backbone.planning.counting import count_flops, count_parameters, flops_per_token
 
 ODD = {
     "vocab_size": 331,

@@ -20,12 +20,13 @@ from transformers import (
     Trainer,
 )
 
-from moe_backbone.expert_parallel import check_expert_parallel, expert_parallel_config
-from moe_backbone.expert_parallel_resume import LAYOUT_FILE, Layout, fit_checkpoint
-from moe_backbone.expert_parallel_trainer import separate_experts
-from moe_backbone.saved_code import AUTO_MAP
-from otpo.cli import align, expert_parallel, pretrain
-from otpo.cli.command import find_checkpoint
+from moe_backbone.expert_parallel.deepspeed_config import check_expert_parallel, expert_parallel_config
+from moe_backbone.expert_parallel.deepspeed_trainer import separate_experts
+from moe_backbone.expert_parallel.resume import LAYOUT_FILE, Layout, fit_checkpoint
+from moe_backbone.model.saved_code import AUTO_MAP
+from otpo.cli import align, pretrain
+from otpo.cli.launching import expert_parallel
+from otpo.cli.runs.command import find_checkpoint
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is an extra")
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="DeepSpeed compiles its operator for the CPU")

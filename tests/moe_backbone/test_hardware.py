@@ -2,7 +2,7 @@
 
 import pytest
 
-from moe_backbone.hardware import GPUS, recognise_gpu
+from moe_backbone.planning.hardware import GPUS, recognise_gpu
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import yaml
 from datasets import Dataset, DatasetDict, IterableDataset
 
 from moe_backbone import preset
-from moe_backbone.mixing import Mixture, Source, SplitError, Stage, load_mixture, read_mixture
+from moe_backbone.pretraining.documents import Mixture, Source, SplitError, Stage, load_mixture, read_mixture
 
 
 def write(path, documents, column="text"):

@@ -7,7 +7,7 @@ from compass_helpers import GROUPED, IMPLEMENTATIONS, compass_config
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from moe_backbone.modeling_compass import CompassExperts, CompassMoeBlock
+from moe_backbone.model.modeling_compass import CompassExperts, CompassMoeBlock
 
 # The router computes in float32 whatever the model's dtype, and its gradient sums products of about 10: hence the
 # block's tolerance. The experts alone, given weights, have nothing but float64 in them. torch's grouped_mm has no

@@ -14,7 +14,7 @@ from transformers.generation.candidate_generator import MTPCandidateGenerator
 from transformers.modeling_layers import MtpModel
 
 from moe_backbone import CompassForCausalLM, CompassModel
-from moe_backbone.mtp import LiveMtpCandidateGenerator, LiveMtpModel, mtp_labels, shift_left
+from moe_backbone.model.mtp import LiveMtpCandidateGenerator, LiveMtpModel, mtp_labels, shift_left
 
 documents = st.lists(st.integers(1, 7), min_size=1, max_size=5)  # lengths
 

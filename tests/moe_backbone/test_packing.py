@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pretraining_helpers import chain_documents, tiny_compass
 
-from moe_backbone.packing import PackedCollator, pack_documents
+from moe_backbone.pretraining.packing import PackedCollator, pack_documents
 
 
 @settings(max_examples=20, deadline=None)

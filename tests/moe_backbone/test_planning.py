@@ -9,13 +9,13 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from moe_backbone import CompassConfig, CompassForCausalLM, preset
-from moe_backbone.activations import PRECISIONS, Batch, saved_activations
-from moe_backbone.counting import count_parameters
-from moe_backbone.hardware import GPUS, find_gpu
-from moe_backbone.memory import WORKSPACE, dense_parameters, plan_memory, routed_experts
-from moe_backbone.planning import load_config, make_plan
-from moe_backbone.step_time import Rates, all_to_all, row_move_bytes
-from moe_backbone.training_setup import TrainingSetup
+from moe_backbone.planning.activations import PRECISIONS, Batch, saved_activations
+from moe_backbone.planning.counting import count_parameters
+from moe_backbone.planning.hardware import GPUS, find_gpu
+from moe_backbone.planning.memory import WORKSPACE, dense_parameters, plan_memory, routed_experts
+from moe_backbone.planning.plan import load_config, make_plan
+from moe_backbone.planning.setup import TrainingSetup
+from moe_backbone.planning.step_time import Rates, all_to_all, row_move_bytes
 
 SIZES = {
     "vocab_size": 1000,

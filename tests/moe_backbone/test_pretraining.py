@@ -15,7 +15,7 @@ from pretraining_helpers import SUCCESSORS, VOCABULARY, chain_documents, logged,
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 
 from moe_backbone import CompassForCausalLM, preset
-from moe_backbone.packing import PackedCollator, pack_documents
+from moe_backbone.pretraining.packing import PackedCollator, pack_documents
 
 TRAJECTORY = Path(__file__).with_name("trajectory.json")
 STEPS = 200

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from moe_backbone import CompassForCausalLM
-from moe_backbone.modeling_compass import CompassModel
-from moe_backbone.router import (
+from moe_backbone.model.modeling_compass import CompassModel
+from moe_backbone.model.router import (
     CompassRouter,
     expert_load,
     load_balancing_loss,

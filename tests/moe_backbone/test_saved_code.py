@@ -12,7 +12,7 @@ from compass_helpers import compass_config, compass_model, token_ids
 from transformers import AutoModelForCausalLM
 
 from moe_backbone import CompassConfig, CompassForCausalLM, CompassForSequenceClassification, save_code
-from moe_backbone.saved_code import AUTO_MAP
+from moe_backbone.model.saved_code import AUTO_MAP
 
 FULL = {"num_mtp_layers": 1, "num_shared_experts": 1, "router_bias_update_speed": 1e-3}
 ELSEWHERE = """

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from otpo.data.checks import check_answer, likely_languages
+from otpo.data.ecommerce.answers import check_answer, likely_languages
 from otpo.data.ecommerce.lexicon import LANGUAGES, lexicon
 
 

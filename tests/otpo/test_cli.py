@@ -16,11 +16,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import otpo
 from otpo.cli import align, env
 from otpo.cli.align import make_parser
-from otpo.cli.engine import cpu_request, requested_engines, require_accelerator, require_deepspeed, require_engine
-from otpo.cli.launch import bundled_configs, is_launched, parse_launch, resolve_config
-from otpo.cli.loading import DataArguments, RowArguments, load_pairs, load_rows
+from otpo.cli.launching.engine import (
+    cpu_request,
+    requested_engines,
+    require_accelerator,
+    require_deepspeed,
+    require_engine,
+)
+from otpo.cli.launching.launch import bundled_configs, is_launched, parse_launch, resolve_config
 from otpo.cli.main import COMMANDS, main
-from otpo.cli.options import changed_options, read_command_line
+from otpo.cli.options.run_options import changed_options, read_command_line
+from otpo.data.loading import DataArguments, RowArguments, load_pairs, load_rows
 
 pytestmark = pytest.mark.usefixtures("own_process")
 RECIPES = ROOT / "examples/recipes"
@@ -129,7 +135,7 @@ def test_no_recipe_is_left_untested():
     [("single_gpu", "NO"), ("ddp", "MULTI_GPU"), ("zero2", "DEEPSPEED"), ("zero3", "DEEPSPEED"), ("fsdp2", "FSDP")],
 )
 def test_bundled_configurations(name, engine, monkeypatch):
-    monkeypatch.setattr("otpo.cli.launch.find_spec", lambda _: object())
+    monkeypatch.setattr("otpo.cli.launching.launch.find_spec", lambda _: object())
     path = resolve_config(name)
     assert path == str(bundled_configs()[name])
     config = load_config_from_file(path)

@@ -11,7 +11,7 @@ from helpers import make_pairs
 from trl import DatasetMixtureConfig
 
 from otpo.cli import align, explain, sft
-from otpo.cli.loading import DataArguments, RowArguments, load_pairs, load_rows
+from otpo.data.loading import DataArguments, RowArguments, load_pairs, load_rows
 from otpo.data.rows import pair_problem
 
 pytestmark = pytest.mark.usefixtures("own_process")

@@ -11,8 +11,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from otpo.cli import align, explain, sft
-from otpo.cli.launch import check_options, default_launch, parse_launch
-from otpo.cli.models import find_origin, on_one_device
+from otpo.cli.launching.launch import check_options, default_launch, parse_launch
+from otpo.cli.models.loading import find_origin, on_one_device
 
 pytestmark = pytest.mark.usefixtures("own_process")
 LORA = {"use_peft": True, "lora_r": 2, "lora_target_modules": "all-linear"}
@@ -207,7 +207,7 @@ def test_the_package_runs_as_the_script():
     ],
 )
 def test_what_is_refused_beforehand(changes, message, capsys, model_folder, pairs_file, tmp_path, monkeypatch):
-    monkeypatch.setattr("otpo.cli.preflight.get_available_reporting_integrations", list)
+    monkeypatch.setattr("otpo.cli.options.preflight.get_available_reporting_integrations", list)
     changes = {name: str(tmp_path) if value == "FOLDER" else value for name, value in changes.items()}
     argv = arguments(model_folder, pairs_file, **{"output": tmp_path / "out", **changes})
     assert message in refusal(align.main, capsys, argv)

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from moe_backbone import PRESETS, preset
-from moe_backbone.counting import count_parameters
-from moe_backbone.hardware import GPUS
-from moe_backbone.training_setup import OPTIMIZERS, PRECISIONS, STRATEGIES, TrainingSetup
+from moe_backbone.planning.counting import count_parameters
+from moe_backbone.planning.hardware import GPUS
+from moe_backbone.planning.setup import OPTIMIZERS, PRECISIONS, STRATEGIES, TrainingSetup
 from otpo.cli import plan
 
 ROOT = Path(__file__).parents[2]

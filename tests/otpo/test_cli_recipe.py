@@ -3,8 +3,8 @@
 import pytest
 
 from otpo.cli import align, pretrain, sft
-from otpo.cli.options import changed_options, read_command_line
-from otpo.cli.recipe import conform, option_types, read_yaml
+from otpo.cli.options.recipe import conform, option_types, read_yaml
+from otpo.cli.options.run_options import changed_options, read_command_line
 
 
 def read(text: str | bytes, tmp_path, *words: str):

@@ -3,8 +3,8 @@
 import pytest
 
 from otpo.cli.align import make_parser
-from otpo.cli.options import changed_options, read_command_line
-from otpo.cli.redact import LEFT_OUT, is_secret, redact_text, without_secrets
+from otpo.cli.options.redact import LEFT_OUT, is_secret, redact_text, without_secrets
+from otpo.cli.options.run_options import changed_options, read_command_line
 
 SECRET = "token hub_token use_auth_token api_key apiKey password secret authorization headers HF_TOKEN X-Auth-Token"
 SECRET += " storage_options sas sig passwords"

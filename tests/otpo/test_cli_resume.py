@@ -12,8 +12,8 @@ import pytest
 from cli_helpers import ROOT, arguments, refusal
 
 from otpo.cli import align, pretrain, sft
-from otpo.cli.checkpoints import find_checkpoint
-from otpo.cli.identity import RUN_FILE, run_identity
+from otpo.cli.runs.checkpoints import find_checkpoint
+from otpo.cli.runs.identity import RUN_FILE, run_identity
 
 pytestmark = pytest.mark.usefixtures("own_process")
 SAVING = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1}
@@ -109,7 +109,7 @@ def test_pretraining_too(capsys, tokenizer, tmp_path, monkeypatch):
     def fail(*_args, **_kwargs):
         raise ValueError("in a step")
 
-    monkeypatch.setattr("moe_backbone.pretraining.PretrainingTrainer.training_step", fail)
+    monkeypatch.setattr("moe_backbone.pretraining.trainer.PretrainingTrainer.training_step", fail)
     with pytest.raises(ValueError, match="in a step"):
         pretrain.main(argv)
 

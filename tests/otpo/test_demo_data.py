@@ -7,8 +7,8 @@ import pytest
 from trl.data_utils import is_conversational
 
 from otpo.data import load_demo_corpus, load_demo_instructions, load_demo_preferences
-from otpo.data.checks import check_answer, likely_languages
 from otpo.data.ecommerce import formats
+from otpo.data.ecommerce.answers import check_answer, likely_languages
 from otpo.data.ecommerce.generate import BUNDLED, main, make_rows, to_bytes
 from otpo.data.ecommerce.lexicon import LANGUAGES, lexicon
 from otpo.data.ecommerce.pairs import KINDS, LENGTHS

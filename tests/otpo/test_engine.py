@@ -6,7 +6,7 @@ from compass_helpers import compass_model
 from torch.testing._internal.two_tensor import TwoTensor
 
 from otpo.cli import align
-from otpo.cli.engine import describe_run, weight_bytes
+from otpo.cli.launching.engine import describe_run, weight_bytes
 
 
 def int8(*shape):

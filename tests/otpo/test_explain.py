@@ -21,7 +21,7 @@ from otpo.explain import ExplainedPair, ExplainedResponse, Piece, draw_picture, 
 from otpo.explain.heatmap import LABELLED, MOST_PIXELS, png, render_plan
 from otpo.explain.picture import MOST_PAIRS
 from otpo.explain.pieces import token_labels
-from otpo.transport import transport_plan, transport_weights
+from otpo.transport.solve import transport_plan, transport_weights
 
 THAI = "ที่นี่มีเสื้อสีแดงค่ะ น้ำหนัก 400 กรัม"
 EMOJI = "👍🏽 👩‍👩‍👧 🇹🇭 🙂"

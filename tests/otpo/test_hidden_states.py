@@ -16,7 +16,7 @@ from transformers import (
 
 from otpo import OTPOTrainer, PairBatch
 from otpo.explain import explain_rows
-from otpo.hidden_states import captured_states, check_hidden_layer, evaluating
+from otpo.training.hidden_states import captured_states, check_hidden_layer, evaluating
 
 FOLDERS = ("model_folder", "moe_folder", "compass_folder")
 

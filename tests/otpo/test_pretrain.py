@@ -18,10 +18,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moe_backbone import CompassForCausalLM, preset
-from moe_backbone.saved_code import AUTO_MAP
+from moe_backbone.model.saved_code import AUTO_MAP
 from otpo.cli import pretrain
-from otpo.cli.pretrain_data import find_sources, load_rows
-from otpo.cli.pretrain_model import parse_overrides
+from otpo.cli.pretraining.data import find_sources, load_rows
+from otpo.cli.pretraining.model import parse_overrides
 
 ROOT = Path(__file__).parents[2]
 UNSAID = {"max_steps": None, "sequence_length": None, "per_device_train_batch_size": None}
@@ -266,7 +266,7 @@ def test_a_fault_in_a_step_keeps_its_trace(tokenizer_folder, documents, tmp_path
     def fail(*args, **kwargs):
         raise OSError("the disk is full")
 
-    monkeypatch.setattr("moe_backbone.pretraining.PretrainingTrainer.training_step", fail)
+    monkeypatch.setattr("moe_backbone.pretraining.trainer.PretrainingTrainer.training_step", fail)
     mixture = make_mixture(tmp_path, documents)
     for changes in ({"dataset_name": documents}, {"mixture": mixture}, {"mixture": mixture, "stage": "general"}):
         with pytest.raises(OSError, match="the disk is full"):

@@ -13,7 +13,7 @@ from trl import DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from otpo import OTPOTrainer
-from otpo.reference import KEY_COLUMN, REFERENCE_COLUMNS, describe_model
+from otpo.training.reference_cache import KEY_COLUMN, REFERENCE_COLUMNS, describe_model
 
 
 @pytest.fixture
@@ -146,7 +146,8 @@ def test_the_key_is_the_same_in_every_process(model_folder, tmp_path):
     """Sets in an adapter's configuration have another order under another PYTHONHASHSEED."""
     program = (
         "import sys; from peft import LoraConfig, get_peft_model; from transformers import AutoModelForCausalLM; "
-        "from otpo.reference import reference_key; from datasets import Dataset; import torch; torch.manual_seed(0); "
+        "from otpo.training.reference_cache import reference_key; "
+        "from datasets import Dataset; import torch; torch.manual_seed(0); "
         "model = get_peft_model(AutoModelForCausalLM.from_pretrained(sys.argv[1]), "
         "LoraConfig(target_modules=['q_proj', 'k_proj', 'v_proj'])); "
         "names = ('prompt_ids', 'chosen_ids', 'rejected_ids'); "

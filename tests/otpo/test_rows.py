@@ -202,7 +202,7 @@ def test_a_refused_pair_of_a_shuffled_stream_is_named_by_its_text(workers, model
 def test_many_rows_are_judged_as_one_is(max_length, mode):
     """Random short lists of few tokens, so that all kinds of trouble occur, over several blocks of rows."""
     from otpo.data import token_table
-    from otpo.data.validation import PairRule, drop_unusable_pairs, find_pair
+    from otpo.data.preferences import PairRule, drop_unusable_pairs, find_pair
 
     generator = torch.Generator().manual_seed(3)
 

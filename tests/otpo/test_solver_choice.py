@@ -7,8 +7,8 @@ import torch
 from helpers import history, make_pairs, option_dict
 
 from otpo import OTPOConfig, OTPOTrainer
-from otpo.solver_choice import choose_solver
-from otpo.transport import transport_weights
+from otpo.transport.backend import choose_solver
+from otpo.transport.solve import transport_weights
 
 SETTINGS = {"reg": 1.0, "reg_m": 0.2, "tolerance": 1e-6}
 MASK = torch.ones(2, 5, dtype=torch.bool)
@@ -69,7 +69,7 @@ def test_rows_beyond_the_kernels_are_refused():
 def test_without_a_gpu_the_kernels_are_refused():
     """In a process of its own: Triton decides at import whether it interprets."""
     code = (
-        "import torch; from otpo.transport import transport_weights as w;"
+        "import torch; from otpo.transport.solve import transport_weights as w;"
         "m = torch.ones(1, 2, dtype=torch.bool); w(torch.ones(1, 2, 3), torch.ones(1, 2, 3), m, m, solver='triton')"
     )
     run = subprocess.run(
@@ -79,7 +79,7 @@ def test_without_a_gpu_the_kernels_are_refused():
 
 
 def test_importing_the_library_does_not_import_triton():
-    code = "import sys, otpo, otpo.transport, otpo_kernels; assert 'otpo_kernels.sinkhorn' not in sys.modules"
+    code = "import sys, otpo, otpo.transport.solve, otpo_kernels; assert 'otpo_kernels.sinkhorn' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, env=_environment())
 
 
@@ -94,7 +94,7 @@ def test_an_unknown_solver_is_refused_by_name(name, tmp_path):
 @pytest.mark.gpu
 def test_auto_on_a_gpu_is_the_kernels_or_says_why_not(monkeypatch):
     warnings = []
-    monkeypatch.setattr("otpo.solver_choice.logger.warning_once", warnings.append)
+    monkeypatch.setattr("otpo.transport.backend.logger.warning_once", warnings.append)
     tensors = [tensor.cuda() for tensor in states()]
     assert choose_solver("auto", *tensors, **SETTINGS) == "triton" and not warnings
     assert choose_solver("auto", *tensors, **(SETTINGS | {"reg": 0.001})) == "torch"

@@ -50,7 +50,7 @@ def test_otpo_trains_and_reports(name, model_folder, tmp_path):
 
 def test_an_unsolved_transport_is_said_when_the_log_is_read(model_folder, tmp_path, monkeypatch):
     said = []
-    monkeypatch.setattr("otpo.transport.logger.warning", said.append)
+    monkeypatch.setattr("otpo.transport.solve.logger.warning", said.append)
     train(OTPOTrainer, OTPOConfig, model_folder, tmp_path, ot_reg=0.011, ot_max_iterations=2, max_steps=3)
     assert len(said) == 1 and "after 2 sweeps at a residual of" in said[0] and "`ot_max_iterations`" in said[0]
 

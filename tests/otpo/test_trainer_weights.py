@@ -30,7 +30,7 @@ from trl import DPOConfig, DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from otpo import OTPOConfig, OTPOTrainer, PairBatch, TokenWeights
-from otpo.transport import transport_weights
+from otpo.transport.solve import transport_weights
 
 SGD = {"optim": "sgd", "learning_rate": 0.05, "max_grad_norm": 0.0}
 LORA = {"r": 4, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}

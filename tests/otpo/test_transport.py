@@ -10,18 +10,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from otpo.config import OTPOConfig
-from otpo.metrics import reward_metrics, weight_metrics
-from otpo.sinkhorn import unbalanced_sinkhorn
-from otpo.transport import pairwise_cost, transport_plan, transport_weights
-from otpo.weighting import WEIGHTINGS, PairBatch
+from otpo.training.metrics import reward_metrics, weight_metrics
+from otpo.transport.sinkhorn import unbalanced_sinkhorn
+from otpo.transport.solve import pairwise_cost, transport_plan, transport_weights
+from otpo.weighting.methods import WEIGHTINGS, PairBatch
 
 
 @pytest.fixture
 def warnings_of(monkeypatch):
     """What the transport has warned of so far, none of it said before."""
-    monkeypatch.setattr("otpo.transport._warned", set())
+    monkeypatch.setattr("otpo.transport.solve._warned", set())
     said = []
-    monkeypatch.setattr("otpo.transport.logger.warning", said.append)
+    monkeypatch.setattr("otpo.transport.solve.logger.warning", said.append)
     return lambda: list(said)
 
 
@@ -397,7 +397,7 @@ def test_devices_without_float64_stop_where_float32_stalls(regs, monkeypatch, wa
     masks = torch.ones(2, 30, dtype=torch.bool), torch.ones(2, 23, dtype=torch.bool)
     masks[0][1, 4:] = False
     want = transport_weights(chosen, rejected, *masks, reg=reg, reg_m=reg_m, tolerance=1e-10)
-    monkeypatch.setattr("otpo.transport.wide_dtype", lambda device: torch.float32)
+    monkeypatch.setattr("otpo.transport.solve.wide_dtype", lambda device: torch.float32)
     with WithoutFloat64():
         got = transport_weights(chosen, rejected, *masks, reg=reg, reg_m=reg_m)
         plan = transport_plan(chosen[0], rejected[0], reg=reg, reg_m=reg_m)
@@ -416,7 +416,7 @@ def test_weightings_and_metrics_need_no_float64(name, monkeypatch, tmp_path):
     want = weight_metrics(WEIGHTINGS[name](args)(batch), mask)
     rewards = torch.randn(6)
     wanted_rewards = reward_metrics(rewards, "")
-    monkeypatch.setattr("otpo.metrics.wide_dtype", lambda device: torch.float32)
+    monkeypatch.setattr("otpo.training.metrics.wide_dtype", lambda device: torch.float32)
     with WithoutFloat64():
         got = weight_metrics(WEIGHTINGS[name](args)(batch), mask)
         got_rewards = reward_metrics(rewards, "")

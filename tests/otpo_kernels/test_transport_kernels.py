@@ -8,7 +8,7 @@ from golden_cases import CASES, golden, problem, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from otpo.transport import transport_weights
+from otpo.transport.solve import transport_weights
 
 pytest.importorskip("triton", reason="triton is made for Linux")
 from otpo_kernels.distance import distances, valid_tokens

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from otpo import OTPOTrainer
-from otpo.scoring import Scored
+from otpo.training.scoring import Scored
 
 _TOKENS = 1024
 """Positions whose `V` logits are held at a time."""

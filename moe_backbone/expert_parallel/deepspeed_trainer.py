@@ -1,0 +1,130 @@
+"""What a transformers Trainer, or one of TRL's, needs beside DeepSpeed's configuration to train spread experts."""
+
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainerCallback
+from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_utils import get_last_checkpoint
+
+from .deepspeed_config import require_expert_parallelism
+from .resume import Layout, check_layout, fit_checkpoint, restore_steps, write_layout
+
+
+@cache
+def with_expert_parallelism(trainer_class: type, ep_size: int) -> type:
+    """A subclass of a trainer that trains, checks and saves models with spread experts.
+
+    Args:
+        trainer_class: transformers' Trainer or a subclass.
+        ep_size: Processes that share the experts; `args.deepspeed` is to be of
+            [`moe_backbone.expert_parallel.deepspeed_config.expert_parallel_config`] with the same size.
+    """
+    return type(trainer_class.__name__, (ExpertParallelMixin, trainer_class), {"ep_size": ep_size})
+
+
+class ExpertParallelMixin:
+    """Marks the experts' parameters for the optimizer, makes sure of the engine, saves plain checkpoints."""
+
+    ep_size: int
+    converted = False
+    """Whether training resumes a checkpoint of another layout."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        trainer: Any = self
+        self._check_frozen_experts(trainer)
+        trainer.add_callback(_RequireExpertParallelism(trainer))
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """The trainer's own, with the experts in groups of their own, marked as DeepSpeed asks for."""
+        trainer: Any = super()
+        optimizer = trainer.create_optimizer(*args, **kwargs)
+        separate_experts(optimizer, self.model, self.ep_size)  # pyright: ignore[reportAttributeAccessIssue]
+        return optimizer
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; a checkpoint of another layout is converted first."""
+        trainer: Any = self
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = get_last_checkpoint(trainer.args.output_dir)
+        if resume_from_checkpoint:
+            config = trainer.accelerator.state.deepspeed_plugin.deepspeed_config
+            frozen = self._has_frozen_experts()
+            self.converted = fit_checkpoint(str(resume_from_checkpoint), self._layout(), config, frozen)
+        parent: Any = super()
+        return parent.train(resume_from_checkpoint, *args, **kwargs)
+
+    def check_checkpoint(self, checkpoint: str | Path) -> None:
+        """Raises a `ValueError` where `train` could not resume a checkpoint with all that it holds."""
+        check_layout(checkpoint, self._layout(), self._has_frozen_experts())
+
+    def _has_frozen_experts(self) -> bool:
+        model = self.model  # pyright: ignore[reportAttributeAccessIssue]
+        return not all(parameter.requires_grad for parameter in _expert_parameters(model))
+
+    def _check_frozen_experts(self, trainer: Any) -> None:
+        if self._has_frozen_experts() and self._layout().zero_stage == 3 and trainer.args.save_strategy != "no":
+            raise ValueError(
+                "Some experts are frozen (those of MTP layers in SFT and alignment), which DeepSpeed can't save in "
+                "its checkpoints with ZeRO-3. Set the ZeRO stage to 2, or `save_strategy` to no."
+            )
+
+    def _layout(self) -> Layout:
+        accelerator = self.accelerator  # pyright: ignore[reportAttributeAccessIssue]
+        return Layout(self.ep_size, accelerator.num_processes, accelerator.state.deepspeed_plugin.zero_stage)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Gathers all experts and writes them as the model has them unspread; see `save_plain_model`."""
+        from .deepspeed_layer import parallel_experts
+        from .save import save_plain_model
+
+        trainer: Any = self
+        model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
+        if next(parallel_experts(model), None) is None:  # before training
+            return super().save_model(output_dir, _internal_call)  # pyright: ignore[reportAttributeAccessIssue]
+        folder = Path(output_dir or trainer.args.output_dir)
+        save_plain_model(model, folder)
+        if trainer.args.should_save:
+            if trainer.processing_class is not None:
+                trainer.processing_class.save_pretrained(folder)
+            torch.save(trainer.args, folder / TRAINING_ARGS_NAME)
+            write_layout(folder, self._layout())
+
+
+def separate_experts(optimizer: torch.optim.Optimizer, model: nn.Module, ep_size: int) -> None:
+    """Moves the parameters of experts into parameter groups of their own, before any state exists."""
+    experts = {id(parameter) for parameter in _expert_parameters(model)}
+    groups = []
+    for number, group in enumerate(optimizer.param_groups):
+        rest = {name: value for name, value in group.items() if name != "params"}
+        dense = [parameter for parameter in group["params"] if id(parameter) not in experts]
+        spread = [parameter for parameter in group["params"] if id(parameter) in experts]
+        if dense:
+            groups.append({**rest, "params": dense, "name": f"dense_{number}"})
+        if spread:
+            groups.append({**rest, "params": spread, "name": f"ep_size_{ep_size}", "moe": True})
+    optimizer.param_groups[:] = groups
+
+
+def _expert_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    for name, module in model.named_modules():
+        if name.endswith(".experts") and (hasattr(module, "gate_up_proj") or hasattr(module, "w1")):
+            yield from module.parameters()
+
+
+class _RequireExpertParallelism(TrainerCallback):
+    def __init__(self, trainer: Any):
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        engine = self.trainer.model_wrapped
+        running = require_expert_parallelism(engine, self.trainer.ep_size)
+        if self.trainer.converted and engine.zero_optimization_stage() == 3:
+            restore_steps(engine.optimizer, engine.global_steps - engine.skipped_steps)
+        if state.is_world_process_zero:
+            print(f"{'parallel':<10} {running}")  # noqa: T201 - what runs is said where the command says the rest

@@ -1,0 +1,1 @@
+"""The Compass models: configuration, layers, heads, presets, and their code inside checkpoints."""

@@ -1,0 +1,7 @@
+"""A training run on paper: parameters, operations, memory, communication, time."""
+
+from .hardware import find_gpu as find_gpu
+from .plan import Plan as Plan
+from .plan import load_config as load_config
+from .plan import make_plan as make_plan
+from .setup import TrainingSetup as TrainingSetup

@@ -1,0 +1,203 @@
+"""A training run on paper, before it is started: does it fit, what does it send, how long does a step take.
+
+`otpo plan` prints what stands here. Memory is checked against PyTorch's; time is an estimate.
+"""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from moe_backbone.model.config_checks import check_config, describe_longer_rows, one_line_refusals
+from moe_backbone.model.configuration_compass import CompassConfig
+from moe_backbone.model.presets import PRESETS, preset
+
+from .counting import ParameterCounts, count_parameters, flops_per_token
+from .hardware import GPU
+from .memory import MemoryPlan, plan_memory
+from .setup import TrainingSetup
+from .step_time import AllToAll, Rates, StepTime, all_to_all, estimate_step
+
+TIGHT = 0.9
+"""Share of a GPU's memory from which on a plan is called tight: the allocator's gaps and uneven loads come on top."""
+
+_DIVIDE = "set `strategy` to a higher stage of ZeRO, or `expert_parallel_size` to more GPUs, or take more nodes"
+_SHRINK = "set `micro_batch_size` or `sequence_length` to less"
+REMEDIES = {
+    "weights": _DIVIDE,
+    "gradients": _DIVIDE,
+    "optimizer": _DIVIDE,
+    "activations": f"set `gradient_checkpointing`, or {_SHRINK.removeprefix('set ')}",
+    "loss": _SHRINK,
+    "temporary": _SHRINK,
+}
+"""What makes each part smaller."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run on paper.
+
+    Attributes:
+        config: The model.
+        setup: How it is trained.
+        gpu: On what.
+        rates: Shares of its rates that are assumed.
+        parameters: Parameters by part.
+        memory: Bytes on a GPU at its peak.
+        exchange: All-to-all bytes of a GPU, layer and micro-batch.
+        time: Seconds of a step.
+        flops: Model FLOPs for a token.
+    """
+
+    config: CompassConfig = field(repr=False)
+    setup: TrainingSetup
+    gpu: GPU
+    rates: Rates
+    parameters: ParameterCounts
+    memory: MemoryPlan
+    exchange: AllToAll
+    time: StepTime
+    flops: float
+
+    @property
+    def fit(self) -> str:
+        """`fits`, `tight` or `does not fit`."""
+        share = self.memory.total / self.gpu.memory
+        return "does not fit" if share > 1 else "tight" if share > TIGHT else "fits"
+
+    @property
+    def remedy(self) -> str | None:
+        """What to set if the plan does not fit, by its largest part."""
+        if self.fit != "does not fit":
+            return None
+        parts = {name: value for name, value in self.memory.parts.items() if name in REMEDIES}
+        largest = max(parts, key=lambda name: parts[name])
+        return f"It does not fit. Most is {largest}: {REMEDIES[largest]}."
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Over all GPUs."""
+        return self.setup.tokens_per_step / self.time.total
+
+    @property
+    def mfu(self) -> float:
+        """Model FLOPs over what the GPUs' dense bfloat16 rate would allow, 0 to 1."""
+        return self.flops * self.tokens_per_second / (self.setup.world * self.gpu.tflops * 1e12)
+
+    def days(self, tokens: float) -> float:
+        """Days that so many tokens take."""
+        return tokens / self.tokens_per_second / 86_400
+
+    @property
+    def assumptions(self) -> list[str]:
+        """What the numbers take for granted."""
+        rates, lines = self.rates, []
+        lines.append(
+            f"Time is an estimate. Rates are shares of the data sheet's: {rates.matmul:.0%} in matrix products "
+            f"(an H100 reaches 72% in large grouped ones, smaller ones less), {rates.attention:.0%} in attention and "
+            f"{rates.links:.0%} of the links (both not measured), {rates.bandwidth:.0%} of memory bandwidth (measured "
+            "for copies on an H100)."
+        )
+        lines.append("Nothing overlaps: communication that hides behind computation makes a step shorter.")
+        lines.append("Experts get an even load; row moves are at their floor. The logits of a micro-batch are whole.")
+        lines.append(
+            "Measured with compass-small on one H100: peak memory within 2.3% of the plan, but a step of 2.0 to 4.7 "
+            "times the estimate (benchmarks/results/planning_h100.csv)."
+        )
+        lines.append("MFU counts the model's operations, not a checkpointed layer's second forward.")
+        longer = describe_longer_rows(self.config, self.setup.sequence_length)
+        if longer:
+            lines.append(f"As in pretraining, {longer}.")
+        lines.append(f"The GPU: {self.gpu.source}.")
+        if self.setup.precision == "float32":
+            lines.append("Float32 is without TF32. With grouped queries sdpa keeps score matrices, not counted here.")
+        return lines
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything as JSON values; bytes, seconds and FLOPs."""
+        counts = self.parameters
+        return {
+            "setup": {**asdict(self.setup), "world": self.setup.world, "tokens_per_step": self.setup.tokens_per_step},
+            "gpu": asdict(self.gpu),
+            "rates": asdict(self.rates),
+            "parameters": {
+                "total": counts.total,
+                "active": counts.active,
+                "trained": counts.trained,
+                **asdict(counts),
+            },
+            "memory": {
+                **self.memory.parts,
+                "total": self.memory.total,
+                "allocated": self.memory.allocated,
+                "moment": self.memory.moment,
+                "fit": self.fit,
+                "remedy": self.remedy,
+            },
+            "all_to_all": asdict(self.exchange),
+            "time": {**asdict(self.time), "total": self.time.total},
+            "flops_per_token": self.flops,
+            "tokens_per_second": self.tokens_per_second,
+            "mfu": self.mfu,
+            "assumptions": self.assumptions,
+        }
+
+
+def make_plan(config: CompassConfig, gpu: GPU, setup: TrainingSetup, rates: Rates | None = None) -> Plan:
+    """The plan of a run.
+
+    Args:
+        config: The model.
+        gpu: On what; see [`find_gpu`].
+        setup: How it is trained.
+        rates: Shares of the GPU's rates that are reached; None for [`Rates`]' own.
+
+    Raises:
+        ValueError: The model cannot be trained so; the message names the option and what to set.
+    """
+    rates = rates or Rates()
+    return Plan(
+        config=config,
+        setup=setup,
+        gpu=gpu,
+        rates=rates,
+        parameters=count_parameters(config),
+        memory=plan_memory(config, setup),
+        exchange=all_to_all(config, setup),
+        time=estimate_step(config, setup, gpu, rates),
+        flops=flops_per_token(config, setup.sequence_length),
+    )
+
+
+def load_config(model: str) -> CompassConfig:
+    """The configuration that a preset's name, a folder with a `config.json` or such a file stands for.
+
+    Raises:
+        ValueError: It is none of them, or not a Compass model's, or a value in it can't be.
+    """
+    if model in PRESETS:
+        return preset(model)
+    path = Path(model).expanduser()
+    path = path / "config.json" if path.is_dir() else path
+    if not path.is_file():
+        raise ValueError(
+            f"`model={model}` is neither a preset ({', '.join(PRESETS)}) nor a folder with a `config.json` nor such "
+            "a file. Name one of them."
+        )
+    try:
+        values = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"`model={model}`: {path} is not JSON ({error}). Name a `config.json`.") from None
+    found = values.get("model_type") if isinstance(values, dict) else None
+    if found != CompassConfig.model_type:
+        raise ValueError(
+            f"`model={model}`: its `model_type` is {found!r}; plans are made for {CompassConfig.model_type!r} alone."
+        )
+    try:
+        with one_line_refusals():
+            config = CompassConfig.from_dict(values)
+            check_config(config)
+            return config
+    except ValueError as error:
+        raise ValueError(f"`model={model}`: {error}") from None

@@ -1,0 +1,137 @@
+"""On what and how a model is trained: the options of a plan, checked."""
+
+from dataclasses import dataclass
+
+from moe_backbone.model.configuration_compass import CompassConfig
+
+from .activations import PRECISIONS, Batch, Precision
+
+STRATEGIES = {"ddp": 0, "zero1": 1, "zero2": 2, "zero3": 3}
+"""Data parallelism and DeepSpeed's ZeRO stage: from 1 on optimizer states are divided among the GPUs, from 2 on
+gradients too, at 3 weights too (arXiv 1910.02054)."""
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """What an optimizer keeps and needs.
+
+    Attributes:
+        moment: Bytes of each of Adam's two moments of a parameter; None for the precision's.
+        temporaries: Copies of a moment that its step makes.
+    """
+
+    moment: float | None = None
+    temporaries: int = 0
+
+
+OPTIMIZERS = {
+    "adamw": Optimizer(),
+    "adamw_foreach": Optimizer(temporaries=1),
+    "adamw_8bit": Optimizer(moment=1 + 4 / 256),
+}
+"""`adamw`: fused, the Trainer's default. `adamw_foreach`: `torch.optim.AdamW`'s default. `adamw_8bit`: bitsandbytes',
+a byte a number and a float32 scale a block of 256 (arXiv 2110.02861)."""
+
+
+@dataclass(frozen=True)
+class TrainingSetup:
+    """The options of a run that its memory and time depend on.
+
+    Attributes:
+        nodes: Machines.
+        gpus_per_node: GPUs of each.
+        strategy: One of [`STRATEGIES`].
+        expert_parallel_size: GPUs of a node that share the experts; each holds its part of all of them.
+        micro_batch_size: Rows on a GPU at a time.
+        sequence_length: Tokens of a row.
+        packed: Whether rows hold several documents; see [`Batch`].
+        gradient_accumulation_steps: Micro-batches of a step.
+        gradient_checkpointing: Whether layers keep their inputs alone and run twice.
+        precision: One of [`PRECISIONS`].
+        optimizer: One of [`OPTIMIZERS`].
+
+    Raises:
+        ValueError: An option is out of its range; the message says what to set.
+    """
+
+    nodes: int = 1
+    gpus_per_node: int = 8
+    strategy: str = "ddp"
+    expert_parallel_size: int = 1
+    micro_batch_size: int = 1
+    sequence_length: int = 4096
+    packed: bool = False
+    gradient_accumulation_steps: int = 1
+    gradient_checkpointing: bool = False
+    precision: str = "bf16-mixed"
+    optimizer: str = "adamw"
+
+    def __post_init__(self) -> None:
+        for name in (
+            "nodes",
+            "gpus_per_node",
+            "expert_parallel_size",
+            "micro_batch_size",
+            "sequence_length",
+            "gradient_accumulation_steps",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        for name, known in (("strategy", STRATEGIES), ("precision", PRECISIONS), ("optimizer", OPTIMIZERS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"`{name}={getattr(self, name)}` is not known. Set one of: {', '.join(known)}.")
+        if self.gpus_per_node % self.expert_parallel_size:
+            raise ValueError(
+                f"`expert_parallel_size={self.expert_parallel_size}` does not divide `gpus_per_node="
+                f"{self.gpus_per_node}`: experts are shared inside a node, whose links are fast. Set "
+                f"`expert_parallel_size` to one of {_divisors(self.gpus_per_node)}."
+            )
+
+    @property
+    def world(self) -> int:
+        """All GPUs."""
+        return self.nodes * self.gpus_per_node
+
+    @property
+    def stage(self) -> int:
+        """ZeRO's stage; 0 for `ddp`."""
+        return STRATEGIES[self.strategy]
+
+    @property
+    def expert_replicas(self) -> int:
+        """GPUs that hold the same experts."""
+        return self.world // self.expert_parallel_size
+
+    @property
+    def batch(self) -> Batch:
+        """What a GPU sees at a time."""
+        return Batch(self.micro_batch_size, self.sequence_length, self.packed)
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of all GPUs between two steps of the optimizer."""
+        return self.world * self.batch.tokens * self.gradient_accumulation_steps
+
+    @property
+    def bytes_of(self) -> Precision:
+        """The precision's sizes."""
+        return PRECISIONS[self.precision]
+
+    @property
+    def moment(self) -> float:
+        """Bytes of one of Adam's moments."""
+        own = OPTIMIZERS[self.optimizer].moment
+        return self.bytes_of.moments if own is None else own
+
+    def check(self, config: CompassConfig) -> None:
+        """Raises a `ValueError` if the model cannot be trained so."""
+        if config.num_experts % self.expert_parallel_size:
+            both = [n for n in _divisors(self.gpus_per_node) if config.num_experts % n == 0]
+            raise ValueError(
+                f"`expert_parallel_size={self.expert_parallel_size}` does not divide `num_experts="
+                f"{config.num_experts}`. Set `expert_parallel_size` to one of {both}."
+            )
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]

@@ -1,0 +1,60 @@
+"""Packed rows: several documents in a row of fixed length, none of which sees another.
+
+Which documents share a row is TRL's best-fit packing. A document longer than a row is cut, and its parts count as
+documents of their own. In a part of one token there is nothing to predict.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from datasets import Dataset, IterableDataset
+from torch import Tensor
+from trl import pack_dataset
+
+from moe_backbone.model.mtp import IGNORED
+
+
+def pack_documents(documents: Dataset | IterableDataset, sequence_length: int) -> Dataset | IterableDataset:
+    """Rows of `input_ids` and `seq_lengths`, from documents with `input_ids`, by best-fit-decreasing packing."""
+    ids: Any = documents.select_columns(["input_ids"])
+    return pack_dataset(ids, sequence_length, strategy="bfd_split")
+
+
+class PackedCollator:
+    """Makes a batch of packed rows.
+
+    Args:
+        pad_token_id: What stands behind a row's last document. Padding is a document of its own.
+        sequence_length: Tokens of a row, L.
+        flatten: Whether the rows follow each other in a single one, as flash attention wants packed documents.
+    """
+
+    def __init__(self, pad_token_id: int, sequence_length: int, *, flatten: bool = False):
+        self.pad_token_id = pad_token_id
+        self.sequence_length = sequence_length
+        self.flatten = flatten
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        """A batch of B rows.
+
+        Args:
+            rows: `input_ids` and `seq_lengths`, the lengths of the documents in them.
+
+        Returns:
+            `input_ids`, `position_ids`, `labels` and `router_mask`, `[B, L]` each, `[1, B * L]` when flattened.
+            Positions start at 0 in each document. Labels are -100 at padding and at each document's first token.
+            There is no attention mask: transformers finds the documents by their positions.
+        """
+        size = (len(rows), self.sequence_length)
+        input_ids = torch.full(size, self.pad_token_id)
+        position_ids = torch.zeros(size, dtype=torch.long)
+        router_mask = torch.zeros(size, dtype=torch.long)
+        for place, row in enumerate(rows):
+            lengths = [*row["seq_lengths"], self.sequence_length - len(row["input_ids"])]
+            position_ids[place] = torch.cat([torch.arange(length) for length in lengths])
+            input_ids[place, : len(row["input_ids"])] = torch.as_tensor(row["input_ids"])
+            router_mask[place, : len(row["input_ids"])] = 1
+        labels = input_ids.masked_fill((router_mask == 0) | (position_ids == 0), IGNORED)
+        batch = {"input_ids": input_ids, "position_ids": position_ids, "labels": labels, "router_mask": router_mask}
+        return {name: value.view(1, -1) for name, value in batch.items()} if self.flatten else batch

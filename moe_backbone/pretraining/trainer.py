@@ -1,0 +1,240 @@
+"""Pretraining through transformers' Trainer: packed rows, the loss by part, the routers' health, tokens a second."""
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from moe_backbone.model.modeling_compass import CompassCausalLMOutput, CompassForCausalLM
+from moe_backbone.model.mtp import IGNORED
+from moe_backbone.model.router import router_health, update_router_biases
+from moe_backbone.planning.counting import flops_per_token
+from moe_backbone.planning.hardware import recognise_gpu
+
+from .packing import PackedCollator
+
+
+@dataclass
+class PretrainingConfig(TrainingArguments):
+    """transformers' options with defaults for pretraining, and a row's length.
+
+    The learning rate, the decay and Adam's betas are common choices for pretraining, not Compass-v3's, which are not
+    published.
+
+    Args:
+        sequence_length: Tokens of a packed row.
+        peak_tflops: Dense 16-bit TFLOP/s of a device, to log the share of it that the model's operations take (MFU).
+            None for those of `moe_backbone.planning.hardware.GPUS` where the GPU is one of them; no MFU elsewhere.
+    """
+
+    sequence_length: int = field(default=4096, metadata={"help": "Tokens of a packed row."})
+    peak_tflops: float | None = field(
+        default=None,
+        metadata={"help": "Dense 16-bit TFLOP/s of a device, to log MFU. Unset: known GPUs' own, else no MFU."},
+    )
+    bf16: bool | None = field(  # pyright: ignore - None is resolved below
+        default=None, metadata={"help": "Whether to compute in bfloat16. Unset: on a GPU, unless `fp16` is set."}
+    )
+    learning_rate: float = field(default=3e-4, metadata={"help": "Peak learning rate."})
+    weight_decay: float = field(default=0.1, metadata={"help": "Weight decay."})
+    adam_beta2: float = field(default=0.95, metadata={"help": "Adam's beta 2."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule of the learning rate."})
+    logging_steps: float = field(default=10, metadata={"help": "Steps between two entries of the log."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay false: rows are packed."})
+    prediction_loss_only: bool = field(default=True, metadata={"help": "Whether evaluation keeps the loss alone."})
+
+    def __post_init__(self) -> None:
+        if self.bf16 is None:
+            self.bf16 = torch.cuda.is_available() and not (self.use_cpu or self.fp16)
+        super().__post_init__()
+        if self.sequence_length < 2:
+            raise ValueError(f"`sequence_length` must be at least 2, got {self.sequence_length}.")
+        if self.peak_tflops is not None and self.peak_tflops <= 0:
+            raise ValueError(f"`peak_tflops` must be above 0, got {self.peak_tflops}. Leave it out to log no MFU.")
+        if self.remove_unused_columns:
+            raise ValueError(
+                "`remove_unused_columns` must stay false: it would remove the lengths of packed documents."
+            )
+        if self.label_smoothing_factor:
+            raise ValueError(
+                f"`label_smoothing_factor={self.label_smoothing_factor}`: the Trainer would compute a loss of its "
+                "own, without the MTP layers and the routers. Leave it out."
+            )
+
+
+class PretrainingTrainer(Trainer):
+    """Trains a [`CompassForCausalLM`] on packed rows.
+
+    Beside transformers' metrics it logs, over the steps since the last entry: `lm_loss`, `mtp_loss`, `aux_loss` and
+    `z_loss`; `router/load_entropy`, `router/max_load`, `router/dead_experts` (see [`router_health`]) and
+    `router/dropped`, tokens times experts that were asked for and not computed, 0 by design; `tokens_per_second` over
+    all processes, padding left out; and `mfu`. Evaluation's loss is that of the next token alone.
+
+    Args:
+        model: The model.
+        args: Options.
+        train_dataset: Rows of [`pack_documents`], `args.sequence_length` long.
+        eval_dataset: The same, or several by name.
+        processing_class: The tokenizer; saved with the model.
+        kwargs: Other arguments of transformers' Trainer.
+    """
+
+    args: PretrainingConfig
+
+    def __init__(
+        self,
+        model: CompassForCausalLM,
+        args: PretrainingConfig,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        **kwargs: Any,
+    ):
+        pad = model.config.pad_token_id
+        collator = PackedCollator(
+            0 if pad is None else pad,
+            args.sequence_length,
+            flatten="flash" in str(model.config._attn_implementation),
+        )
+        super().__init__(
+            model,
+            args=args,
+            data_collator=collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            **kwargs,
+        )
+        self._top_k = model.config.num_experts_per_tok
+        self._flops_per_token = flops_per_token(model.config, args.sequence_length)
+        self._peak_tflops = args.peak_tflops
+        if self._peak_tflops is None and torch.cuda.is_available():
+            gpu = recognise_gpu(torch.cuda.get_device_name())
+            self._peak_tflops = None if gpu is None else gpu.tflops
+        self._window = _Window()
+        self._load_of_step: Tensor | None = None
+        if model.config.router_bias_update_speed:
+            self.add_callback(_RouterBiasUpdate(self))
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The model's own loss; in training its parts are kept for the log.
+
+        It is 0 where there is nothing to predict: a step, or rows to evaluate on, of documents of one token each.
+        """
+        if num_items_in_batch is not None:
+            num_items_in_batch = torch.as_tensor(num_items_in_batch).clamp(min=1)
+        computed: Any = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        loss, outputs = computed
+        if not model.training:
+            loss = torch.where((inputs["labels"] != IGNORED).any(), loss, 0.0)
+        if model.training:
+            self._window.add(outputs, inputs, self._top_k)
+            if outputs.expert_load is not None:
+                load = outputs.expert_load
+                self._load_of_step = load if self._load_of_step is None else self._load_of_step + load
+        return (loss, outputs) if return_outputs else loss
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As in transformers; starts the clock of the log's window."""
+        self._window.start(self.state.global_step)
+        return super().training_step(*args, **kwargs)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the window's metrics to the training's entries."""
+        if "loss" in logs and self._window.micro_batches:
+            logs = {**logs, **self._window_metrics()}
+        super().log(logs, start_time)
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        norm: Any = super()._get_grad_norm(model, grad_norm=grad_norm)
+        finite = norm is None or bool(torch.as_tensor(norm).isfinite())
+        if not finite and not self.args.fp16:  # the scaler of fp16 skips such steps itself
+            raise FloatingPointError(
+                f"The gradient's norm is {norm} after {self.state.global_step} step(s). No update was made "
+                "from it and nothing was saved. Resume from the last checkpoint with a lower `learning_rate`."
+            )
+        return norm
+
+    def _window_metrics(self) -> dict[str, float]:
+        window, self._window = self._window, _Window()
+        steps = self.state.global_step - window.first_step
+        sums: dict[str, Any] = {name: self.accelerator.reduce(value, "sum") for name, value in window.sums.items()}
+        processes = self.accelerator.num_processes
+        metrics = {}
+        for name in ("lm_loss", "mtp_loss"):  # each micro-batch has its share of the step's mean
+            if name in sums:
+                metrics[name] = float(sums[name]) / steps
+        for name in ("aux_loss", "z_loss"):
+            if name in sums:
+                metrics[name] = float(sums[name]) / (window.micro_batches * processes)
+        if "load" in sums:
+            health = router_health(sums["load"])
+            health["dropped"] = float(sums["asked"] - sums["load"].sum())
+            metrics.update({f"router/{name}": value for name, value in health.items()})
+        seconds = window.seconds()
+        metrics["tokens_per_second"] = float(sums["tokens"]) / seconds
+        if self._peak_tflops is not None:
+            flops = self._flops_per_token * float(sums["places"])
+            metrics["mfu"] = flops / (seconds * processes * self._peak_tflops * 1e12)
+        return metrics
+
+    def take_load_of_step(self) -> Tensor | None:
+        """Tokens of each expert since the last call, over all processes, `[layers, E]`."""
+        load: Any = self._load_of_step
+        self._load_of_step = None
+        return None if load is None else self.accelerator.reduce(load, "sum")  # pyright: ignore
+
+
+class _RouterBiasUpdate(TrainerCallback):
+    """Moves the routers' biases after each step of the optimizer."""
+
+    def __init__(self, trainer: PretrainingTrainer):
+        self.trainer = trainer
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        load = self.trainer.take_load_of_step()
+        if load is not None:
+            model: Any = self.trainer.accelerator.unwrap_model(self.trainer.model)
+            update_router_biases(model.model.routers, load, model.config.router_bias_update_speed)
+
+
+class _Window:
+    """Sums over the micro-batches since the last entry of the log, on the device."""
+
+    def __init__(self):
+        self.first_step = 0
+        self.micro_batches = 0
+        self.sums: dict[str, Tensor] = {}
+        self._began: float | None = None
+
+    def start(self, step: int) -> None:
+        if self._began is None:
+            self._began, self.first_step = time.perf_counter(), step
+
+    def seconds(self) -> float:
+        return time.perf_counter() - (self._began or time.perf_counter())
+
+    def add(self, outputs: CompassCausalLMOutput, inputs: dict[str, Any], top_k: int) -> None:
+        self.micro_batches += 1
+        tokens = inputs["router_mask"].sum()
+        values = {
+            **{name: getattr(outputs, name) for name in ("lm_loss", "mtp_loss", "aux_loss", "z_loss")},
+            "load": outputs.expert_load,
+            "tokens": tokens,
+            "places": torch.tensor(inputs["input_ids"].numel(), device=tokens.device),
+        }
+        if outputs.expert_load is not None:
+            values["asked"] = tokens * top_k * len(outputs.expert_load)
+        for name, value in values.items():
+            if value is not None:
+                value = value.detach()
+                self.sums[name] = self.sums[name] + value if name in self.sums else value

@@ -1,0 +1,192 @@
+"""`--expert_parallel_size`: what it adds to a training command's options, its trainer and its model."""
+
+import json
+import os
+from collections.abc import Mapping, MutableMapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig
+
+from moe_backbone.expert_parallel.deepspeed_config import check_expert_parallel, expert_parallel_config
+from moe_backbone.expert_parallel.deepspeed_trainer import ExpertParallelMixin, with_expert_parallelism
+from moe_backbone.expert_parallel.resume import read_layout
+from moe_backbone.model.saved_code import with_saved_code
+from otpo.cli.models.compass import require_own_code
+from otpo.cli.options.run_options import EXPERT_PARALLEL_BACKENDS, RunArguments
+
+from .engine import requested_engines
+
+_DEFAULT_STAGE = 2
+
+
+def prepare(values: Mapping[str, Any], environ: MutableMapping[str, str]) -> list[str]:
+    """Options to add to a command line that asks for expert parallelism, in a process that a launcher started.
+
+    With `use_cpu`, DeepSpeed is made to run there over gloo, which accelerate alone would leave out without a word.
+
+    Args:
+        values: Value of each option.
+        environ: The environment of the process; what DeepSpeed on the CPU needs is set in it.
+
+    Raises:
+        ValueError: The options contradict each other; the message says what to set.
+    """
+    size, backend = values["expert_parallel_size"], values["expert_parallel_backend"]
+    if backend not in EXPERT_PARALLEL_BACKENDS:
+        raise ValueError(
+            f"`expert_parallel_backend={backend}` is not known. Set one of: {', '.join(EXPERT_PARALLEL_BACKENDS)}."
+        )
+    if values.get("use_peft"):
+        raise ValueError(
+            f"`use_peft` with `expert_parallel_size={size}`: adapters of spread experts are not covered. Remove one."
+        )
+    if "WORLD_SIZE" not in environ:
+        raise ValueError(
+            f"`expert_parallel_size={size}` needs several processes. Add `--num_processes N`, a multiple of {size}."
+        )
+    if "FSDP" in requested_engines(environ=environ):
+        raise ValueError(
+            f"`expert_parallel_size={size}` with FSDP of the accelerate configuration. Use zero2, zero3 or ddp."
+        )
+    if backend == "transformers":
+        _require_native(values)
+        return []
+    _take_over(environ)
+    base = _deepspeed_options(values.get("deepspeed"), environ)
+    stage = int(environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", _DEFAULT_STAGE))
+    config = expert_parallel_config(_model_type(values), size, stage, base=base)
+    arguments = ["--deepspeed", json.dumps(config)]
+    if values["use_cpu"]:
+        _start_gloo(environ)
+        arguments += ["--accelerator_config", json.dumps({"use_configured_state": True})]
+    return arguments
+
+
+def trainer_class(plain: type, options: RunArguments, config: Any) -> Any:
+    """The class to make the trainer of: `plain`, or a subclass where experts are spread by DeepSpeed or code is saved.
+
+    Args:
+        plain: Of the command.
+        options: Of the run.
+        config: The model's configuration.
+
+    Raises:
+        ValueError: The experts cannot be spread so, or the model has no code of ours; the message says what to set.
+    """
+    size, of_class = options.expert_parallel_size, plain
+    if size != 1:
+        experts = getattr(config, "num_experts", None) or config.num_local_experts
+        check_expert_parallel(size, experts, int(os.environ["WORLD_SIZE"]))
+        if options.expert_parallel_backend == "deepspeed":
+            of_class = with_expert_parallelism(plain, size)
+    if options.save_code:
+        require_own_code(config)
+        of_class = with_saved_code(of_class)
+    return of_class
+
+
+def check_checkpoint(checkpoint: str, trainer: Any) -> None:
+    """Raises a `ValueError` where a trainer would resume the weights of a checkpoint without the optimizer's states.
+
+    Args:
+        checkpoint: A folder of transformers' Trainer.
+        trainer: Of this run, before it trains.
+    """
+    if isinstance(trainer, ExpertParallelMixin):
+        return trainer.check_checkpoint(checkpoint)
+    start = f"start from its weights: `model_name_or_path={checkpoint}` without `resume_from_checkpoint`."
+    spread = read_layout(Path(checkpoint))
+    if spread is not None:
+        raise ValueError(
+            f"`resume_from_checkpoint={checkpoint}` has the optimizer's states of experts spread over "
+            f"{spread.ep_size} process(es), which this run, whose experts DeepSpeed does not spread, can't load. Set "
+            f"`expert_parallel_size` as it was or to another size above 1, or {start}"
+        )
+    by_deepspeed = (Path(checkpoint) / "latest").is_file()
+    if not by_deepspeed and not any(Path(checkpoint).glob("optimizer*")):
+        raise ValueError(
+            f"`resume_from_checkpoint={checkpoint}` has no optimizer's states (`save_only_model`), so the run "
+            f"can't go on as it was. To go on without them, {start}"
+        )
+    if by_deepspeed != trainer.is_deepspeed_enabled:
+        has, runs = ("the", "without") if by_deepspeed else ("no", "under")
+        raise ValueError(
+            f"`resume_from_checkpoint={checkpoint}` has {has} optimizer's states of DeepSpeed, and this run is {runs} "
+            f"it. Run as the checkpoint was saved, or {start}"
+        )
+
+
+def model_options(options: RunArguments) -> dict[str, Any]:
+    """Options of `from_pretrained` that the backend needs; none for DeepSpeed, which spreads the experts later."""
+    if options.expert_parallel_size == 1 or options.expert_parallel_backend == "deepspeed":
+        return {}
+    from moe_backbone.expert_parallel.native import native_expert_parallel_options
+
+    return native_expert_parallel_options(options.expert_parallel_size, int(os.environ["WORLD_SIZE"]))
+
+
+def describe_native(options: RunArguments, model: Any) -> dict[str, str]:
+    """A line on how transformers spread the experts; none where DeepSpeed does, or nothing.
+
+    Raises:
+        RuntimeError: They were not spread as asked.
+    """
+    if options.expert_parallel_size == 1 or options.expert_parallel_backend == "deepspeed":
+        return {}
+    from moe_backbone.expert_parallel.native import require_native_expert_parallelism
+
+    return {"parallel": require_native_expert_parallelism(model, options.expert_parallel_size)}
+
+
+def _require_native(values: Mapping[str, Any]) -> None:
+    if find_spec("transformers.distributed.expert_parallel") is None:
+        raise ValueError(
+            "`expert_parallel_backend=transformers` needs transformers 5.21 or later. Install it, or set "
+            "`expert_parallel_backend` to deepspeed."
+        )
+    if (
+        not values["save_only_model"]
+        and str(getattr(values["save_strategy"], "value", values["save_strategy"])) != "no"
+    ):
+        raise ValueError(
+            "`expert_parallel_backend=transformers` can't resume: transformers saves no optimizer's states of models "
+            "that are spread as they load. Add `--save_only_model true` or `--save_strategy no`, or use deepspeed."
+        )
+
+
+def _model_type(values: Mapping[str, Any]) -> str:
+    name = values["model_name_or_path"]
+    return "compass" if name is None else AutoConfig.from_pretrained(name).model_type
+
+
+def _deepspeed_options(value: Any, environ: Mapping[str, str]) -> dict[str, Any] | None:
+    """The DeepSpeed configuration that was named, by our option or by the accelerate configuration."""
+    value = value or environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
+    if not value or isinstance(value, dict):
+        return value or None
+    try:
+        return json.loads(value if value.lstrip().startswith("{") else Path(value).read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"`deepspeed={value}` is not JSON: {error}.") from error
+
+
+def _take_over(environ: MutableMapping[str, str]) -> None:
+    """Makes room for our DeepSpeed configuration where accelerate's has fields of its own: the stage is taken over."""
+    for kind in ("OPTIMIZER", "PARAM"):
+        device = environ.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{kind}_DEVICE", "none")
+        if device != "none":
+            raise ValueError(
+                f"`offload_{kind.lower()}_device: {device}` of the accelerate configuration would be lost. Set it in "
+                "a DeepSpeed configuration (`deepspeed`), under `zero_optimization`."
+            )
+    environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)  # of which accelerate refuses each beside a configuration
+
+
+def _start_gloo(environ: MutableMapping[str, str]) -> None:
+    environ["DS_ACCELERATOR"] = "cpu"
+    environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    from accelerate import PartialState
+
+    PartialState(backend="gloo")

@@ -1,0 +1,1 @@
+"""Models as the commands load them, and what training through TRL needs of Compass."""

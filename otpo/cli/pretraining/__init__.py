@@ -1,0 +1,1 @@
+"""The parts of `otpo pretrain`: its options, stages, model and documents."""

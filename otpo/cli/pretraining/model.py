@@ -1,0 +1,202 @@
+"""The model of `otpo pretrain`: a new one of a preset or a checkpoint's, its tokenizer and its configuration."""
+
+import json
+import math
+from collections.abc import Iterator
+from difflib import get_close_matches
+from typing import Any
+
+from transformers import AutoTokenizer
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRotaryEmbedding
+
+from moe_backbone import PRESETS, CompassConfig, CompassForCausalLM, preset
+from moe_backbone.model.config_checks import check_config, describe_longer_rows, one_line_refusals
+from moe_backbone.pretraining.documents import Stage
+from moe_backbone.pretraining.trainer import PretrainingConfig
+from otpo.cli.launching.expert_parallel import model_options
+from otpo.cli.models.loading import require_folder
+
+from .options import ModelArguments, PretrainArguments
+
+_VOCABULARY_MULTIPLE = 64
+_SET_ELSEWHERE = {f"{token}_token_id": "the tokenizer" for token in ("pad", "bos", "eos")}
+_SET_ELSEWHERE |= {"dtype": "the option `dtype`", "model_type": "Compass", "return_dict": "the training"}
+_WORDS = {"True": True, "False": False, "None": None}  # as Python writes what JSON writes small
+
+
+def make_model(
+    data: PretrainArguments, args: PretrainingConfig, model: ModelArguments, tokenizer: Any, stage: Stage | None
+) -> CompassForCausalLM:
+    """A new model of the preset, or the checkpoint's, with the options that the stage and the command line change."""
+    name = data.previous_stage or model.model_name_or_path
+    revision = None if data.previous_stage else model.model_revision
+    rope = None if stage is None else stage.rope_parameters
+    config = make_config(name, revision, data.preset, rope, data.config_overrides)
+    overrides = parse_overrides(data.config_overrides)
+    fit_to_tokenizer(config, tokenizer, new=name is None, sized="vocab_size" in overrides)
+    if rope is not None:
+        overridden = "rope_parameters" in overrides
+        source = f"`config_overrides`; the stage says {rope}" if overridden else "of the stage"
+        data.notes["positions"] = f"{config.rope_parameters} ({source})"
+    longer = describe_longer_rows(config, args.sequence_length)
+    if longer:
+        data.notes["length"] = longer
+        config.max_position_embeddings = args.sequence_length
+    options: Any = {"attn_implementation": model.attn_implementation, "dtype": model.dtype}
+    spread = model_options(data)
+    if name is None and spread:  # transformers spreads experts as it loads a model
+        name = f"{args.output_dir}/initial"
+        with args.main_process_first(local=False):
+            if args.process_index == 0:
+                CompassForCausalLM._from_config(config, **options).save_pretrained(name)
+    if name is None:
+        compass: Any = CompassForCausalLM._from_config(config, **options)
+    else:
+        where = {"revision": revision} if revision else {}
+        compass = CompassForCausalLM.from_pretrained(name, config=config, **options, **where, **spread)
+    set_experts_implementation(compass, data.experts_implementation)
+    return compass
+
+
+def make_config(
+    source: str | None, revision: str | None, new: str | None, rope: dict[str, Any] | None, overrides: str | None
+) -> CompassConfig:
+    """A preset's configuration or a checkpoint's, with what a stage and the user change.
+
+    Args:
+        source: Folder or name of the checkpoint; None for a new model.
+        revision: The checkpoint's on the Hub.
+        new: The preset of a new model.
+        rope: The stage's rotary positions; None for the model's.
+        overrides: The option `config_overrides`, which wins over the stage.
+
+    Raises:
+        ValueError: There is no such preset, the checkpoint is of another kind, or a value can't be.
+    """
+    changes = {} if rope is None else {"rope_parameters": dict(rope)}
+    changes |= parse_overrides(overrides)
+    if source is None:
+        preset(new or "")  # refuses an unknown name before anything is said about the overrides
+        values = PRESETS[new or ""]
+    else:
+        try:
+            values, _ = CompassConfig.get_config_dict(source, revision=revision)
+        except OSError as error:
+            text = " ".join(str(error).split())
+            raise ValueError(f"`model_name_or_path={source}`: there is no configuration to read: {text}") from error
+        if values.get("model_type") != CompassConfig.model_type:
+            raise ValueError(
+                f"`model_name_or_path={source}`: its `model_type` is {values.get('model_type')!r}; `otpo pretrain` "
+                f"trains {CompassConfig.model_type!r} alone."
+            )
+    try:
+        with one_line_refusals():
+            config = CompassConfig.from_dict({**values, **changes})
+            check_config(config)
+            Qwen3MoeRotaryEmbedding(config=config)  # pyright: ignore - refuses lists of another length
+            return config
+    except ValueError as error:
+        raise ValueError(f"`config_overrides={overrides}`: {error}" if overrides else str(error)) from error
+
+
+def fit_to_tokenizer(config: CompassConfig, tokenizer: Any, new: bool, sized: bool) -> None:
+    """Gives a configuration the tokenizer's special tokens and, that of a new model, a vocabulary of its size.
+
+    A tokenizer without a padding token leaves the model without one: rows are padded all the same, and to pad with the
+    end of text would say that it is not to be learnt.
+
+    Args:
+        config: It is changed.
+        tokenizer: Has an end-of-text token.
+        new: Whether the model is a new one.
+        sized: Whether the user sets `vocab_size`.
+    """
+    if new and not sized:
+        config.vocab_size = -(-len(tokenizer) // _VOCABULARY_MULTIPLE) * _VOCABULARY_MULTIPLE
+    for token in ("pad", "bos", "eos"):
+        setattr(config, f"{token}_token_id", getattr(tokenizer, f"{token}_token_id"))
+    others = {name: token for name, token in tokenizer.special_tokens_map.items() if name != "pad_token"}
+    if tokenizer.pad_token in others.values():  # whose row would never be learnt
+        config.pad_token_id = None
+
+
+def load_tokenizer(name: str | None, revision: str | None, option: str) -> Any:
+    """The tokenizer of that name or folder.
+
+    Raises:
+        ValueError: There is none or it can't be read, or it has no end-of-text token.
+    """
+    if name is None:
+        raise ValueError(f"A new model (`preset`) needs a tokenizer: set `{option}`.")
+    require_folder(option, name)
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(name, revision=revision)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"`{option}={name}`: there is no tokenizer to read: {' '.join(str(error).split())}"
+        ) from error
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"The tokenizer {name} has no end-of-text token. Set its `eos_token` and save it.")
+    return tokenizer
+
+
+def set_experts_implementation(model: CompassForCausalLM, name: str) -> None:
+    """Has the experts computed as `name` says; raises a `ValueError` where transformers would do it otherwise."""
+    model.set_experts_implementation(name)
+    running = model.config._experts_implementation
+    if running != name:
+        raise ValueError(f"`experts_implementation={name}` was asked for, but transformers runs {running}.")
+
+
+def parse_overrides(text: str | None) -> dict[str, Any]:
+    """`name=value,name=value` as a mapping, values read as JSON; what is no JSON is text.
+
+    Raises:
+        ValueError: It is of another form, there is no such option, or a value is no number that can be used.
+    """
+    changes: dict[str, Any] = {}
+    for name, value in _assignments(text or ""):
+        if name in changes:
+            raise ValueError(f"`config_overrides={text}` sets `{name}` twice.")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"`config_overrides={text}`: `{name}` must be a finite number, got {value}.")
+        if name in _SET_ELSEWHERE:
+            raise ValueError(f"`config_overrides={text}`: `{name}` is set by {_SET_ELSEWHERE[name]}. Leave it out.")
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        changes[name] = float(value) if whole and CompassConfig.__annotations__.get(name) is float else value
+    return changes
+
+
+def _assignments(text: str) -> Iterator[tuple[str, Any]]:
+    known, left = CompassConfig.__dataclass_fields__, text.strip(", ")
+    while left:
+        part = left.partition(",")[0]
+        name, sign, left = (word.strip() for word in left.partition("="))
+        if not sign or name not in known:
+            near = get_close_matches(name, known, n=1)
+            hint = f" Did you mean `{near[0]}`?" if near else ""
+            raise ValueError(
+                f"`config_overrides={text}`: {part!r} is no `name=value` of an option of CompassConfig.{hint}"
+            )
+        if left.startswith(("{", "[", '"')):  # commas inside belong to the value
+            try:
+                value, end = json.JSONDecoder().raw_decode(left)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"`config_overrides={text}`: the value of `{name}` is not JSON: {error}.") from error
+            left = left[end:].lstrip()
+            if left and not left.startswith(","):
+                raise ValueError(f"`config_overrides={text}`: {left!r} stands behind the value of `{name}`.")
+        else:
+            word, _, left = left.partition(",")
+            value = _read_word(word.strip())
+        yield name, value
+        left = left.strip(", ")
+
+
+def _read_word(word: str) -> Any:
+    if word in _WORDS:
+        return _WORDS[word]
+    try:
+        return json.loads(word)
+    except json.JSONDecodeError:
+        return word

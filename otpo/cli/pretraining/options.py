@@ -1,0 +1,156 @@
+"""The options of `otpo pretrain` that are neither transformers' nor every command's, and which exclude each other."""
+
+import argparse
+from dataclasses import dataclass, field
+
+from moe_backbone import PRESETS
+from otpo.cli.options.run_options import Given, RunArguments
+from otpo.data.loading import DEMO_CORPUS, RowArguments
+
+_IN_A_SOURCE = {
+    "dataset_config": "config",
+    "dataset_train_split": "split",
+    "dataset_test_split": "split",
+    "text_column": "text_column",
+    "max_train_rows": "max_documents",
+    "max_eval_rows": "max_documents",
+}
+"""Options that go with `dataset_name`, and what a mixture's source has in their place."""
+
+
+@dataclass
+class PretrainArguments(RunArguments, RowArguments):
+    """Which model is made, and of what it learns.
+
+    Parameters:
+        preset: Name of a preset, for a new model.
+        config_overrides: Options of its configuration, `name=value,name=value`; also of a checkpoint's.
+        tokenizer_name_or_path: Tokenizer, for a new model.
+        experts_implementation: How the experts are computed.
+        mixture: YAML file with stages, in place of `dataset_name`.
+        stage: The one stage of the mixture to run.
+        text_column: Column of the dataset with the text, or `input_ids`.
+        dataset_name: A file, a folder written by `save_to_disk`, a name on the Hub or `"otpo/demo-corpus"`. This and
+            what follows it are as in [`RowArguments`], for documents.
+        dataset_config: Configuration on the Hub, or the number of documents of `"otpo/demo-corpus"` to train on.
+        dataset_train_split: Split to train on.
+        dataset_test_split: Split to evaluate on.
+        dataset_streaming: Whether documents are read as they are needed; a mixture's own setting holds where it is not
+            set.
+        max_train_rows: Documents to train on, before they are packed.
+        max_eval_rows: The same for evaluation.
+        previous_stage: Folder of the model that the stage before has left, for a stage among several. The command sets
+            it itself.
+        notes: Lines for the header, found while the model was made.
+    """
+
+    preset: str | None = field(
+        default=None, metadata={"help": f"Make a new model: {', '.join(PRESETS)}. Its vocabulary is the tokenizer's."}
+    )
+    config_overrides: str | None = field(
+        default=None,
+        metadata={
+            "help": "Options of the model's configuration, also of a checkpoint's: name=value,name=value, with values "
+            "as in JSON."
+        },
+    )
+    tokenizer_name_or_path: str | None = field(
+        default=None, metadata={"help": "Tokenizer of a new model. Unset: the one of `model_name_or_path`."}
+    )
+    experts_implementation: str = field(
+        default="grouped_mm", metadata={"help": "How experts are computed: grouped_mm, memcpy, batched_mm or eager."}
+    )
+    mixture: str | None = field(
+        default=None, metadata={"help": "YAML file with stages and weighted sources, in place of `dataset_name`."}
+    )
+    stage: str | None = field(default=None, metadata={"help": "Run this stage of the mixture alone. Unset: all."})
+    text_column: str | None = field(
+        default=None,
+        metadata={"help": "Column of the dataset with the text. Unset: `input_ids` where there is one, else `text`."},
+    )
+    dataset_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "The documents: a .jsonl, .json, .csv or .txt file, compressed or not, a .parquet file, a folder "
+            f"written by `save_to_disk`, a name on the Hub, or '{DEMO_CORPUS}', which comes with otpo and of which "
+            "`dataset_config` is the number of documents to train on."
+        },
+    )
+    dataset_config: str | None = field(
+        default=None, metadata={"help": "Configuration of a dataset on the Hub, or the bundled corpus's documents."}
+    )
+    dataset_train_split: str = field(default="train", metadata={"help": "Split of the dataset to train on."})
+    dataset_test_split: str = field(
+        default="test", metadata={"help": "Split of the dataset to evaluate on. A file has no other than train."}
+    )
+    dataset_streaming: bool = field(
+        default=False, metadata={"help": "Read documents as they are needed. Unset: as the mixture says."}
+    )
+    max_train_rows: int | None = field(
+        default=None, metadata={"help": "Documents to train on: the first of a shuffle with `seed`. Unset: all."}
+    )
+    max_eval_rows: int | None = field(
+        default=None, metadata={"help": "Documents to evaluate on: the first of a shuffle with `seed`. Unset: all."}
+    )
+    previous_stage: str | None = field(default=None, metadata={"help": argparse.SUPPRESS})
+    notes: dict[str, str] = field(default_factory=dict, init=False)
+
+
+@dataclass
+class ModelArguments:
+    """The checkpoint to go on from, and how a model is made.
+
+    Parameters:
+        model_name_or_path: A Compass model's folder or its name on the Hub.
+        model_revision: Its branch, tag or commit on the Hub.
+        dtype: Type of the weights; `auto` is a checkpoint's own.
+        attn_implementation: How attention is computed.
+    """
+
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Go on from this checkpoint of a Compass model, in place of `preset`."}
+    )
+    model_revision: str | None = field(
+        default=None, metadata={"help": "Its branch, tag or commit on the Hub, of the tokenizer too. Unset: main."}
+    )
+    dtype: str = field(
+        default="float32",
+        metadata={
+            "help": "Type of the weights; `auto` is the checkpoint's.",
+            "choices": ["auto", "bfloat16", "float16", "float32"],
+        },
+    )
+    attn_implementation: str = field(
+        default="sdpa", metadata={"help": "How attention is computed: sdpa, eager or one of the flash attentions."}
+    )
+
+
+def check_options(given: Given) -> None:
+    """Raises a `ValueError` for options of which one makes the other mean nothing."""
+    values = given.values
+    if values["mixture"]:
+        if values["dataset_name"]:
+            raise ValueError(
+                f"Both `dataset_name={values['dataset_name']}` and `mixture={values['mixture']}` name the data. "
+                "Remove one of them."
+            )
+        for option, name in _IN_A_SOURCE.items():
+            if option in given.said and values[option] is not None:
+                raise ValueError(
+                    f"`{option}={values[option]}` goes with `dataset_name`. Of a mixture set `{name}` of its sources."
+                )
+    elif values["stage"]:
+        raise ValueError(f"`stage={values['stage']}` names a stage of a mixture. Set `mixture`, or leave it out.")
+    new, named = values["preset"], values["model_name_or_path"]
+    if new and named:
+        raise ValueError(
+            f"Both `preset={new}` and `model_name_or_path={named}` name the model. Remove `preset` to go on from the "
+            "checkpoint, or `model_name_or_path` for a new model."
+        )
+    if not named:
+        if values["model_revision"]:
+            raise ValueError(
+                f"`model_revision={values['model_revision']}` goes with `model_name_or_path`. Leave it out."
+            )
+        if values["dtype"] == "auto":
+            raise ValueError("`dtype=auto` is the type of a checkpoint's weights. Name one for a new model.")
