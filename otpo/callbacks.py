@@ -2,14 +2,13 @@
 
 import io
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 from transformers.utils import logging
 
-if TYPE_CHECKING:
-    from .trainer import OTPOTrainer
+from .training.watching import TrainerWatcher
 
 logger = logging.get_logger(__name__)
 
@@ -17,7 +16,7 @@ PREFIX = "token_weights"
 """What the names of everything that is logged here start with."""
 
 
-class LogTokenWeightsCallback(TrainerCallback):
+class LogTokenWeightsCallback(TrainerWatcher):
     """Logs heat maps of the token weights of a few pairs, always the same, to wandb, tensorboard and trackio.
 
         trainer = OTPOTrainer(..., callbacks=[LogTokenWeightsCallback(rows=[0, 7], every=50)])
@@ -49,10 +48,10 @@ class LogTokenWeightsCallback(TrainerCallback):
             raise ValueError("`rows` is empty: name at least one row of the dataset, such as [0].")
         self.rows, self.every, self.split = list(rows), every, split
         self._prefix = PREFIX if split == "train" else f"{PREFIX}/{split}"
-        self._trainer: OTPOTrainer | None = None
+        self._trainer: Any = None
         self._warned: set[str] = set()
 
-    def attach(self, trainer: "OTPOTrainer") -> None:
+    def attach(self, trainer: Any) -> None:
         """Gives the callback the trainer that it looks at; [`OTPOTrainer.train`] does this.
 
         Raises:

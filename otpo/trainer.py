@@ -1,8 +1,12 @@
 """DPO with token weights: TRL's `DPOTrainer`, and only what differs from it.
 
-`DPOTrainer._compute_loss` does nothing with its model but call it and read `log_probs`. So `OTPOTrainer` hands
-it a stand-in that runs the real model, takes the last hidden states on the way, asks the weighting for weights
-and returns weighted log-probabilities. Losses, divergences, adapters and metrics stay TRL's.
+`DPOTrainer._compute_loss` does nothing with its model but call it and read `log_probs`. So `OTPOTrainer` scores a
+batch first ([`OTPOTrainer.score_batch`]): policy, weights, reference. Then it hands TRL a stand-in of the model that
+answers with the weighted log-probabilities. Losses, divergences, adapters and metrics stay TRL's; what of TRL this
+leans on stands in `otpo.trl_seam`.
+
+In reading order: construction, data, reference, `score_batch`, loss, log, save. The file is over 350 lines since a
+subclass's author has to see all of it at once; a third of them are docstrings and TRL's arguments.
 
 Shapes: B pairs, T scored positions (the padded length less one), D hidden size; rows are the chosen responses,
 then the rejected ones.
@@ -10,63 +14,38 @@ then the rejected ones.
 
 import textwrap
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from types import SimpleNamespace
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list, is_peft_model, parse_flag_from_env
-from datasets import Dataset, IterableDataset, concatenate_datasets
+from accelerate.utils import is_peft_model
+from datasets import Dataset, IterableDataset
 from datasets.fingerprint import Hasher
 from torch import Tensor
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
-from transformers import AutoConfig
 from trl import DPOTrainer
-from trl.models.utils import prepare_deepspeed
-from trl.trainer.utils import get_config_model_id
 
-from .callbacks import LogTokenWeightsCallback
+from . import trl_seam
 from .config import OTPOConfig
+from .data.arguments import check_datasets
 from .data.preferences import PairRule, has_tokens_alone, no_rows, require_preference_columns
 from .data.prepared import PreparedDatasets, free_name, refuse_unread_stream
 from .data.streams import AlreadyTokenized, FirstRow
-from .swap import swapped
-from .training.finite_checks import (
-    is_same_start,
-    require_finite_parameters,
-    require_finite_step,
-    require_same_start,
-    require_unwritten,
-    start_gap,
-    states_not_finite,
-    tensor_versions,
-)
-from .training.hidden_states import captured_states, check_hidden_layer, check_layer_number, evaluating
-from .training.metrics import averaged_over_pairs, reward_metrics, weight_metrics
-from .training.reference_cache import (
-    REFERENCE_COLUMNS,
-    StoredRowsCollator,
-    cache_file,
-    reference_key,
-    stored_under,
-    without_stored,
-    write_rows,
-)
-from .training.row_layouts import pack_rows, unpack_rows
-from .training.scoring import Scored, loss_groups, model_inputs
+from .training.finite_checks import require_finite_parameters, require_finite_step, states_not_finite
+from .training.hidden_states import captured_states, check_hidden_layer, check_layer_before_loading, evaluating
+from .training.lent import require_unwritten, tensor_versions
+from .training.pair_log import PairLog, pair_columns, trl_columns
+from .training.reference_cache import StoredRowsCollator, reference_key, without_stored
+from .training.reference_pass import reference_rows, with_reference_rows
+from .training.row_layouts import unpack_rows
+from .training.scoring import LossGroup, Scored, loss_groups, model_inputs
+from .training.start_check import is_same_start, require_same_start, start_gap
 from .training.timing import DeviceTimer
+from .training.watching import TrainerWatcher
 from .transport.solve import warn_unsolved
-from .trl_seam import (
-    HandedInputs,
-    bring_router_logits_to_head,
-    no_metrics,
-    on_device,
-    require_known_loss,
-    require_read,
-)
-from .weighting.methods import WEIGHTINGS, PairBatch, TokenWeights, Weighting
+from .trl_seam import REFERENCE_COLUMNS
+from .weighting import WEIGHTINGS, PairBatch, TokenWeights, Weighting
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -148,27 +127,25 @@ class OTPOTrainer(DPOTrainer):
         weighting: Weighting | None = None,
     ) -> None:
         if args is None:
-            name = model if isinstance(model, str) else get_config_model_id(model.config)
-            args = OTPOConfig(f"{name.split('/')[-1]}-OTPO")
+            args = OTPOConfig(f"{trl_seam.model_name(model).split('/')[-1]}-OTPO")
         if not isinstance(args, OTPOConfig):
             raise TypeError(f"`args` must be an `OTPOConfig`, got a `{type(args).__name__}`.")
         if isinstance(weighting, str):
             raise TypeError(f"Set `OTPOConfig(weighting={weighting!r})`: the argument `weighting` takes a callable.")
-        _check_datasets(args, train_dataset, eval_dataset)
-        _check_layer_of(model, args)
+        check_datasets(train_dataset, eval_dataset, precompute=args.precompute_ref_log_probs)
+        check_layer_before_loading(model, args)
 
+        # What TRL's constructor calls methods of ours for has to be there before it.
         self.weighting = weighting or WEIGHTINGS[args.weighting](args)
         self.prepared_datasets = PreparedDatasets()
         self._own_names: frozenset[str] | None = None  # of its datasets, once all are prepared
         self._evaluated: Any = None
-        self._timers = {"train": DeviceTimer(), "eval": DeviceTimer()}
-        self._pairs: dict[str, list[int]] = {"train": [], "eval": []}
-        self._losses: list[np.ndarray] = []
+        self._pair_log = PairLog()
         # Checks of the first loss, made once: that TRL reads what it is handed, and that the reference is the policy.
         self._models_are_ready = False
         self._seam_is_checked = False
         self._start_is_checked = False
-        with swapped(args, **_one_device_each(args)):
+        with trl_seam.loads_on_one_device(args):
             try:
                 super().__init__(
                     model,
@@ -186,6 +163,7 @@ class OTPOTrainer(DPOTrainer):
                 )
             except StopIteration as error:  # TRL looks at the first row of a stream
                 raise ValueError(no_rows("train")) from error
+
         self._look_at_models()
         self._own_names = frozenset(self.dropped_pairs)
         self._reference_is_copy = ref_model is None and not is_peft_model(self.model)
@@ -200,7 +178,7 @@ class OTPOTrainer(DPOTrainer):
         check_hidden_layer(self.model, self.args.hidden_layer)
         for model in (self.model, self.ref_model):
             if model is not None:
-                bring_router_logits_to_head(model)
+                trl_seam.bring_router_logits_to_head(model)
 
     def token_weights(self, batch: PairBatch) -> Tensor | TokenWeights:
         """Weights of the tokens of a batch of pairs; override this for a weighting that needs the trainer.
@@ -215,6 +193,14 @@ class OTPOTrainer(DPOTrainer):
         """
         return self.weighting(batch)
 
+    def describe_weighting(self) -> str:
+        """The weighting that is used and its options, in one line."""
+        if type(self).token_weights is not OTPOTrainer.token_weights:
+            return f"{type(self).__name__}.token_weights"
+        named = WEIGHTINGS[self.args.weighting](self.args)
+        own, its = (each.func if isinstance(each, partial) else each for each in (self.weighting, named))
+        return self.args.describe_weighting() if own is its else "a weighting of your own"
+
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Trains as [`trl.DPOTrainer`] does; callbacks that look at the weights get to know the trainer first.
 
@@ -222,7 +208,7 @@ class OTPOTrainer(DPOTrainer):
             ValueError: A stream was read to its end and no pair of it could be trained on.
         """
         for callback in self.callback_handler.callbacks:
-            if isinstance(callback, LogTokenWeightsCallback):
+            if isinstance(callback, TrainerWatcher):
                 callback.attach(self)
         result = super().train(*args, **kwargs)
         self._start_is_checked = True
@@ -243,8 +229,10 @@ class OTPOTrainer(DPOTrainer):
         dataset = self._tokenized(dataset, processing_class, args, name)
         if not args.precompute_ref_log_probs:
             dataset = without_stored(dataset)
-        rule = _pair_rule(args, is_stream=isinstance(dataset, IterableDataset))
-        return self.prepared_datasets.prepare(dataset, rule, name)
+        drops = (
+            isinstance(dataset, IterableDataset) if args.drop_identical_pairs is None else args.drop_identical_pairs
+        )
+        return self.prepared_datasets.prepare(dataset, PairRule(args.max_length, args.truncation_mode, drops), name)
 
     def _name_of(self, dataset_name: str) -> str:
         """What a dataset is called: TRL's name for it, unless that is another one's already.
@@ -263,13 +251,12 @@ class OTPOTrainer(DPOTrainer):
             return dataset
         looked_at = dataset if columns is not None else dataset.map(FirstRow(name))
         # TRL drops pairs whose prompt fills `max_length` unseen; without the limit it drops none, and we count.
-        with swapped(args, max_length=None):
-            try:
-                return super()._prepare_dataset(looked_at, processing_class, args, name)
-            except AlreadyTokenized:
-                return dataset
-            except StopIteration as error:
-                raise ValueError(no_rows(name)) from error
+        try:
+            return super()._prepare_dataset(looked_at, processing_class, trl_seam.without_length_limit(args), name)
+        except AlreadyTokenized:
+            return dataset
+        except StopIteration as error:
+            raise ValueError(no_rows(name)) from error
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """As in transformers; the dataset is kept while it is evaluated, to name rows of it."""
@@ -279,6 +266,10 @@ class OTPOTrainer(DPOTrainer):
             self._evaluated = self.eval_dataset if eval_dataset is None else eval_dataset
         return super().get_eval_dataloader(eval_dataset)
 
+    def collate(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        """A batch of rows of a prepared dataset, on the trainer's device, as [`score_batch`] takes it."""
+        return self._prepare_inputs(self.data_collator(examples))
+
     # The reference, precomputed
 
     def _precompute_ref_logps(self, dataset, name, batch_size):
@@ -287,6 +278,18 @@ class OTPOTrainer(DPOTrainer):
         self._look_at_models()  # the pass takes long, and what training would refuse is refused before it
         if not isinstance(self.data_collator, StoredRowsCollator):
             self.data_collator = StoredRowsCollator(self.data_collator)
+        joined = with_reference_rows(
+            dataset,
+            name,
+            self._reference_key(dataset),
+            self.accelerator,
+            lambda: self._reference_rows(dataset, name, batch_size),
+        )
+        self.prepared_datasets.replace(dataset, joined)
+        return joined
+
+    def _reference_key(self, dataset: Dataset) -> int:
+        """What the reference's log-probabilities of a dataset depend on."""
         reference = self.accelerator.unwrap_model(self.model if self.ref_model is None else self.ref_model)
         settings = (
             self.args.max_length,
@@ -296,120 +299,51 @@ class OTPOTrainer(DPOTrainer):
             torch.get_float32_matmul_precision(),
             Hasher.hash(self.data_collator.collator),
         )
-        key = reference_key(dataset, reference, str(self._precompute_model_hash), *settings)
-        path = cache_file(dataset, key)
-        # Shards and files differ between processes, and all must go the same way: the first one's.
-        agreed = [key, path.exists()]
-        broadcast_object_list(agreed, from_process=0)
-        key, is_there = agreed
-        path = cache_file(dataset, key)
-        if stored_under(dataset, key, name):
-            return dataset
-        if not is_there:
-            rows = self._reference_rows(dataset, name, batch_size)
-            if self.accelerator.is_main_process:
-                write_rows(path, key, rows)
-            else:
-                for _ in rows:
-                    pass
-            self.accelerator.wait_for_everyone()
-        joined = concatenate_datasets([dataset, Dataset.from_file(str(path))], axis=1)
-        self.prepared_datasets.replace(dataset, joined)
-        return joined
+        return reference_key(dataset, reference, trl_seam.reference_digest(self), *settings)
 
-    def _reference_rows(self, dataset: Dataset, name: str, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """The reference's log-probabilities of a dataset's completions, batch by batch, on all processes.
-
-        Yields:
-            Padded rows `(2B, W)`, chosen responses first, and how many of each are tokens `(2B,)`, of all processes.
-        """
+    def _reference_rows(self, dataset: Any, name: str, batch_size: int) -> Any:
         loader = DataLoader(
-            dataset,  # pyright: ignore[reportArgumentType]
+            dataset,
             batch_size=batch_size,
             collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory,
         )
-        model = self._model_of_reference_rows()
-        for inputs in tqdm(
-            self.accelerator.prepare(loader),
-            desc=f"Reference log-probabilities of the {name} dataset",
-            disable=self.args.disable_tqdm or not self.accelerator.is_local_main_process,
-        ):
-            mask = inputs["completion_mask"][:, 1:].bool()
-            sides = []
-            for part, side in zip(self._reference_logps(model, inputs, mask).chunk(2), mask.chunk(2), strict=True):
-                rows = self.accelerator.pad_across_processes(pack_rows(part, side), dim=1)
-                sides.append(self.accelerator.gather_for_metrics((rows, side.sum(1))))
-            width = max(rows.size(1) for rows, _ in sides)
-            padded = [torch.nn.functional.pad(rows, (0, width - rows.size(1))) for rows, _ in sides]
-            yield torch.cat(padded).cpu(), torch.cat([counts for _, counts in sides]).cpu()
+        model = trl_seam.model_of_reference_pass(self)
+        ask = partial(self._reference_logps, model)
+        return reference_rows(loader, name, ask, self.accelerator, quiet=bool(self.args.disable_tqdm))
 
-    def _model_of_reference_rows(self) -> Any:
-        """The reference, before the Trainer has prepared the policy; DeepSpeed's shards need an engine around them."""
-        if self.ref_model is not None:
-            return self.ref_model
-        if not self.is_deepspeed_enabled:
-            return self.model
-        if self._precompute_engine is None:
-            self._precompute_engine = prepare_deepspeed(self.model, self.accelerator)
-        return self._precompute_engine
+    # Scores and weights
 
-    # The loss
-
-    def _compute_loss(self, model, inputs, return_outputs):
-        if not self._seam_is_checked:
-            require_known_loss(self, super()._compute_loss)
-            self._seam_is_checked = True
-        handed = HandedInputs(inputs)
-        scored: Scored | None = None
-        sums: Any = None
-
-        def stand_in(**kwargs: Any) -> Any:
-            nonlocal scored, sums
-            if not kwargs.get("fused_lm_head"):
-                return model(**kwargs)  # TRL's extra pass for `compute_metrics`
-            if scored is None:
-                scored = self._score(model, inputs, kwargs)
-                self._check_start(model, kwargs, scored)
-            weights = scored.weights_for(self.loss_types[0])
-            sums = self._summed(scored.reference_logps * weights, inputs)
-            handed.update(zip(REFERENCE_COLUMNS, sums, strict=True))
-            return scored.outputs_with(weights)
-
-        result = rewarded = None
-        groups = list(loss_groups(self.loss_types, self.loss_weights))
-        # TRL adds the auxiliary loss last, and the order decides the last bit of a sum.
-        add_auxiliary = self.aux_loss_enabled and len(groups) > 1
-        for position, (loss_types, coefficients) in enumerate(groups):
-            only: dict[str, Any] = {"loss_types": loss_types, "loss_weights": coefficients}
-            if add_auxiliary:
-                only["router_aux_loss_coef"] = 0.0
-            if position > 0:  # TRL's metrics, the auxiliary loss's too, and the outputs are the first group's
-                only.update(aux_loss_enabled=False, **no_metrics())
-            handed.read.clear()
-            with swapped(self, precompute_ref_logps=True, **only):
-                part = super()._compute_loss(stand_in, handed, return_outputs and position == 0)
-            require_read(handed, scored)
-            rewarded = sums if position == 0 else rewarded
-            result = part if position == 0 else _added(result, part)
-        assert scored is not None
-        if add_auxiliary:
-            result = _added(result, self.router_aux_loss_coef * scored.outputs.aux_loss)
-        self._log_pairs(scored, groups[0][0][0], inputs, rewarded, result[0] if return_outputs else result)
-        return result
-
-    def _score(
-        self, model: Callable[..., Any], inputs: dict[str, Any], kwargs: dict[str, Any], *, reference: bool = True
+    def score_batch(
+        self,
+        model: Callable[..., Any],
+        inputs: Mapping[str, Any],
+        *,
+        reference: bool = True,
+        timer: DeviceTimer | None = None,
     ) -> Scored:
-        """Runs policy and reference on a micro-batch and solves for its weights.
+        """Runs policy and reference on a batch and solves for its weights.
 
-        Without `reference` the reference is not asked, and its log-probabilities are zeros.
+        The loss is made of this, and so are the pages of `otpo explain`. It logs nothing, counts nothing and draws no
+        random numbers but the model's and the weighting's. Override it for losses that need more of the models than
+        log-probabilities.
+
+        Args:
+            model: The policy as it is called, with whatever engine is around it: what `compute_loss` is given.
+            inputs: A collated batch on the policy's device, see [`collate`].
+            reference: Whether the reference is asked; else its log-probabilities are zeros.
+            timer: Times the weights.
+
+        Raises:
+            FloatingPointError: A hidden state, a weight or a log-probability is not finite; the message names the row.
+            ValueError: The weighting's answer can't be used, or the batch lacks precomputed log-probabilities.
         """
+        # The policy, with its hidden states taken on the way.
         mask = inputs["completion_mask"][:, 1:].bool()
         causal_lm = self.accelerator.unwrap_model(self.model)
         with captured_states(causal_lm, self.args.hidden_layer) as captured:
-            outputs = on_device(model(**kwargs), mask.device)
+            outputs = trl_seam.on_device(model(**self._policy_arguments(inputs)), mask.device)
         # Prompt-learning adapters prepend virtual tokens; the real ones are the last.
         logps: Tensor = outputs.log_probs[:, -mask.size(1) :]
         if not captured:
@@ -420,31 +354,7 @@ class OTPOTrainer(DPOTrainer):
         states = captured.pop()[:, :-1][:, -mask.size(1) :].to(mask.device)
         self._require_finite(states_not_finite(states, logps, mask), "Hidden states or log-probabilities", inputs)
 
-        values, metrics = self._weigh(mask, logps, states, inputs)
-        reference_logps = torch.zeros_like(logps)
-        if reference and self.args.precompute_ref_log_probs:
-            missing = [name for name in REFERENCE_COLUMNS if name not in inputs]
-            if missing:
-                raise ValueError(
-                    f"`precompute_ref_log_probs=True`, and the batch has no {missing[0]!r}. Pass the dataset to the "
-                    "trainer as `train_dataset` or `eval_dataset`, or to `evaluate`, which precompute it."
-                )
-            reference_logps = unpack_rows(torch.cat([inputs[name] for name in REFERENCE_COLUMNS]), mask)
-        elif reference:
-            reference_model = self.model if self.ref_model is None else self.ref_model
-            reference_logps = self._reference_logps(reference_model, inputs, mask)
-        self._require_finite(
-            ~values.isfinite() | (~reference_logps.isfinite() & mask),
-            "Weights or reference log-probabilities",
-            inputs,
-        )
-        return Scored(outputs, logps, reference_logps, values, mask, metrics)
-
-    def _weigh(
-        self, mask: Tensor, logps: Tensor, states: Tensor, inputs: dict[str, Any]
-    ) -> tuple[Tensor, dict[str, float | Tensor]]:
-        """The weights of a micro-batch, `(2B, T)`, zero outside the mask, and the weighting's own numbers to log."""
-        # The weighting gets copies of what is small, and may not write into the rest, which the loss still needs.
+        # The weights. The weighting gets copies of what is small, and may not write into the rest.
         batch = PairBatch(
             mask.clone(),
             inputs["input_ids"][:, 1:].clone(),
@@ -453,9 +363,28 @@ class OTPOTrainer(DPOTrainer):
             self.state.global_step,
             model_inputs(inputs),
         )
+        weights, metrics = self._weigh(batch, mask, logps.dtype, timer or DeviceTimer())
+
+        # The reference: stored rows, or a pass of its model.
+        reference_logps = torch.zeros_like(logps)
+        if reference and self.args.precompute_ref_log_probs:
+            reference_logps = self._stored_logps(inputs, mask)
+        elif reference:
+            reference_model = self.model if self.ref_model is None else self.ref_model
+            reference_logps = self._reference_logps(reference_model, inputs, mask)
+        bad = ~weights.isfinite() | (~reference_logps.isfinite() & mask)
+        self._require_finite(bad, "Weights or reference log-probabilities", inputs)
+        return Scored(outputs, logps, reference_logps, weights, mask, metrics, batch)
+
+    def _policy_arguments(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        return trl_seam.policy_arguments(inputs, router_logits=self.aux_loss_enabled)
+
+    def _weigh(
+        self, batch: PairBatch, mask: Tensor, dtype: torch.dtype, timer: DeviceTimer
+    ) -> tuple[Tensor, dict[str, float | Tensor]]:
+        """The weights of a batch, `(2B, T)`, zero outside the mask, and the weighting's own numbers to log."""
         versions = tensor_versions(batch)
-        timed = self._timers[self._mode].region(mask.device)
-        with torch.no_grad(), torch.autocast(mask.device.type, enabled=False), timed:
+        with torch.no_grad(), torch.autocast(mask.device.type, enabled=False), timer.region(mask.device):
             answer = self.token_weights(batch)
         require_unwritten(batch, versions)
         values, metrics = answer if isinstance(answer, TokenWeights) else (answer, {})
@@ -465,15 +394,98 @@ class OTPOTrainer(DPOTrainer):
                 f"{tuple(mask.shape)}: return one weight for each position of `batch.mask`."
             )
         # What lies outside the mask is nobody's: a NaN there would spoil the sums, even times zero.
-        return values.detach().to(device=mask.device, dtype=logps.dtype).masked_fill(~mask, 0.0), metrics
+        return values.detach().to(device=mask.device, dtype=dtype).masked_fill(~mask, 0.0), metrics
 
-    def _check_start(self, model: Any, kwargs: dict[str, Any], scored: Scored) -> None:
+    def _reference_logps(self, model: Callable[..., Any], inputs: Mapping[str, Any], mask: Tensor) -> Tensor:
+        """The reference's log-probability of each token, `(2B, T)`, by TRL's own reference pass."""
+        return trl_seam.reference_logps(super().compute_ref_log_probs, model, inputs, mask)
+
+    def _stored_logps(self, inputs: Mapping[str, Any], mask: Tensor) -> Tensor:
+        missing = [name for name in REFERENCE_COLUMNS if name not in inputs]
+        if missing:
+            raise ValueError(
+                f"`precompute_ref_log_probs=True`, and the batch has no {missing[0]!r}. Pass the dataset to the "
+                "trainer as `train_dataset` or `eval_dataset`, or to `evaluate`, which precompute it."
+            )
+        return unpack_rows(torch.cat([inputs[name] for name in REFERENCE_COLUMNS]), mask)
+
+    def _require_finite(self, bad: Tensor, what: str, inputs: Mapping[str, Any]) -> None:
+        evaluating = trl_seam.mode_of(self) == "eval" and self._evaluated is not None
+        dataset = self._evaluated if evaluating else self.train_dataset
+        known = None if dataset is None else self.prepared_datasets.get(dataset)
+        require_finite_step(
+            bad,
+            what,
+            lambda pair: self.prepared_datasets.find(dataset, inputs, pair),
+            "training" if dataset is self.train_dataset or known is None else known.name,
+            self.state.global_step,
+        )
+
+    # The loss
+
+    def _compute_loss(self, model, inputs, return_outputs):
+        if not self._seam_is_checked:
+            trl_seam.require_known_loss(self, super()._compute_loss)
+            self._seam_is_checked = True
+        mode = trl_seam.mode_of(self)
+        scored = self.score_batch(model, inputs, timer=self._pair_log.timers[mode])
+        self._check_start(model, inputs, scored)
+
+        # Loss types that take the same weights share a call of TRL's loss. The first call's metrics and outputs are
+        # the ones that count. With several calls the routers' loss comes after all: the order decides the last bit.
+        first, *others = loss_groups(self.loss_types, self.loss_weights)
+        result, sums = self._loss_of(first, model, inputs, scored, return_outputs=return_outputs, is_alone=not others)
+        for group in others:
+            part, _ = self._loss_of(group, model, inputs, scored, is_first=False)
+            result = _added(result, part)
+        if others and self.aux_loss_enabled:
+            result = _added(result, self.router_aux_loss_coef * scored.outputs.aux_loss)
+
+        loss = result[0] if return_outputs else result
+        self._log_pairs(mode, scored, first.loss_types[0], sums, inputs, loss)
+        return result
+
+    def _loss_of(
+        self,
+        group: LossGroup,
+        model: Any,
+        inputs: Mapping[str, Any],
+        scored: Scored,
+        *,
+        return_outputs: bool = False,
+        is_first: bool = True,
+        is_alone: bool = False,
+    ) -> tuple[Any, tuple[Tensor, ...]]:
+        """TRL's loss of a group of loss types, and the reference's sums that it was given, `(B,)` a side."""
+        weights = scored.weights_for(group.loss_types[0])
+        sums = self._summed(scored.reference_logps * weights, inputs)
+        stand_in = trl_seam.ModelStandIn(model, scored.outputs_with(weights), self._policy_arguments(inputs))
+        options: dict[str, Any] = {"loss_types": group.loss_types, "loss_weights": group.coefficients}
+        if self.aux_loss_enabled and not is_alone:
+            options["router_aux_loss_coef"] = 0.0
+        loss = trl_seam.dpo_loss(
+            self,
+            super()._compute_loss,
+            stand_in,
+            inputs,
+            sums,
+            return_outputs=return_outputs,
+            logs=is_first,
+            **options,
+        )
+        return loss, sums
+
+    def _summed(self, logps: Tensor, inputs: Mapping[str, Any]) -> tuple[Tensor, ...]:
+        """Sums per-token log-probabilities as TRL does, `ld_alpha` included: `(B,)` of chosen and of rejected."""
+        return trl_seam.summed(super().compute_ref_log_probs, logps, inputs)
+
+    def _check_start(self, model: Any, inputs: Mapping[str, Any], scored: Scored) -> None:
         """Refuses a reference that is made as the policy's copy and isn't one, before this trainer's first step.
 
         Dropout and other noise of training makes a difference too, so what looks different is asked again without.
         All processes go the same way, since each may hold a shard of the model.
         """
-        if self._start_is_checked or self._mode != "train":
+        if self._start_is_checked or trl_seam.mode_of(self) != "train":
             return
         self._start_is_checked = True
         if not self._reference_is_copy or self.state.global_step > 0:
@@ -485,97 +497,37 @@ class OTPOTrainer(DPOTrainer):
 
         if not is_same_start(largest_gap(scored.policy_logps)):
             with torch.no_grad(), evaluating(model):
-                outputs = on_device(model(**kwargs), scored.mask.device)
+                outputs = trl_seam.on_device(model(**self._policy_arguments(inputs)), scored.mask.device)
             require_same_start(largest_gap(outputs.log_probs[:, -scored.mask.size(1) :]))
-
-    def _require_finite(self, bad: Tensor, what: str, inputs: dict[str, Any]) -> None:
-        evaluating = self._mode == "eval" and self._evaluated is not None
-        dataset = self._evaluated if evaluating else self.train_dataset
-        known = None if dataset is None else self.prepared_datasets.get(dataset)
-        require_finite_step(
-            bad,
-            what,
-            lambda pair: self.prepared_datasets.find(dataset, inputs, pair),
-            "training" if dataset is self.train_dataset or known is None else known.name,
-            self.state.global_step,
-        )
-
-    def _reference_logps(self, model: Callable[..., Any], inputs: dict[str, Any], mask: Tensor) -> Tensor:
-        """The reference's log-probability of each token, `(2B, T)`, by TRL's own reference pass."""
-        kept: list[Tensor] = []
-
-        def keep(**kwargs: Any) -> Any:
-            outputs = on_device(model(**kwargs), mask.device)
-            kept.append(outputs.log_probs[:, -mask.size(1) :])
-            return outputs
-
-        super().compute_ref_log_probs(keep, inputs)
-        return kept.pop()
-
-    def _summed(self, logps: Tensor, inputs: dict[str, Any]) -> tuple[Tensor, ...]:
-        """Sums per-token log-probabilities as TRL does, `ld_alpha` included: `(B,)` of chosen and of rejected."""
-        return super().compute_ref_log_probs(lambda **_: SimpleNamespace(log_probs=logps), inputs)
 
     # The log and the checkpoints
 
-    @property
-    def _mode(self) -> str:
-        return "train" if self.model.training else "eval"
-
-    def _log_pairs(self, scored: Scored, loss_type: str, inputs: dict[str, Any], sums: Any, loss: Tensor) -> None:
-        """Averages numbers of pairs over all processes' pairs, and a weighting's own over processes, in one exchange.
+    def _log_pairs(
+        self,
+        mode: str,
+        scored: Scored,
+        loss_type: str,
+        sums: tuple[Tensor, ...],
+        inputs: Mapping[str, Any],
+        loss: Tensor,
+    ) -> None:
+        """Adds what is known of each pair to the log, beside TRL's numbers of the micro-batch.
 
         Args:
+            mode: `"train"` or `"eval"`.
             scored: The micro-batch.
             loss_type: The one whose weights TRL's `rewards/*` have.
-            inputs: The batch.
             sums: The reference's weighted sums that TRL was given, `(B,)` of chosen and of rejected.
+            inputs: The batch.
             loss: The micro-batch's mean loss.
         """
-        log_ratios = scored.policy_logps.detach() - scored.reference_logps
-        columns = {
-            **weight_metrics(scored.weights, scored.mask),
-            **reward_metrics(self.beta * log_ratios.sum(1), "_unweighted"),
-        }
-        pairs = scored.mask.size(0) // 2
-        # The last batch on several processes is filled up with pairs that were there before.
-        # (In training the loop is ahead of the micro-batch that is computed, so there this can't be told.)
-        loop = self.accelerator.gradient_state
-        everyones = pairs * self.accelerator.num_processes
-        repeats = self._mode == "eval" and loop.end_of_dataloader and 0 < loop.remainder < everyones
-        if repeats:  # TRL counts those too, so its numbers of this batch are replaced
+        columns = pair_columns(scored, self.beta)
+        kept = trl_seam.pairs_without_repeats(self.accelerator, scored.pairs) if mode == "eval" else None
+        if kept is not None:  # TRL counts the repeated pairs too, so its numbers of this batch are replaced
             weighted = scored.policy_logps.detach() * scored.weights_for(loss_type)
-            logps = torch.cat(self._summed(weighted, inputs))
-            columns |= reward_metrics(self.beta * (logps - torch.cat(sums)))
-            columns |= dict(zip(("logps/chosen", "logps/rejected"), logps.chunk(2), strict=True))
-        self._refuse_names(scored.metrics, columns)
-        columns |= {name: torch.as_tensor(value).reshape(1).expand(pairs) for name, value in scored.metrics.items()}
-        numbers = [*columns.values(), loss.detach().reshape(1).expand(pairs)]
-        table = torch.stack([number.to(scored.mask.device, torch.float32) for number in numbers], 1)
-        table = self.accelerator.gather(table).cpu()  # pyright: ignore[reportAttributeAccessIssue]
-        table = table[: loop.remainder] if repeats else table
-
-        metrics = self._metrics[self._mode]
-        of_columns = table[:, : len(columns)]
-        means, largest = of_columns.double().nanmean(0).tolist(), of_columns.amax(0).tolist()
-        for name, mean, most in zip(columns, means, largest, strict=True):
-            if name in metrics and len(metrics[name]) > len(self._pairs[self._mode]):
-                metrics[name][-1] = mean  # in TRL's place
-            else:
-                metrics[name].append(most if name.startswith("transport/") else mean)
-        self._pairs[self._mode].append(len(table))
-        if self._mode == "eval":
-            self._losses.append(table[:, -1].numpy())
-
-    def _refuse_names(self, metrics: Mapping[str, Any], columns: Mapping[str, Any]) -> None:
-        """Raises a `ValueError` for a number of a weighting that is called as one of TRL's or of ours."""
-        logged = self._metrics[self._mode]
-        ours = [name for name in metrics if len(logged.get(name, ())) > len(self._pairs[self._mode])]
-        taken = [*ours, *(name for name in metrics if name in columns or name in ("loss", "transport/ms"))]
-        if taken:
-            raise ValueError(
-                f"The weighting logs a number as {taken[0]!r}, which the trainer logs itself. Give it another name."
-            )
+            columns |= trl_columns(torch.cat(self._summed(weighted, inputs)), torch.cat(sums), self.beta)
+        gather: Any = self.accelerator.gather
+        self._pair_log.add(mode, trl_seam.collected_metrics(self), columns, scored.metrics, loss, gather, kept)
 
     def evaluation_loop(
         self,
@@ -589,104 +541,35 @@ class OTPOTrainer(DPOTrainer):
 
         On several processes a process's loss of a batch that is filled up with repeated pairs is the mean with them.
         """
-        for collected in (self._losses, self._pairs["eval"], self._metrics["eval"]):
-            collected.clear()  # of a prediction, or of an evaluation that was broken off
+        self._pair_log.start_evaluation(trl_seam.collected_metrics(self, "eval"))
         try:
             output = super().evaluation_loop(
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
             )
         finally:
             self._evaluated = None
-        if self._losses and output.metrics:
-            output.metrics[f"{metric_key_prefix}_loss"] = float(np.concatenate(self._losses).mean())
+        loss = self._pair_log.evaluation_loss()
+        if loss is not None and output.metrics:
+            output.metrics[f"{metric_key_prefix}_loss"] = loss
         return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """TRL's log, an evaluation's as means over pairs, with the weights' time, which is read off the device here.
 
-        Training's are means over micro-batches as TRL's are, since each has the same share in the step's loss.
         Warns of transport that was not solved: on a GPU nothing may wait for the solver, and here its residual is on
         the host. Anywhere else the solver has looked itself.
         """
-        metrics, pairs = self._metrics[self._mode], self._pairs[self._mode]
-        residuals = metrics.get("transport/residual")
+        collected = trl_seam.collected_metrics(self)
+        residuals = collected.get("transport/residual")
         if residuals and self.accelerator.device.type == "cuda" and self.is_world_process_zero():
             warn_unsolved(max(residuals), **self.args.solver_options())
-        shares = pairs if self._mode == "eval" else [1] * len(pairs)
-        metrics.update(averaged_over_pairs(metrics, shares))
-        pairs.clear()
-        times = self._timers[self._mode].take()
-        if times and "transport/iterations" in metrics:
-            metrics["transport/ms"].extend(times)
+        self._pair_log.average(trl_seam.mode_of(self), collected)
         super().log(logs, start_time)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Saves the model, unless a parameter is not finite: a bad step must not take a good checkpoint's place."""
         require_finite_parameters(self.model, self.accelerator, self.state.global_step)
         super().save_model(output_dir, _internal_call)
-
-
-def _check_datasets(args: OTPOConfig, train_dataset: Any, eval_dataset: Any) -> None:
-    """Refuses what can be seen of the data before anything is loaded."""
-    if train_dataset is not None and not isinstance(train_dataset, Dataset | IterableDataset | dict):
-        raise TypeError(
-            f"`train_dataset` must be a `Dataset` or `IterableDataset`, got `{type(train_dataset).__name__}`. Make "
-            "one with `datasets.Dataset.from_list(rows)`."
-        )
-    if isinstance(train_dataset, dict):
-        splits = sorted(map(str, train_dataset)) or ["train"]
-        raise TypeError(
-            f"`train_dataset` must be a `Dataset` or `IterableDataset`, got `{type(train_dataset).__name__}`. Pass "
-            f"one of its splits, such as `train_dataset=dataset[{splits[0]!r}]`; it has {splits}."
-        )
-    named = eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}
-    for name, dataset in {"train": train_dataset, **{f"eval_{name}": each for name, each in named.items()}}.items():
-        if args.precompute_ref_log_probs and isinstance(dataset, IterableDataset):
-            raise ValueError(
-                f"`precompute_ref_log_probs=True` is not supported with IterableDataset, and the {name} dataset is a "
-                "stream: it has to be read before training. Set `precompute_ref_log_probs=False`, or load it without "
-                "streaming."
-            )
-    for name, dataset in named.items():
-        if dataset is not None and not isinstance(dataset, Dataset | IterableDataset):
-            raise TypeError(
-                f"The {name} dataset must be a `Dataset` or `IterableDataset`, got `{type(dataset).__name__}`. Make "
-                "one with `datasets.Dataset.from_list(rows)`."
-            )
-    for name, dataset in [("train", train_dataset), *named.items()]:
-        if dataset is not None:
-            require_preference_columns(dataset, name)
-
-
-def _check_layer_of(model: Any, args: OTPOConfig) -> None:
-    """Refuses a `hidden_layer` that the model does not have, before the model and the data are loaded."""
-    if args.hidden_layer == -1:
-        return
-    if not isinstance(model, str):
-        check_hidden_layer(model, args.hidden_layer)
-        return
-    loading: Any = args.model_init_kwargs or {}
-    trusted = loading.get("trust_remote_code", args.trust_remote_code)
-    config = AutoConfig.from_pretrained(model, revision=loading.get("revision"), trust_remote_code=trusted)
-    check_layer_number(config.get_text_config().num_hidden_layers, args.hidden_layer, type(config).__name__)
-
-
-def _one_device_each(args: OTPOConfig) -> dict[str, Any]:
-    """Options under which each of several processes loads policy and reference on one device.
-
-    TRL sees to that with DDP and DeepSpeed. Under FSDP it takes the policy for DDP's and the reference for nobody's,
-    and transformers would spread it over all visible GPUs.
-    """
-    chosen: Any = args.model_init_kwargs or {}
-    sharded = args.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP")
-    if args.world_size == 1 or not sharded or "device_map" in chosen:
-        return {}
-    return {"model_init_kwargs": {**chosen, "device_map": None}}
-
-
-def _pair_rule(args: OTPOConfig, *, is_stream: bool) -> PairRule:
-    drops = is_stream if args.drop_identical_pairs is None else args.drop_identical_pairs
-    return PairRule(args.max_length, args.truncation_mode, drops)
 
 
 def _added(result: Any, loss: Tensor) -> Any:

@@ -1,25 +1,68 @@
-"""What [`otpo.OTPOTrainer`] hands to TRL's loss, and proof that TRL reads it.
+"""Every private or undocumented thing of TRL, transformers and accelerate that the library leans on, by name.
 
-TRL's `_compute_loss` is private. A release that renames one of the things it reads would go on without an error, and
-train on another loss. So what is handed over records that it was read, and the first loss of a trainer is preceded by
-one of made-up numbers, whose value is known.
+Each function says who reads the thing there and what breaks if it changes. A release that renames one of them would
+mostly go on without an error and train on another loss. So what is handed over records that it was read, the first
+loss of a trainer is preceded by one of made-up numbers whose value is known, and `tests/otpo/test_trl_seam.py`
+compares signatures and the order of calls with what is installed, and names the function here that has to change.
+The file is over 350 lines since it is the one place to look at when a release of TRL breaks something.
+
+Shapes: B pairs, T scored positions; rows are the chosen responses, then the rejected ones.
 """
 
+import copy
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import version
+from types import SimpleNamespace
 from typing import Any
 
 import torch
-from accelerate.utils import is_peft_model
+from accelerate.utils import is_peft_model, parse_flag_from_env
 from torch import Tensor
 from torch.nn.functional import logsigmoid
-from trl.trainer.utils import FusedCausalLMOutput
+from trl.models.utils import prepare_deepspeed
+from trl.trainer.utils import FusedCausalLMOutput, get_config_model_id
 
-from .swap import swapped
-from .training.reference_cache import REFERENCE_COLUMNS
+REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
+"""Where `DPOTrainer._compute_loss` looks up the reference's sums when `precompute_ref_logps` is set."""
+
+NOT_OF_THE_MODEL = ("completion_mask", *REFERENCE_COLUMNS)
+"""Entries of a batch that `DPOTrainer._compute_loss` does not call its model with (`_non_model_keys` there)."""
+
+OVERRIDDEN = {
+    "_prepare_dataset": ("dataset", "processing_class", "args", "dataset_name"),
+    "_precompute_ref_logps": ("dataset", "name", "batch_size"),
+    "_compute_loss": ("model", "inputs", "return_outputs"),
+    "compute_ref_log_probs": ("model", "inputs"),
+    "log": ("logs", "start_time"),
+    "save_model": ("output_dir", "_internal_call"),
+    "get_eval_dataloader": ("eval_dataset",),
+    "evaluation_loop": ("dataloader", "description", "prediction_loss_only", "ignore_keys", "metric_key_prefix"),
+}
+"""Methods of `DPOTrainer` that [`otpo.OTPOTrainer`] overrides or calls, with their parameters after `self`."""
 
 _TOLERANCE = 1e-4
+
+
+# The loss
+
+
+def policy_arguments(inputs: Mapping[str, Any], *, router_logits: bool) -> dict[str, Any]:
+    """What `DPOTrainer._compute_loss` calls its model with, in its first lines.
+
+    If it changes, [`dpo_loss`] refuses the first step, since the stand-in of the model is called with other names.
+
+    Args:
+        inputs: A collated batch.
+        router_logits: The trainer's `aux_loss_enabled`.
+    """
+    arguments = {name: value for name, value in inputs.items() if name not in NOT_OF_THE_MODEL}
+    arguments["use_cache"] = False
+    if router_logits:
+        arguments["output_router_logits"] = True
+    labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
+    return {**arguments, "labels": labels, "fused_lm_head": True}
 
 
 class HandedInputs(dict[str, Any]):
@@ -35,17 +78,75 @@ class HandedInputs(dict[str, Any]):
         return super().__getitem__(name)
 
 
-def require_read(inputs: HandedInputs, scored: object) -> None:
-    """Raises a `RuntimeError` unless TRL called the stand-in of the model and read the reference's sums.
+class ModelStandIn:
+    """What TRL's loss calls in the model's place: it answers with outputs that are there already.
 
     Args:
-        inputs: What TRL's loss was given.
-        scored: What the stand-in has kept of its call, None if it was not called.
+        model: The model, for the extra pass that TRL makes for `compute_metrics`.
+        outputs: The answer, a `FusedCausalLMOutput`.
+        arguments: What the model was called with for these outputs; None for made-up ones.
     """
-    missing = [name for name in REFERENCE_COLUMNS if name not in inputs.read]
-    if scored is None or missing:
-        what = f"the reference's {' and '.join(missing)}" if scored is not None else "the model's stand-in"
+
+    def __init__(self, model: Any, outputs: Any, arguments: Mapping[str, Any] | None = None) -> None:
+        self._model, self._outputs, self._arguments = model, outputs, arguments
+        self.was_called = False
+
+    def __call__(self, **arguments: Any) -> Any:
+        """The outputs; the model's own where TRL wants its logits."""
+        if not arguments.get("fused_lm_head"):
+            return self._model(**arguments)
+        if self._arguments is not None and arguments.keys() != self._arguments.keys():
+            different = sorted(arguments.keys() ^ self._arguments.keys())
+            raise RuntimeError(
+                f"`DPOTrainer._compute_loss` calls its model with other arguments than `trl_seam.policy_arguments` "
+                f"does; they differ in {different}. {_remedy()}"
+            )
+        self.was_called = True
+        return self._outputs
+
+
+def dpo_loss(
+    trainer: Any,
+    compute_loss: Callable[..., Any],
+    stand_in: ModelStandIn,
+    inputs: Mapping[str, Any],
+    reference_sums: tuple[Tensor, ...],
+    *,
+    return_outputs: bool = False,
+    logs: bool = True,
+    **options: Any,
+) -> Any:
+    """TRL's loss of outputs and reference sums that it is given.
+
+    `DPOTrainer._compute_loss` reads its options off the trainer (`loss_types`, `loss_weights`, `beta`,
+    `router_aux_loss_coef`, ...), takes the reference's sums from the batch where `precompute_ref_logps` is true, and
+    adds to the trainer's `_metrics` and `_total_train_tokens`. They have other values while it runs, then their own.
+
+    Args:
+        trainer: The trainer.
+        compute_loss: `DPOTrainer._compute_loss` of that trainer.
+        stand_in: Answers in the model's place.
+        inputs: The batch.
+        reference_sums: The reference's summed log-probabilities, `(B,)` of chosen and of rejected.
+        return_outputs: As in `_compute_loss`.
+        logs: Whether TRL's metrics of this call count.
+        **options: Attributes of the trainer that have these values for this loss.
+
+    Returns:
+        The loss, or the loss and the model's outputs.
+
+    Raises:
+        RuntimeError: TRL did not call the stand-in, or did not read the sums.
+    """
+    handed = HandedInputs({**inputs, **dict(zip(REFERENCE_COLUMNS, reference_sums, strict=True))})
+    unseen = {} if logs else _metrics_that_nobody_sees()
+    with _replaced(trainer, precompute_ref_logps=True, **options, **unseen):
+        result = compute_loss(stand_in, handed, return_outputs)
+    missing = [name for name in REFERENCE_COLUMNS if name not in handed.read]
+    if missing or not stand_in.was_called:
+        what = f"the reference's {' and '.join(missing)}" if stand_in.was_called else "the model's stand-in"
         raise RuntimeError(f"`DPOTrainer._compute_loss` has not used {what}, so its loss is not OTPO's. {_remedy()}")
+    return result
 
 
 def require_known_loss(trainer: Any, compute_loss: Callable[..., Any]) -> None:
@@ -61,37 +162,24 @@ def require_known_loss(trainer: Any, compute_loss: Callable[..., Any]) -> None:
     generator = torch.Generator().manual_seed(0)
     policy, reference = (-torch.rand(2, 4, 3, generator=generator)).to(device)
     ids = torch.ones(4, 4, dtype=torch.long, device=device)
+    inputs = {"input_ids": ids, "attention_mask": ids, "completion_mask": ids}
+    nothing = torch.zeros_like(policy)
+    outputs = FusedCausalLMOutput(
+        log_probs=2.0 * policy, entropy=nothing, mean_logits=nothing, is_top1=nothing.bool(), label_mask=None
+    )
+    # Everything else that TRL could make of the numbers is off, so that the loss is known in closed form.
+    plain: dict[str, Any] = {"loss_types": ["sigmoid"], "loss_weights": [1.0], "beta": 0.3, "ld_alpha": None}
+    plain |= {"f_divergence_type": "reverse_kl", "use_weighting": False, "aux_loss_enabled": False}
     sums = (2.0 * reference).sum(1).chunk(2)
-    inputs = HandedInputs({"input_ids": ids, "attention_mask": ids, "completion_mask": ids})
-    inputs.update(zip(REFERENCE_COLUMNS, sums, strict=True))
-
-    def stand_in(**_: Any) -> FusedCausalLMOutput:
-        nothing = torch.zeros_like(policy)
-        return FusedCausalLMOutput(
-            log_probs=2.0 * policy, entropy=nothing, mean_logits=nothing, is_top1=nothing.bool(), label_mask=None
-        )
-
-    beta = 0.3
-    with swapped(
-        trainer,
-        precompute_ref_logps=True,
-        loss_types=["sigmoid"],
-        loss_weights=[1.0],
-        beta=beta,
-        ld_alpha=None,
-        f_divergence_type="reverse_kl",
-        use_weighting=False,
-        aux_loss_enabled=False,
-        **no_metrics(),
-    ):
-        try:
-            found = float(compute_loss(stand_in, inputs, False))
-        except Exception as error:  # whatever a renamed attribute leads to
-            raise RuntimeError(
-                f"`DPOTrainer._compute_loss` fails on what `OTPOTrainer` hands it: {error!r}. {_remedy()}"
-            ) from error
+    stand_in = ModelStandIn(None, outputs)
+    try:
+        found = float(dpo_loss(trainer, compute_loss, stand_in, inputs, sums, logs=False, **plain))
+    except Exception as error:  # whatever a renamed attribute leads to
+        raise RuntimeError(
+            f"`DPOTrainer._compute_loss` fails on what `OTPOTrainer` hands it: {error!r}. {_remedy()}"
+        ) from error
     chosen, rejected = (policy - reference).sum(1).chunk(2)
-    expected = float(-logsigmoid(2.0 * beta * (chosen - rejected)).mean())
+    expected = float(-logsigmoid(2.0 * plain["beta"] * (chosen - rejected)).mean())
     if not abs(found - expected) < _TOLERANCE:
         raise RuntimeError(
             f"`DPOTrainer._compute_loss` gives {found:.4f} for numbers whose loss is {expected:.4f}, so it does not "
@@ -99,9 +187,35 @@ def require_known_loss(trainer: Any, compute_loss: Callable[..., Any]) -> None:
         )
 
 
-def no_metrics() -> dict[str, Any]:
-    """Attributes of a trainer in whose place TRL's loss collects metrics that nobody sees."""
-    return {"_metrics": {mode: defaultdict(list) for mode in ("train", "eval")}, "_total_train_tokens": 0}
+def reference_logps(compute_ref_log_probs: Callable[..., Any], model: Any, inputs: Any, mask: Tensor) -> Tensor:
+    """The reference's log-probability of each token, `(2B, T)`.
+
+    `DPOTrainer.compute_ref_log_probs` calls the model under the reference's adapter, without gradients, and reads its
+    `log_probs`; it returns their sums, and the tokens' own are kept on the way.
+
+    Args:
+        compute_ref_log_probs: `DPOTrainer.compute_ref_log_probs` of a trainer.
+        model: The reference.
+        inputs: A collated batch.
+        mask: `(2B, T)` bool.
+    """
+    kept: list[Tensor] = []
+
+    def keep(**arguments: Any) -> Any:
+        outputs = on_device(model(**arguments), mask.device)
+        kept.append(outputs.log_probs[:, -mask.size(1) :])
+        return outputs
+
+    compute_ref_log_probs(keep, inputs)
+    return kept.pop()
+
+
+def summed(compute_ref_log_probs: Callable[..., Any], logps: Tensor, inputs: Any) -> tuple[Tensor, ...]:
+    """Sums of per-token log-probabilities `(2B, T)` as TRL makes them, `(B,)` of chosen and of rejected.
+
+    `DPOTrainer.compute_ref_log_probs` sums what its model answers, with `ld_alpha` past the shorter response.
+    """
+    return compute_ref_log_probs(lambda **_: SimpleNamespace(log_probs=logps), inputs)
 
 
 def on_device(outputs: Any, device: torch.device) -> Any:
@@ -132,6 +246,129 @@ def bring_router_logits_to_head(causal_lm: Any) -> None:
             outputs["router_logits"] = tuple(layer.to(device) for layer in logits)
 
     plain.base_model.register_forward_hook(move)
+
+
+# The log
+
+
+def mode_of(trainer: Any) -> str:
+    """`"train"` or `"eval"`, as `DPOTrainer._compute_loss` and `DPOTrainer.log` tell them apart."""
+    return "train" if trainer.model.training else "eval"
+
+
+def collected_metrics(trainer: Any, mode: str | None = None) -> dict[str, list[float]]:
+    """Numbers of micro-batches by name, which `DPOTrainer.log` averages, prefixes in evaluations and clears.
+
+    Args:
+        trainer: The trainer.
+        mode: `"train"` or `"eval"`; the present one when None.
+    """
+    return trainer._metrics[mode or mode_of(trainer)]
+
+
+def pairs_without_repeats(accelerator: Any, pairs: int) -> int | None:
+    """How many of all processes' pairs of a micro-batch are no repeats; None where all of them.
+
+    accelerate fills up the last batch on several processes with rows that were there before; `gather_for_metrics` cuts
+    them off by `gradient_state`, which knows them while the loop is at its last batch. (In training the loop is ahead
+    of the micro-batch that is computed, so there this can't be told.)
+
+    Args:
+        accelerator: The trainer's.
+        pairs: Pairs of this process.
+    """
+    loop = accelerator.gradient_state
+    is_filled_up = loop.end_of_dataloader and 0 < loop.remainder < pairs * accelerator.num_processes
+    return loop.remainder if is_filled_up else None
+
+
+# Loading, before training
+
+
+@contextmanager
+def loads_on_one_device(args: Any) -> Iterator[None]:
+    """Makes each of several processes load policy and reference on one device inside the block.
+
+    `DPOTrainer.__init__` sees to that with DDP and DeepSpeed, by `distributed_state.distributed_type`. Under FSDP it
+    takes the policy for DDP's and the reference for nobody's, and transformers would spread it over all visible GPUs.
+
+    Args:
+        args: The trainer's options, whose `model_init_kwargs` have a `device_map` inside the block.
+    """
+    chosen: Any = args.model_init_kwargs or {}
+    sharded = args.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP")
+    if args.world_size == 1 or not sharded or "device_map" in chosen:
+        yield
+        return
+    with _replaced(args, model_init_kwargs={**chosen, "device_map": None}):
+        yield
+
+
+def use_one_gpu(args: Any) -> None:
+    """Keeps transformers' Trainer from wrapping the model in `DataParallel` on several GPUs; it reads `_n_gpu`."""
+    args._n_gpu = min(1, args.n_gpu)
+
+
+def without_length_limit(args: Any) -> Any:
+    """A copy of the options under which `DPOTrainer._prepare_dataset` drops no pair unseen.
+
+    It drops pairs whose prompt fills `args.max_length`, and reads nothing else of the limit.
+    """
+    unlimited = copy.copy(args)
+    unlimited.max_length = None
+    return unlimited
+
+
+def reference_digest(trainer: Any) -> str:
+    """A digest of the reference's parameters, agreed on by all processes: `DPOTrainer._precompute_model_hash`."""
+    return str(trainer._precompute_model_hash)
+
+
+def model_of_reference_pass(trainer: Any) -> Any:
+    """The reference before transformers has prepared the policy; DeepSpeed's shards need an engine around them.
+
+    `DPOTrainer._precompute_ref_logps` makes that engine once, as `_precompute_engine`, and trains without it.
+    """
+    if trainer.ref_model is not None:
+        return trainer.ref_model
+    if not trainer.is_deepspeed_enabled:
+        return trainer.model
+    if trainer._precompute_engine is None:
+        trainer._precompute_engine = prepare_deepspeed(trainer.model, trainer.accelerator)
+    return trainer._precompute_engine
+
+
+def model_name(model: Any) -> str:
+    """What TRL calls a model, a name or a loaded one: the last part names the default output folder."""
+    return model if isinstance(model, str) else get_config_model_id(model.config)
+
+
+def implementations(config: Any) -> tuple[str | None, str | None]:
+    """The attention and the experts that transformers has chosen for a model of that configuration."""
+    return config._attn_implementation, config._experts_implementation
+
+
+# Help
+
+
+def _metrics_that_nobody_sees() -> dict[str, Any]:
+    return {"_metrics": {mode: defaultdict(list) for mode in ("train", "eval")}, "_total_train_tokens": 0}
+
+
+@contextmanager
+def _replaced(target: Any, **values: Any) -> Iterator[None]:
+    """Gives an object's attributes other values inside the block; those it did not hold itself are taken off again."""
+    held = {name: value for name, value in vars(target).items() if name in values}
+    for name, value in values.items():
+        setattr(target, name, value)
+    try:
+        yield
+    finally:
+        for name in values:
+            if name in held:
+                setattr(target, name, held[name])
+            else:
+                delattr(target, name)
 
 
 def _remedy() -> str:

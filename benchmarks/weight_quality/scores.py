@@ -201,7 +201,7 @@ class Scorer:
         """What both models say of the completions: the batch, states `(K, 2B, W, D)`, reference log-probabilities."""
         trainer = self.trainer
         prepared: Any = trainer.train_dataset
-        inputs = trainer._prepare_inputs(trainer.data_collator([prepared[place] for place in places]))
+        inputs = trainer.collate([prepared[place] for place in places])
         ids = inputs["input_ids"]
         completion = inputs["completion_mask"].bool()
         labels = ids.masked_fill(~completion, -100)

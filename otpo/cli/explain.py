@@ -182,6 +182,7 @@ def _prepare(options: argparse.Namespace, folder: str) -> tuple[Any, list[str], 
     from trl import ModelConfig
 
     from otpo import OTPOConfig
+    from otpo.trl_seam import use_one_gpu
 
     from .models import compass  # noqa: F401 - makes its models known to the Auto classes
     from .models.loading import (
@@ -217,7 +218,7 @@ def _prepare(options: argparse.Namespace, folder: str) -> tuple[Any, list[str], 
         trust_remote_code=options.trust_remote_code,
         **chosen,
     )
-    args._n_gpu = min(1, args.n_gpu)  # one pair at a time, on one device
+    use_one_gpu(args)  # one pair at a time
     config = load_config(origin, options.trust_remote_code)
     require_layer(args.hidden_layer, config)
     if other is not None:

@@ -7,31 +7,52 @@ import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
+from transformers import ProcessorMixin
 
-from otpo.config import OTPOConfig
 from otpo.data.prepared import free_name
-from otpo.swap import swapped
 from otpo.training.hidden_states import evaluating
 from otpo.training.metrics import weight_metrics
-from otpo.training.scoring import Scored, model_inputs, rewarded_loss_type
-from otpo.training.timing import DeviceTimer
+from otpo.training.scoring import Scored, rewarded_loss_type
 from otpo.transport.solve import transport_plan
-from otpo.weighting.methods import WEIGHTINGS, PairBatch, ld
+from otpo.weighting import ld
 
 from .pieces import Piece, split_pieces
 
-if TYPE_CHECKING:
-    from otpo.trainer import OTPOTrainer
-
 # Weights that are the plan's marginals differ from them by what the solvers differ, at most 1e-4 of a weight.
 _SAME_SHARE = 1e-3
+
+
+class ScoringTrainer(Protocol):
+    """What of an [`otpo.OTPOTrainer`] is used here, all of it public."""
+
+    accelerator: Any
+    args: Any
+    beta: Any
+    eval_dataset: Any
+    ld_alpha: Any
+    loss_types: Any
+    model_wrapped: Any
+    prepared_datasets: Any
+    processing_class: Any
+    train_dataset: Any
+
+    def collate(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        """A batch of rows, on the trainer's device."""
+        ...
+
+    def score_batch(self, model: Any, inputs: Any, *, reference: bool = True) -> Scored:
+        """Scores and weights of a batch."""
+        ...
+
+    def describe_weighting(self) -> str:
+        """The weighting and its options, in one line."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -111,7 +132,7 @@ class ExplainedPair:
 
 
 def explain_rows(
-    trainer: "OTPOTrainer", rows: Sequence[int], *, split: str = "train", reference: bool = True
+    trainer: ScoringTrainer, rows: Sequence[int], *, split: str = "train", reference: bool = True
 ) -> list[ExplainedPair]:
     """Explains rows of a trainer's dataset with the trainer's own tokenization, weights and reference.
 
@@ -134,7 +155,7 @@ def explain_rows(
     return [_explain(trainer, example, f"row {row}", reference) for row, example in zip(rows, examples, strict=True)]
 
 
-def find_row(trainer: "OTPOTrainer", row: int, split: str = "train") -> dict[str, Any]:
+def find_row(trainer: ScoringTrainer, row: int, split: str = "train") -> dict[str, Any]:
     """A row of a trainer's prepared dataset by its number in the dataset that the trainer was given.
 
     Of a stream, it is the row that comes at that place when the stream is read from its start. Reading it here counts
@@ -154,7 +175,7 @@ def find_row(trainer: "OTPOTrainer", row: int, split: str = "train") -> dict[str
     return trainer.prepared_datasets.row(splits[split], row, split)
 
 
-def _splits(trainer: "OTPOTrainer") -> dict[str, Any]:
+def _splits(trainer: ScoringTrainer) -> dict[str, Any]:
     """A trainer's datasets by name. "train" is the training dataset, whatever evaluation datasets are called."""
     evaluation: Any = trainer.eval_dataset
     named = evaluation if isinstance(evaluation, dict) else {"eval": evaluation}
@@ -164,68 +185,45 @@ def _splits(trainer: "OTPOTrainer") -> dict[str, Any]:
     return {name: dataset for name, dataset in found.items() if dataset is not None}
 
 
-def describe_weighting(trainer: "OTPOTrainer") -> str:
-    """The weighting that the trainer uses and its options, in one line."""
-    from otpo.trainer import OTPOTrainer
-
-    args: OTPOConfig = trainer.args
-    if type(trainer).token_weights is not OTPOTrainer.token_weights:
-        return f"{type(trainer).__name__}.token_weights"
-    if _function(trainer.weighting) is not _function(WEIGHTINGS[args.weighting](args)):
-        return "a weighting of your own"
-    return args.describe_weighting()
-
-
-def _function(weighting: Any) -> Any:
-    return weighting.func if isinstance(weighting, partial) else weighting
-
-
-def _explain(trainer: "OTPOTrainer", example: dict[str, Any], name: str, reference: bool) -> ExplainedPair:
-    inputs = trainer._prepare_inputs(trainer.data_collator([example]))
-    scored, batch = _score(trainer, inputs, reference)
+def _explain(trainer: ScoringTrainer, example: dict[str, Any], name: str, reference: bool) -> ExplainedPair:
+    # What the loss would be made of.
+    inputs = trainer.collate([example])
+    scored = _look(trainer, inputs, reference)
     weights = scored.weights_for(rewarded_loss_type(trainer.loss_types))
     if trainer.ld_alpha is not None:  # TRL's own, beside a weighting
-        weights = weights * ld(batch, alpha=trainer.ld_alpha)
+        weights = weights * ld(scored.batch, alpha=trainer.ld_alpha)
 
+    # Each response's tokens, as text and as numbers.
+    tokenizer = _tokenizer(trainer.processing_class)
     sides = []
-    for row, mask in enumerate(batch.mask):
+    for row, mask in enumerate(scored.mask):
         values = [_on_cpu(value[row][mask]) for value in (weights, scored.policy_logps, scored.reference_logps)]
-        pieces = split_pieces(trainer._tokenizer, batch.token_ids[row][mask].tolist())
+        pieces = split_pieces(tokenizer, scored.batch.token_ids[row][mask].tolist())
         sides.append(ExplainedResponse(pieces, values[0], values[1], values[2] if reference else None, trainer.beta))
-    args: OTPOConfig = trainer.args
-    states = [batch.hidden_states[row][mask] for row, mask in enumerate(batch.mask)]
-    plan = _on_cpu(transport_plan(*states, **args.transport_options()))
+
+    # The transport between them, whether the weights are made of it or not.
+    states = [scored.batch.hidden_states[row][mask] for row, mask in enumerate(scored.mask)]
+    plan = _on_cpu(transport_plan(*states, **trainer.args.transport_options()))
     agrees = _same_shares(sides[0].weights, plan.sum(1)) and _same_shares(sides[1].weights, plan.sum(0))
     prompt_mask = inputs["attention_mask"][0].bool() & ~inputs["completion_mask"][0].bool()
-    prompt = split_pieces(trainer._tokenizer, inputs["input_ids"][0][prompt_mask].tolist())
+    prompt = split_pieces(tokenizer, inputs["input_ids"][0][prompt_mask].tolist())
     text = "".join(piece.text for piece in prompt)
-    return ExplainedPair(name, text, sides[0], sides[1], plan, agrees, describe_weighting(trainer))
+    return ExplainedPair(name, text, sides[0], sides[1], plan, agrees, trainer.describe_weighting())
 
 
-def _score(trainer: "OTPOTrainer", inputs: dict[str, Any], reference: bool) -> tuple[Scored, PairBatch]:
-    """The trainer's scores of one pair, and what its weighting has looked at."""
-    batches: list[PairBatch] = []
-    token_weights = trainer.token_weights
+def _tokenizer(processing_class: Any) -> Any:
+    """The tokenizer, which a processor of images has in it."""
+    return processing_class.tokenizer if isinstance(processing_class, ProcessorMixin) else processing_class  # pyright: ignore[reportAttributeAccessIssue]
 
-    def record(batch: PairBatch) -> Any:
-        batches.append(batch)
-        return token_weights(batch)
 
-    labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
-    asked = model_inputs(inputs)
-    asked.update(labels=labels, use_cache=False, fused_lm_head=True)
+def _look(trainer: ScoringTrainer, inputs: dict[str, Any], reference: bool) -> Scored:
+    """The trainer's scores of a batch, without dropout, gradients, or a trace in the random generators."""
     model: Any = trainer.model_wrapped
     if isinstance(model, DistributedDataParallel):  # whose own forward exchanges buffers with the other processes
         model = model.module
-    with (
-        torch.no_grad(),
-        evaluating(model),
-        _same_generators(trainer.accelerator.device),
-        trainer.accelerator.autocast(),
-        swapped(trainer, token_weights=record, _timers={"train": DeviceTimer(), "eval": DeviceTimer()}),
-    ):
-        scored = trainer._score(model, inputs, asked, reference=reference)
-    return scored, batches[0]
+    device = trainer.accelerator.device
+    with torch.no_grad(), evaluating(model), _same_generators(device), trainer.accelerator.autocast():
+        return trainer.score_batch(model, inputs, reference=reference)
 
 
 @contextmanager

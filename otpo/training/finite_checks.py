@@ -1,4 +1,4 @@
-"""Stops for numbers that can't be right, before they reach an update or a checkpoint."""
+"""Checks that numbers are finite, before they reach an update or a checkpoint."""
 
 from collections.abc import Callable
 
@@ -6,11 +6,6 @@ import torch
 from accelerate import Accelerator, DistributedType
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-
-from otpo.weighting.methods import PairBatch
-
-# Nats a token. Half precision and another kernel make less than a tenth of it; another model makes far more.
-_LARGEST_START_GAP = 0.1
 
 
 def require_finite_step(
@@ -47,63 +42,6 @@ def states_not_finite(states: Tensor, logps: Tensor, mask: Tensor) -> Tensor:
     """Where hidden states `(2B, T, D)` or log-probabilities `(2B, T)` are not finite within the mask."""
     norms = torch.linalg.vector_norm(states.detach(), dim=2, dtype=torch.float32)
     return (~norms.isfinite() | ~logps.detach().isfinite()) & mask
-
-
-def start_gap(policy_logps: Tensor, reference_logps: Tensor, mask: Tensor) -> Tensor:
-    """By how many nats a token the reference's log-probabilities differ from the policy's, a scalar.
-
-    Args:
-        policy_logps: `(2B, T)`.
-        reference_logps: `(2B, T)`.
-        mask: `(2B, T)` bool.
-    """
-    return ((policy_logps - reference_logps).abs() * mask).sum() / mask.sum().clamp(min=1)
-
-
-def is_same_start(gap: float) -> bool:
-    """Whether a [`start_gap`] can be that of a copy."""
-    return gap <= _LARGEST_START_GAP
-
-
-def require_same_start(gap: float) -> None:
-    """Raises a `RuntimeError` when a reference that is made as the policy's copy isn't one before the first step.
-
-    The copy is loaded from the path in the model's config, so it misses changes made in memory; and a sharded
-    engine may load it wrongly (seen with FSDP2, where `trl.DPOTrainer` starts at a loss of 20 for it).
-
-    Args:
-        gap: See [`start_gap`], of a policy without noise.
-    """
-    if not is_same_start(gap):
-        raise RuntimeError(
-            f"Before the first step the reference's log-probabilities differ from the policy's by {gap:.3f} nats a "
-            "token, though it should be a copy of it. It is loaded from the path in `model.config`: if your model was "
-            "changed in memory, pass `ref_model`; under FSDP, train an adapter, which needs no second model."
-        )
-
-
-def tensor_versions(batch: PairBatch) -> dict[str, int]:
-    """How often each tensor was written to that a weighting is lent rather than given a copy of."""
-    lent = {"hidden_states": batch.hidden_states}
-    lent |= {f"inputs[{name!r}]": value for name, value in batch.inputs.items() if isinstance(value, Tensor)}
-    return {name: value._version for name, value in lent.items() if not value.is_inference()}
-
-
-def require_unwritten(batch: PairBatch, versions: dict[str, int]) -> None:
-    """Raises a `ValueError` that names a tensor of the batch that a weighting has written into.
-
-    The loss and its gradient still need it.
-
-    Args:
-        batch: What the weighting was given.
-        versions: Of [`tensor_versions`], before it ran.
-    """
-    written = [name for name, version in tensor_versions(batch).items() if version != versions[name]]
-    if written:
-        raise ValueError(
-            f"The weighting has written into `batch.{written[0]}`, which the loss still needs. Let it write into a "
-            f"copy: `batch.{written[0]}.clone()`."
-        )
 
 
 def require_finite_parameters(model: torch.nn.Module, accelerator: Accelerator, step: int) -> None:

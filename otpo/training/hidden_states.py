@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from accelerate.utils import is_peft_model
 from torch import Tensor, nn
+from transformers import AutoConfig
 
 
 @contextmanager
@@ -72,6 +73,27 @@ def check_layer_number(count: int, layer: int, model: str) -> None:
             f"`hidden_layer` must be within [{-count - 1}, {count}] for {model}, which has {count} layers, got "
             f"{layer}."
         )
+
+
+def check_layer_before_loading(model: Any, args: Any) -> None:
+    """Refuses a `hidden_layer` that the model does not have, before the model and the data are loaded.
+
+    Args:
+        model: The model, or the name that it is loaded by.
+        args: The trainer's options.
+
+    Raises:
+        ValueError: There is no such layer.
+    """
+    if args.hidden_layer == -1:
+        return
+    if not isinstance(model, str):
+        check_hidden_layer(model, args.hidden_layer)
+        return
+    loading: Any = args.model_init_kwargs or {}
+    trusted = loading.get("trust_remote_code", args.trust_remote_code)
+    config = AutoConfig.from_pretrained(model, revision=loading.get("revision"), trust_remote_code=trusted)
+    check_layer_number(config.get_text_config().num_hidden_layers, args.hidden_layer, type(config).__name__)
 
 
 @contextmanager

@@ -21,9 +21,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from otpo import __version__
 from otpo.data.token_table import ROWS_AT_ONCE, TOKEN_COLUMNS, blocks
+from otpo.trl_seam import REFERENCE_COLUMNS, implementations
 
-REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
-"""Where TRL looks for what was precomputed."""
 KEY_COLUMN = "ref_logps_key"
 """The key of [`reference_key`] that a row's numbers were made under."""
 
@@ -58,8 +57,7 @@ def describe_model(model: Any) -> dict[str, Any]:
     return {
         "modules": repr(model),
         "config": _without_places(model.config.to_dict()),
-        "attention": [each._attn_implementation for each in configs],
-        "experts": [each._experts_implementation for each in configs],
+        "implementations": [implementations(each) for each in configs],
         "adapters": {name: _without_places(adapter.to_dict()) for name, adapter in adapters.items()},
         "active_adapters": list(model.active_adapters) if adapters else [],
         "dtypes": sorted({str(parameter.dtype) for parameter in model.parameters()}),

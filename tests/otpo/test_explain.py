@@ -179,7 +179,7 @@ def test_a_look_leaves_the_trainer_alone(trainer):
     explain_rows(trainer, [1])
     assert trainer.model.training and torch.equal(before[0], torch.get_rng_state())
     assert before[2].keys() == vars(trainer).keys() and repr(trainer._metrics) == metrics
-    assert all(not timer.take() for timer in trainer._timers.values())
+    assert all(not timer.take() for timer in trainer._pair_log.timers.values())
 
 
 def test_a_look_leaves_the_random_generators_alone(model_folder, other_model_folder, tmp_path):

@@ -9,7 +9,7 @@ policy's gives this margin. Shapes: B pairs, T scored positions, V words; rows a
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from otpo import OTPOTrainer
 from otpo.training.scoring import Scored
+from otpo.training.timing import DeviceTimer
 
 _TOKENS = 1024
 """Positions whose `V` logits are held at a time."""
@@ -60,15 +61,21 @@ class TDPOTrainer(OTPOTrainer):
         if found := [what for what, there in obstacles.items() if there]:
             raise ValueError(f"TDPO2 can't be trained with {'; '.join(found)}.")
 
-    def _score(
-        self, model: Callable[..., Any], inputs: dict[str, Any], kwargs: dict[str, Any], *, reference: bool = True
+    def score_batch(
+        self,
+        model: Callable[..., Any],
+        inputs: Mapping[str, Any],
+        *,
+        reference: bool = True,
+        timer: DeviceTimer | None = None,
     ) -> Scored:
+        """As in [`otpo.OTPOTrainer`], with the divergence in the policy's outputs."""
         if not reference:
             raise ValueError("TDPO2 needs the reference's distributions: explain with `reference=True`.")
         policy: Any = self.accelerator.unwrap_model(self.model)
         other: Any = self.accelerator.unwrap_model(self.ref_model)
         with _states(policy) as of_policy, _states(other) as of_reference:
-            scored = super()._score(model, inputs, kwargs)
+            scored = super().score_batch(model, inputs, timer=timer)
         heads = policy.get_output_embeddings(), other.get_output_embeddings()
         divergence = torch.zeros_like(scored.policy_logps)
         rows = len(scored.mask) // 2

@@ -1,0 +1,27 @@
+"""Tensors that a weighting is lent and may not write into, since the loss and its gradient still need them."""
+
+from torch import Tensor
+
+from otpo.weighting import PairBatch
+
+
+def tensor_versions(batch: PairBatch) -> dict[str, int]:
+    """How often each tensor was written to that a weighting is lent rather than given a copy of."""
+    lent = {"hidden_states": batch.hidden_states}
+    lent |= {f"inputs[{name!r}]": value for name, value in batch.inputs.items() if isinstance(value, Tensor)}
+    return {name: value._version for name, value in lent.items() if not value.is_inference()}
+
+
+def require_unwritten(batch: PairBatch, versions: dict[str, int]) -> None:
+    """Raises a `ValueError` that names a tensor of the batch that a weighting has written into.
+
+    Args:
+        batch: What the weighting was given.
+        versions: Of [`tensor_versions`], before it ran.
+    """
+    written = [name for name, version in tensor_versions(batch).items() if version != versions[name]]
+    if written:
+        raise ValueError(
+            f"The weighting has written into `batch.{written[0]}`, which the loss still needs. Let it write into a "
+            f"copy: `batch.{written[0]}.clone()`."
+        )
