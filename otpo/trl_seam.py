@@ -39,8 +39,28 @@ OVERRIDDEN = {
     "save_model": ("output_dir", "_internal_call"),
     "get_eval_dataloader": ("eval_dataset",),
     "evaluation_loop": ("dataloader", "description", "prediction_loss_only", "ignore_keys", "metric_key_prefix"),
+    "_prepare_inputs": ("inputs",),
 }
 """Methods of `DPOTrainer` that [`otpo.OTPOTrainer`] overrides or calls, with their parameters after `self`."""
+
+CLASS_ATTRIBUTES = ("_name", "_paper", "_tag_names")
+"""What `DPOTrainer` puts on model cards and the Hub: the trainer's name, its paper, its tags."""
+
+IMPORTED_ELSEWHERE = {
+    "trl.cli.accelerate_config": ("resolve_accelerate_config_argument",),
+    "trl.trainer.utils": ("create_model_from_path",),
+    "trl.chat_template_utils": ("get_training_chat_template", "has_generation_markers"),
+    "accelerate.commands.config": ("default_config_file", "load_config_from_file"),
+    "accelerate.commands.config.config_args": ("ClusterConfig",),
+    "accelerate.commands.launch": ("launch_command", "launch_command_parser"),
+    "transformers.integrations.integration_utils": (
+        *("INTEGRATION_TO_CALLBACK", "get_available_reporting_integrations"),
+        *("is_azureml_available", "is_flytekit_available"),
+    ),
+    "transformers.models.qwen3_moe.modeling_qwen3_moe": ("Qwen3MoeRotaryEmbedding",),
+}
+"""Undocumented names that the commands import themselves, since this file would make them start slowly. One that is
+renamed ends in an `ImportError`."""
 
 _TOLERANCE = 1e-4
 
@@ -307,6 +327,21 @@ def loads_on_one_device(args: Any) -> Iterator[None]:
 def use_one_gpu(args: Any) -> None:
     """Keeps transformers' Trainer from wrapping the model in `DataParallel` on several GPUs; it reads `_n_gpu`."""
     args._n_gpu = min(1, args.n_gpu)
+
+
+def new_model(model_class: Any, config: Any, **options: Any) -> Any:
+    """A model with random weights of a configuration and a dtype, as `from_pretrained` makes it before it loads.
+
+    `PreTrainedModel._from_config` is what `AutoModel.from_config` calls.
+    """
+    return model_class._from_config(config, **options)
+
+
+def leave_boolean_buffers_to_ranks(model: Any) -> None:
+    """Keeps boolean buffers out of DDP's broadcasts, which reads `_ddp_params_and_buffers_to_ignore` of the model."""
+    model._ddp_params_and_buffers_to_ignore = [
+        name for name, buffer in model.named_buffers() if buffer.dtype == torch.bool
+    ]
 
 
 def without_length_limit(args: Any) -> Any:

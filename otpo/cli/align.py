@@ -36,7 +36,7 @@ from .models.loading import (
     with_model_options,
 )
 from .options.run_options import RunArguments, make_grouped_parser
-from .runs.command import TrainingCommand, run
+from .running.command import TrainingCommand, run
 
 _DESCRIPTION = """\
 Align a model on preference pairs, its tokens weighted by optimal transport (OTPO).
@@ -173,7 +173,7 @@ COMMAND = TrainingCommand("align", make_parser, make_trainer, describe, extra_re
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs `otpo align`; see [`otpo.cli.runs.command.run`]."""
+    """Runs `otpo align`; see [`otpo.cli.running.command.run`]."""
     return run(COMMAND, argv)
 
 

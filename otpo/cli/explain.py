@@ -116,7 +116,7 @@ def _run(argv: Sequence[str] | None) -> int:
         parser.error(str(error))
     from rich.console import Console
 
-    from .runs.command import REFUSALS, refuse
+    from .running.command import REFUSALS, refuse
 
     with tempfile.TemporaryDirectory() as folder:
         try:

@@ -18,6 +18,7 @@ from moe_backbone.planning.counting import count_parameters
 from moe_backbone.pretraining.documents import Stage, read_mixture
 from moe_backbone.pretraining.trainer import PretrainingConfig, PretrainingTrainer
 from otpo.data.loading import RowArguments
+from otpo.trl_seam import implementations
 
 from .launching.engine import count_rows, describe_run, rows_in_step
 from .launching.expert_parallel import trainer_class
@@ -27,8 +28,8 @@ from .pretraining.data import find_sources, load_rows
 from .pretraining.model import load_tokenizer, make_model
 from .pretraining.options import ModelArguments, PretrainArguments, check_options
 from .pretraining.stages import describe_stage, plan_stages, stage_settings
-from .runs.command import REFUSALS, TrainingCommand, refuse, run
-from .runs.model_card import Origin, with_model_card
+from .running.command import REFUSALS, TrainingCommand, refuse, run
+from .running.model_card import Origin, with_model_card
 
 _DESCRIPTION = """\
 Pretrain a Compass Mixture-of-Experts model on packed documents.
@@ -108,9 +109,10 @@ def describe(
     counts = count_parameters(config)
     rows = rows_in_step(trainer)
     lines = describe_run(trainer, data.previous_stage or model.model_name_or_path or data.preset)
+    _, experts = implementations(config)
     lines["experts"] = (
         f"{config.num_experts}, {config.num_experts_per_tok} a token, {config.num_shared_experts} shared, "
-        f"{counts.active:,} parameters active, run by {config._experts_implementation}"
+        f"{counts.active:,} parameters active, run by {experts}"
     )
     if stage is not None:
         lines["stage"] = describe_stage(stage, args, said or {})

@@ -38,8 +38,8 @@ from .models.loading import (
     with_model_options,
 )
 from .options.run_options import RunArguments, make_grouped_parser
-from .runs.command import TrainingCommand, run
-from .runs.model_card import Origin, with_model_card
+from .running.command import TrainingCommand, run
+from .running.model_card import Origin, with_model_card
 
 logger = logging.get_logger(__name__)
 
@@ -213,7 +213,7 @@ COMMAND = TrainingCommand("sft", make_parser, make_trainer, describe)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs `otpo sft`; see [`otpo.cli.runs.command.run`]."""
+    """Runs `otpo sft`; see [`otpo.cli.running.command.run`]."""
     return run(COMMAND, argv)
 
 

@@ -26,7 +26,7 @@ from moe_backbone.expert_parallel.resume import LAYOUT_FILE, Layout, fit_checkpo
 from moe_backbone.model.saved_code import AUTO_MAP
 from otpo.cli import align, pretrain
 from otpo.cli.launching import expert_parallel
-from otpo.cli.runs.command import find_checkpoint
+from otpo.cli.running.command import find_checkpoint
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is an extra")
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="DeepSpeed compiles its operator for the CPU")

@@ -12,8 +12,8 @@ import pytest
 from cli_helpers import ROOT, arguments, refusal
 
 from otpo.cli import align, pretrain, sft
-from otpo.cli.runs.checkpoints import find_checkpoint
-from otpo.cli.runs.identity import RUN_FILE, run_identity
+from otpo.cli.running.checkpoints import find_checkpoint
+from otpo.cli.running.identity import RUN_FILE, run_identity
 
 pytestmark = pytest.mark.usefixtures("own_process")
 SAVING = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1}

@@ -1,16 +1,225 @@
-"""What TRL's loss is handed is read; a release that reads something else is refused before it trains."""
+"""What TRL's loss is handed is read; a release that reads something else is refused before it trains.
 
+The first tests compare what `otpo.trl_seam` says of TRL, transformers and accelerate with their installed sources. One
+that fails names the function of the seam that has to follow.
+"""
+
+import ast
 import inspect
+import re
 import textwrap
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from helpers import make_pairs, options
-from transformers import AutoModelForCausalLM
-from trl import DPOTrainer
+from torch.nn.parallel import DistributedDataParallel
+from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
+from trl import DPOConfig, DPOTrainer
 from trl.trainer import dpo_trainer
+from trl.trainer.utils import get_config_model_id
 
-from otpo import OTPOTrainer
+from otpo import OTPOTrainer, trl_seam
+
+# By function of the seam: what reads the thing there, and the lines that it has, in this order.
+READ_BY: dict[str, tuple[Callable, list[str]]] = {
+    "policy_arguments": (
+        DPOTrainer._compute_loss,
+        [
+            '_non_model_keys = {"completion_mask", "ref_chosen_logps", "ref_rejected_logps"}',
+            'model_kwargs["use_cache"] = False',
+            "if self.aux_loss_enabled:",
+            'model_kwargs["output_router_logits"] = True',
+            'labels = inputs["input_ids"].masked_fill(completion_mask == 0, -100)',
+            "outputs = model(**model_kwargs, labels=labels, fused_lm_head=True)",
+        ],
+    ),
+    "dpo_loss": (
+        DPOTrainer._compute_loss,
+        [
+            'mode = "train" if self.model.training else "eval"',
+            "outputs = model(**model_kwargs, labels=labels, fused_lm_head=True)",
+            "per_token_logps = outputs.log_probs[:, -seq_len:]",
+            "if self.precompute_ref_logps:",
+            'inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]',
+            "zip(self.loss_types, self.loss_weights, strict=True)",
+            "aux_loss = outputs.aux_loss",
+            "loss = loss + self.router_aux_loss_coef * aux_loss",
+            "self._metrics[mode]",
+            "self._total_train_tokens",
+            "outputs = model(**model_kwargs)",
+            "return (loss, outputs) if return_outputs else loss",
+        ],
+    ),
+    "require_known_loss": (
+        DPOTrainer._compute_loss,
+        ["self.ld_alpha is None", 'self.f_divergence_type == "reverse_kl"', "self.beta", "self.use_weighting"],
+    ),
+    "reference_logps": (
+        DPOTrainer.compute_ref_log_probs,
+        [
+            "adapter_context = use_adapter(",
+            "torch.no_grad()",
+            "self.accelerator.autocast()",
+            "model(**model_kwargs, labels=labels, fused_lm_head=True).log_probs",
+        ],
+    ),
+    "summed": (
+        DPOTrainer.compute_ref_log_probs,
+        ["fused_lm_head=True).log_probs", "if self.ld_alpha is None:", "self.ld_alpha *", "return ref_logps.chunk(2"],
+    ),
+    "on_device": (DPOTrainer._compute_loss, ["outputs.log_probs", "outputs.aux_loss", "outputs.entropy"]),
+    "bring_router_logits_to_head": (DPOTrainer._compute_loss, ['model_kwargs["output_router_logits"] = True']),
+    "mode_of": (DPOTrainer.log, ['mode = "train" if self.model.training else "eval"']),
+    "collected_metrics": (
+        DPOTrainer.log,
+        ["sum(val) / len(val) for key, val in self._metrics[mode].items()", "self._metrics[mode].clear()"],
+    ),
+    "pairs_without_repeats": (
+        Accelerator.gather_for_metrics,
+        ["self.gradient_state.end_of_dataloader", "self.gradient_state.remainder > 0"],
+    ),
+    "loads_on_one_device": (
+        DPOTrainer.__init__,
+        [
+            "model_init_kwargs = dict(args.model_init_kwargs or {})",
+            'args.distributed_state.distributed_type in ["MULTI_GPU", "DEEPSPEED"]',
+            "ref_model_init_kwargs = dict(args.model_init_kwargs or {})",
+        ],
+    ),
+    "use_one_gpu": (Trainer, ["self.args._n_gpu = 1", "if self.args.n_gpu > 1:"]),
+    "new_model": (PreTrainedModel, ["def _from_config(cls, config, **kwargs)"]),
+    "leave_boolean_buffers_to_ranks": (DistributedDataParallel, ["_ddp_params_and_buffers_to_ignore"]),
+    "without_length_limit": (
+        DPOTrainer._prepare_dataset,
+        ['if args.max_length is not None and args.truncation_mode == "keep_start":', "dataset.filter("],
+    ),
+    "reference_digest": (DPOTrainer._precompute_ref_logps, ["model_hash = self._precompute_model_hash"]),
+    "model_of_reference_pass": (
+        DPOTrainer._precompute_ref_logps,
+        ["self.is_deepspeed_enabled", "self._precompute_engine is None", "prepare_deepspeed("],
+    ),
+    "model_name": (get_config_model_id, ["_name_or_path"]),
+    "implementations": (
+        PreTrainedModel.__init__,
+        ["self.config._attn_implementation", "self.config._experts_implementation"],
+    ),
+}
+
+
+def test_every_function_of_the_seam_is_compared():
+    functions = {
+        name
+        for name, value in vars(trl_seam).items()
+        if inspect.isfunction(value) and value.__module__ == trl_seam.__name__ and not name.startswith("_")
+    }
+    assert functions == READ_BY.keys()
+
+
+@pytest.mark.parametrize("name", READ_BY)
+def test_installed_sources_read_what_the_seam_says(name):
+    reader, lines = READ_BY[name]
+    source, place = inspect.getsource(reader), 0
+    for line in lines:
+        found = source.find(line, place)
+        assert found >= 0, (
+            f"`{reader.__qualname__}` has no {line!r} (any more, or not in that order): see `otpo.trl_seam.{name}`"
+        )
+        place = found
+
+
+@pytest.mark.parametrize("name", trl_seam.OVERRIDDEN)
+def test_signatures_are_those_that_are_overridden(name):
+    found = tuple(inspect.signature(getattr(DPOTrainer, name)).parameters)[1:]
+    assert found == trl_seam.OVERRIDDEN[name], f"`DPOTrainer.{name}` has changed: see `otpo.trl_seam.OVERRIDDEN`"
+    assert tuple(inspect.signature(getattr(OTPOTrainer, name)).parameters)[1:] == found
+
+
+@pytest.mark.parametrize("name", trl_seam.CLASS_ATTRIBUTES)
+def test_class_attributes_are_those_of_trl(name):
+    assert type(getattr(DPOTrainer, name)) is type(getattr(OTPOTrainer, name)), "see `otpo.trl_seam.CLASS_ATTRIBUTES`"
+
+
+@pytest.mark.parametrize("module", trl_seam.IMPORTED_ELSEWHERE)
+def test_names_that_the_commands_import_are_there(module):
+    for name in trl_seam.IMPORTED_ELSEWHERE[module]:
+        assert hasattr(import_module(module), name), f"{module}.{name} is gone: see `otpo.trl_seam`"
+
+
+def private_names(path: Path) -> Iterator[str]:
+    """Undocumented modules and private attributes of other packages that a file of ours leans on."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module in trl_seam.IMPORTED_ELSEWHERE:
+            known = trl_seam.IMPORTED_ELSEWHERE[node.module]
+            yield from (f"{node.module}.{alias.name}" for alias in node.names if alias.name not in known)
+        elif isinstance(node, ast.ImportFrom) and re.match(
+            r"trl\.|transformers\.\w+\.|accelerate\.(?!utils)", node.module or ""
+        ):
+            yield str(node.module)
+        elif isinstance(node, ast.Attribute) and re.match(r"_[a-z]", node.attr):
+            owner = node.value
+            if isinstance(owner, ast.Name) and owner.id in (
+                "self",
+                "cls",
+                "os",
+                "parser",
+            ):  # the last two are Python's
+                continue
+            of_super = isinstance(owner, ast.Call) and isinstance(owner.func, ast.Name) and owner.func.id == "super"
+            if not (of_super and node.attr in trl_seam.OVERRIDDEN):
+                yield node.attr
+
+
+def test_nothing_else_private_is_leaned_on():
+    folder = Path(trl_seam.__file__).parent
+    files = [path for path in folder.rglob("*.py") if path.name != "trl_seam.py"]
+    found = {str(path.relative_to(folder)): sorted(set(private_names(path))) for path in files}
+    # torch's own count of writes to a tensor, which autograd goes by.
+    assert {name: names for name, names in found.items() if names} == {"training/lent.py": ["_version"]}
+
+
+def test_one_gpu_is_what_transformers_reads(tmp_path):
+    args = TrainingArguments(str(tmp_path), use_cpu=True)
+    args._n_gpu = 4
+    trl_seam.use_one_gpu(args)
+    assert args.n_gpu == 1
+
+
+@pytest.mark.parametrize("auxiliary", [False, True])
+def test_the_policy_is_called_as_trl_calls_it(auxiliary, model_folder, moe_folder, tmp_path):
+    calls = []
+
+    class Recorded(DPOTrainer):
+        def _compute_loss(self, model, inputs, return_outputs):
+            def record(**arguments):
+                calls.append((arguments, trl_seam.policy_arguments(inputs, router_logits=self.aux_loss_enabled)))
+                return model(**arguments)
+
+            return super()._compute_loss(record, inputs, return_outputs)
+
+    args = DPOConfig(str(tmp_path), max_steps=1, use_cpu=True, bf16=False, report_to="none")
+    folder = moe_folder if auxiliary else model_folder
+    trainer = Recorded(folder, args=args, train_dataset=make_pairs())
+    assert trainer.aux_loss_enabled == auxiliary
+    trainer.train()
+    (theirs, ours), *_ = calls
+    assert theirs.keys() == ours.keys(), "see `otpo.trl_seam.policy_arguments`"
+    for key, value in theirs.items():
+        assert torch.equal(value, ours[key]) if isinstance(value, torch.Tensor) else value == ours[key], key
+
+
+def test_other_arguments_are_refused(model_folder, tmp_path, monkeypatch):
+    """A release that calls its model with one more would train another model than the one that was scored."""
+    old = 'model_kwargs["use_cache"] = False'
+    changed = with_other_names(DPOTrainer._compute_loss, old, f'{old}; model_kwargs["new"] = 1')
+    monkeypatch.setattr(DPOTrainer, "_compute_loss", changed)
+    trainer = OTPOTrainer(model_folder, args=options(tmp_path, max_steps=1), train_dataset=make_pairs())
+    with pytest.raises(RuntimeError, match=r"other arguments than `trl_seam.policy_arguments` does; .*\['new'\]"):
+        trainer.train()
+
 
 RENAMED = {
     "self.precompute_ref_logps": "self.precompute_reference",

@@ -15,6 +15,7 @@ from moe_backbone.pretraining.documents import Stage
 from moe_backbone.pretraining.trainer import PretrainingConfig
 from otpo.cli.launching.expert_parallel import model_options
 from otpo.cli.models.loading import require_folder
+from otpo.trl_seam import implementations, new_model
 
 from .options import ModelArguments, PretrainArguments
 
@@ -48,9 +49,9 @@ def make_model(
         name = f"{args.output_dir}/initial"
         with args.main_process_first(local=False):
             if args.process_index == 0:
-                CompassForCausalLM._from_config(config, **options).save_pretrained(name)
+                new_model(CompassForCausalLM, config, **options).save_pretrained(name)
     if name is None:
-        compass: Any = CompassForCausalLM._from_config(config, **options)
+        compass: Any = new_model(CompassForCausalLM, config, **options)
     else:
         where = {"revision": revision} if revision else {}
         compass = CompassForCausalLM.from_pretrained(name, config=config, **options, **where, **spread)
@@ -143,7 +144,7 @@ def load_tokenizer(name: str | None, revision: str | None, option: str) -> Any:
 def set_experts_implementation(model: CompassForCausalLM, name: str) -> None:
     """Has the experts computed as `name` says; raises a `ValueError` where transformers would do it otherwise."""
     model.set_experts_implementation(name)
-    running = model.config._experts_implementation
+    _, running = implementations(model.config)
     if running != name:
         raise ValueError(f"`experts_implementation={name}` was asked for, but transformers runs {running}.")
 

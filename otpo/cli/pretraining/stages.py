@@ -10,7 +10,7 @@ from typing import Any
 
 from moe_backbone.pretraining.documents import Stage
 from otpo.cli.launching.launch import is_launched
-from otpo.cli.runs.checkpoints import find_checkpoint
+from otpo.cli.running.checkpoints import find_checkpoint
 
 _FINISHED = "stage_finished"
 _FIELDS = {
@@ -71,7 +71,7 @@ def plan_stages(
 
 
 def stage_settings(stage: Stage, said: Mapping[str, str]) -> dict[str, Any]:
-    """The options that a stage sets; see [`otpo.cli.runs.command.TrainingCommand.settings`].
+    """The options that a stage sets; see [`otpo.cli.running.command.TrainingCommand.settings`].
 
     Args:
         stage: The stage.

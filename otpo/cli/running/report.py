@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from otpo import __version__
-
-from ..launching.engine import count_parameters, describe_device, describe_engine
+from otpo.cli.launching.engine import count_parameters, describe_device, describe_engine
 
 
 def last_metrics(log_history: list[dict[str, Any]]) -> dict[str, dict[str, Any] | None]:

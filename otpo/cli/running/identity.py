@@ -13,8 +13,8 @@ from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..options.run_options import RunArguments
-from ..options.redact import without_secrets
+from otpo.cli.options.redact import without_secrets
+from otpo.cli.options.run_options import RunArguments
 
 RUN_FILE = "otpo_run.json"
 # Other numbers may come out of these by rounding alone, they say where and how fast a run is made, or they are of the

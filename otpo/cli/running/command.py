@@ -20,17 +20,24 @@ from safetensors import SafetensorError
 from trl import TrlParser
 from yaml import YAMLError
 
+from otpo.cli.launching.engine import (
+    cpu_request,
+    requested_engines,
+    require_accelerator,
+    require_deepspeed,
+    require_engine,
+)
+from otpo.cli.launching.interrupt import interruptible
+from otpo.cli.launching.launch import check_options, default_launch, is_launched, launch, module_of
+from otpo.cli.options.preflight import check_options_alone
+from otpo.cli.options.redact import redact_text
+from otpo.cli.options.run_options import Given, changed_options, read_command_line
 from otpo.data.preferences import RowError
+from otpo.trl_seam import leave_boolean_buffers_to_ranks, use_one_gpu
 
 from .checkpoints import find_checkpoint, newest_checkpoint
-from ..launching.engine import cpu_request, requested_engines, require_accelerator, require_deepspeed, require_engine
 from .identity import RunFile, require_same_run, run_identity
-from ..launching.interrupt import interruptible
-from ..launching.launch import check_options, default_launch, is_launched, launch, module_of
 from .model_card import WritesCard
-from ..options.run_options import Given, changed_options, read_command_line
-from ..options.preflight import check_options_alone
-from ..options.redact import redact_text
 from .report import make_report, write_report
 
 # What options, data and models are refused with before the first step; anything else is a fault and keeps its trace.
@@ -106,7 +113,7 @@ def _run(command: TrainingCommand, argv: list[str], read: list[Given]) -> int:
         return refuse(parser.prog, _unknown_name(error, read))
     lines = command.describe(trainer, parsed)
     if parsed[0].expert_parallel_size != 1:
-        from ..launching.expert_parallel import describe_native
+        from otpo.cli.launching.expert_parallel import describe_native
 
         lines |= describe_native(parsed[0], trainer.model)
     trainer.add_callback(RunFile(run_identity(parser.dataclass_types, given.values)))
@@ -178,7 +185,7 @@ def _prepare(
     command: TrainingCommand, parser: TrlParser, given: Given, checkpoint: str | None
 ) -> tuple[tuple[Any, ...], Any]:
     """Everything up to the first step: options, engine, data and model, which must fit the checkpoint to resume."""
-    from ..models import compass  # noqa: F401 - makes its models known to the Auto classes
+    from otpo.cli.models import compass  # noqa: F401 - makes its models known to the Auto classes
 
     values, arguments = given.values, given.arguments
     if values["save_code"] and values.get("use_peft"):
@@ -188,7 +195,7 @@ def _prepare(
         )
     engines = requested_engines(values["deepspeed"], values["fsdp"], os.environ)
     if values["expert_parallel_size"] != 1:
-        from ..launching.expert_parallel import prepare
+        from otpo.cli.launching.expert_parallel import prepare
 
         arguments = [*arguments, *prepare(values, os.environ)]
         if values["expert_parallel_backend"] == "deepspeed":
@@ -198,15 +205,13 @@ def _prepare(
     require_deepspeed(engines, find_spec("deepspeed") is not None)
     parsed: Any = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
     training = parsed[1]
-    training._n_gpu = min(1, training.n_gpu)  # else a process that sees several devices would copy the model to each
+    use_one_gpu(training)  # else a process that sees several devices would copy the model to each
     trainer = command.make_trainer(*parsed)
     if parsed[0].ignore_bias_buffers:
-        trainer.model._ddp_params_and_buffers_to_ignore = [
-            name for name, buffer in trainer.model.named_buffers() if buffer.dtype == torch.bool
-        ]
+        leave_boolean_buffers_to_ranks(trainer.model)
     require_engine(engines, trainer.accelerator.distributed_type.value, trainer.accelerator.num_processes)
     if checkpoint is not None:
-        from ..launching.expert_parallel import check_checkpoint
+        from otpo.cli.launching.expert_parallel import check_checkpoint
 
         check_checkpoint(checkpoint, trainer)
     return tuple(parsed), trainer

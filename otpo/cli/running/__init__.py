@@ -1,0 +1,1 @@
+"""A run from its options to its folder: the shared command, checkpoints, identity, card and report."""
