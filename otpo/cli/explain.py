@@ -198,6 +198,7 @@ def _prepare(options: argparse.Namespace, folder: str) -> tuple[Any, list[str], 
     )
     from .options.preflight import require_layer
 
+    # What the options name, each looked up before anything is loaded.
     model = ModelConfig(
         model_name_or_path=options.model_name_or_path,
         model_revision=options.model_revision,
@@ -219,11 +220,15 @@ def _prepare(options: argparse.Namespace, folder: str) -> tuple[Any, list[str], 
         **chosen,
     )
     use_one_gpu(args)  # one pair at a time
+
+    # What can't be explained is refused before the model is loaded.
     config = load_config(origin, options.trust_remote_code)
     require_layer(args.hidden_layer, config)
     if other is not None:
         require_same_vocabulary("reference", config, load_config(other, options.trust_remote_code))
     rows, data = (None, None) if options.dataset_name is None else _load_rows(options)
+
+    # Policy, processor, reference, and a trainer that scores with them.
     kwargs = with_model_options(None, model, origin.revision)
     if args.device.type not in ("cpu", "mps"):
         kwargs["device_map"] = {"": str(args.device)}
@@ -234,6 +239,8 @@ def _prepare(options: argparse.Namespace, folder: str) -> tuple[Any, list[str], 
     reference = None if other is None else load_reference(other, args, kwargs)
     names = ["the pair"] if rows is None else [f"row {row}" for row in rows]
     trainer = _trainer(policy, reference, args, data, processor, names)
+
+    # What the page says of all this.
     told = options.reference or (origin.base if origin.adapted else "none")
     source = "typed" if options.dataset_name is None else f"{options.dataset_name}, {options.dataset_train_split}"
     facts = {"model": origin.name, "reference": told, "pairs": source}

@@ -91,12 +91,15 @@ def make_trainer(data: SftArguments, args: SFTConfig, model: ModelConfig, mixtur
     from .launching.expert_parallel import model_options, trainer_class
     from .models.compass import freeze_adapters_of_mtp, mtp_options
 
+    # What the options contradict each other in, before anything is loaded.
     origin = find_origin("model_name_or_path", require_model(model), model.model_revision)
     if model.use_peft and model.lora_target_parameters and model.lora_dropout:
         raise ValueError(
             f"`lora_dropout={model.lora_dropout}` with `lora_target_parameters`, for which PEFT has no dropout. Set "
             "`lora_dropout` to 0."
         )
+
+    # The rows, and the chat template that conversations among them need.
     set_seed(args.seed)  # a mixture's cut draws from the global generators, and must agree across processes
     limits = data.max_train_rows, data.max_eval_rows
     train, evaluation = load_rows(data, mixture, limits, seed=args.seed, evaluate=args.do_eval, check=_checked)
@@ -107,11 +110,15 @@ def make_trainer(data: SftArguments, args: SFTConfig, model: ModelConfig, mixtur
         if form == "messages":
             args.assistant_only_loss = args.completion_only_loss is not False
         require_template(processor, template, args.assistant_only_loss)
+
+    # The trainer's class: TRL's, with expert parallelism and a model card where they are asked for.
     config = load_config(origin, args.trust_remote_code)
     of_class = trainer_class(SFTTrainer, data, config)
     sources = tuple(source.path for source in mixture.datasets) or (data.dataset_name or "",)
     compass = isinstance(config, CompassConfig)
     of_class = with_model_card(of_class, Origin("otpo sft", origin.name, None, sources, compass, data.save_code))
+
+    # The model, loaded by TRL, or by us where it has an adapter already.
     chosen = with_model_options(args.model_init_kwargs, model, origin.revision)
     kwargs = on_one_device(args, {**model_options(data), **mtp_options(config), **chosen})
     quantization = get_quantization_config(model)

@@ -33,6 +33,7 @@ def prepare(values: Mapping[str, Any], environ: MutableMapping[str, str]) -> lis
     Raises:
         ValueError: The options contradict each other; the message says what to set.
     """
+    # What no backend can do is refused first.
     size, backend = values["expert_parallel_size"], values["expert_parallel_backend"]
     if backend not in EXPERT_PARALLEL_BACKENDS:
         raise ValueError(
@@ -50,9 +51,12 @@ def prepare(values: Mapping[str, Any], environ: MutableMapping[str, str]) -> lis
         raise ValueError(
             f"`expert_parallel_size={size}` with FSDP of the accelerate configuration. Use zero2, zero3 or ddp."
         )
+    # transformers spreads the experts while it loads the model, so its options need nothing here.
     if backend == "transformers":
         _require_native(values)
         return []
+
+    # DeepSpeed takes a configuration, which replaces the one that the launcher made.
     _take_over(environ)
     base = _deepspeed_options(values.get("deepspeed"), environ)
     stage = int(environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", _DEFAULT_STAGE))

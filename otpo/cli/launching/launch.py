@@ -138,9 +138,11 @@ def parse_launch(options: Sequence[str], command: str, script_args: Sequence[str
         ValueError: An option is unknown, there is no such configuration, or accelerate would start something else
             than was asked for.
     """
+    # accelerate's own parser reads its options; the first of `args` that it would misread is refused.
     options = check_options(options, command)
     args = launch_command_parser().parse_args([*options, "--module", module_of(command), *script_args])
 
+    # The engine that options and configuration ask for has to be one that can run here.
     config = _load_config(args.config_file) if args.config_file else None
     has_default = os.path.isfile(default_config_file)
     engine = getattr(config, "distributed_type", None)
@@ -152,6 +154,7 @@ def parse_launch(options: Sequence[str], command: str, script_args: Sequence[str
     require_accelerator(asked, on_cpu)
     require_deepspeed(asked, find_spec("deepspeed") is not None)
 
+    # As many processes as the configuration wants: -1 is our word for one on each device.
     if args.num_processes is None and isinstance(config, ClusterConfig) and config.num_processes == -1:
         args.num_processes = max(1, torch.accelerator.device_count())
     # A plain launch takes several processes for granted on several GPUs alone, and starts one otherwise.

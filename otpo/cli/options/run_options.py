@@ -152,6 +152,7 @@ def read_command_line(parser: TrlParser, argv: Sequence[str], settings: Mapping[
     Raises:
         ValueError: The recipe can't be read, or a value is not of its option's type.
     """
+    # The recipe is read before everything else: it says what the other options default to.
     types = option_types(parser.dataclass_types)
     defaults = vars(parser.parse_args([]))
     recipe_parser = argparse.ArgumentParser(prog=parser.prog, usage=parser.usage, add_help=False, allow_abbrev=False)
@@ -166,17 +167,22 @@ def read_command_line(parser: TrlParser, argv: Sequence[str], settings: Mapping[
         require_choices(recipe, choices, found.config)
         for name, value in environment.items():
             os.environ[name] = str(value)
+
+    # Later defaults win: settings, then the recipe; the command line wins over both.
     parser.set_defaults_with_config(**(settings or {}))
     parser.set_defaults_with_config(**recipe)
     namespace, launcher = parser.parse_known_args(arguments)
     values = vars(namespace)
     require_json(values, types)
+
+    # What the recipe has and no option is called is the launcher's.
     recipe_launcher = [
         word
         for name, value in recipe.items()
         if name not in values and value not in (None, False)
         for word in ([f"--{name}"] if value is True else [f"--{name}", str(value)])
     ]
+
     # An option that the command line doesn't set keeps what a namespace had before.
     unset = argparse.Namespace(**dict.fromkeys(values, _UNSET))
     typed = [name for name, value in vars(parser.parse_known_args(arguments, unset)[0]).items() if value is not _UNSET]

@@ -40,6 +40,7 @@ def plan_stages(
         ValueError: Launched processes can't run several stages; `resume` names a folder; or there are finished stages
             and `resume` is not set.
     """
+    # Each stage starts processes of its own and looks for its own checkpoint.
     if is_launched(os.environ):
         raise ValueError(
             f"The mixture has the stages {[stage.name for stage in stages]}, and each needs processes of its own. "
@@ -52,6 +53,8 @@ def plan_stages(
             f"`resume_from_checkpoint={resume}` names a folder, but several stages each look for their own. Set it to "
             "true, or run one stage with `--stage`."
         )
+
+    # A file in a stage's folder says that it has finished.
     base = Path(output_dir or "trainer_output")
     folders = [base / f"{number:02d}-{stage.name}" for number, stage in enumerate(stages, start=1)]
     finished = [folder for folder in folders if (folder / _FINISHED).is_file()]
@@ -60,6 +63,8 @@ def plan_stages(
             f"`output_dir={base}` holds finished stages ({', '.join(folder.name for folder in finished)}). Set "
             "`resume_from_checkpoint=true` to go on after them, or name another folder."
         )
+
+    # Each stage starts from the folder of the one before, and goes on where it has a checkpoint.
     plan = []
     for place, (stage, folder) in enumerate(zip(stages, folders, strict=True)):
         if folder not in finished:

@@ -88,6 +88,7 @@ def run(command: TrainingCommand, argv: Sequence[str] | None = None) -> int:
 
 def _run(command: TrainingCommand, argv: list[str], read: list[Given]) -> int:
     """[`run`]; puts the options into `read` as soon as they are read."""
+    # Options are read and checked, then processes are launched, unless this one was; each of them prepares a trainer.
     begin = time.monotonic()
     parser = command.make_parser()
     try:
@@ -111,17 +112,22 @@ def _run(command: TrainingCommand, argv: list[str], read: list[Given]) -> int:
         return refuse(parser.prog, error)
     except TypeError as error:
         return refuse(parser.prog, _unknown_name(error, read))
+
+    # The header says what really runs.
     lines = command.describe(trainer, parsed)
     if parsed[0].expert_parallel_size != 1:
         from otpo.cli.launching.expert_parallel import describe_native
 
         lines |= describe_native(parsed[0], trainer.model)
+
+    # Training, then the model's folder and the report.
     trainer.add_callback(RunFile(run_identity(parser.dataclass_types, given.values)))
     try:
         _train({**lines, **line}, trainer, checkpoint)
     except RowError as error:  # of a stream, whose rows are looked at when they are read
         return refuse(parser.prog, RowError(str(error).strip().rpartition("RowError: ")[2]))
     _finish(command, parsed, trainer, changed_options(given), begin)
+
     # A model that outlives its process group takes the group's threads down with the interpreter locked, which those
     # of gloo may be waiting for. So it goes first.
     accelerator = trainer.accelerator
