@@ -6,14 +6,14 @@ Names are loaded when they are first touched, so `import otpo` costs no import o
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from .version import __version__
+
 if TYPE_CHECKING:
     from .callbacks import LogTokenWeightsCallback as LogTokenWeightsCallback
     from .config import OTPOConfig as OTPOConfig
     from .trainer import OTPOTrainer as OTPOTrainer
     from .weighting.methods import PairBatch as PairBatch
     from .weighting.methods import TokenWeights as TokenWeights
-
-__version__ = "0.1.0"
 
 _HOMES = {
     "LogTokenWeightsCallback": "otpo.callbacks",

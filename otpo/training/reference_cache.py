@@ -19,9 +19,9 @@ from datasets import Dataset, config
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from otpo import __version__
 from otpo.data.token_table import ROWS_AT_ONCE, TOKEN_COLUMNS, blocks
 from otpo.trl_seam import REFERENCE_COLUMNS, implementations
+from otpo.version import __version__
 
 KEY_COLUMN = "ref_logps_key"
 """The key of [`reference_key`] that a row's numbers were made under."""
