@@ -66,7 +66,7 @@ from .trl_seam import (
     require_known_loss,
     require_read,
 )
-from .weighting.methods import WEIGHTINGS, PairBatch, TokenWeights, Weighting
+from .weighting import WEIGHTINGS, PairBatch, TokenWeights, Weighting
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -103,7 +103,7 @@ class OTPOTrainer(DPOTrainer):
         optimizers: As in [`trl.DPOTrainer`].
         quantization_config: As in [`trl.DPOTrainer`].
         peft_config: As in [`trl.DPOTrainer`].
-        weighting: Your own callable (see `otpo.weighting.methods`), in place of `args.weighting`.
+        weighting: Your own callable (see `otpo.weighting.batch`), in place of `args.weighting`.
 
     Raises:
         ValueError: An option or a row of the data can't be trained with; the message names it.
@@ -611,7 +611,7 @@ class OTPOTrainer(DPOTrainer):
         metrics, pairs = self._metrics[self._mode], self._pairs[self._mode]
         residuals = metrics.get("transport/residual")
         if residuals and self.accelerator.device.type == "cuda" and self.is_world_process_zero():
-            warn_unsolved(max(residuals), **self.args.solver_options())
+            warn_unsolved(max(residuals), self.args.transport_options())
         shares = pairs if self._mode == "eval" else [1] * len(pairs)
         metrics.update(averaged_over_pairs(metrics, shares))
         pairs.clear()

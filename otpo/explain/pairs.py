@@ -22,8 +22,8 @@ from otpo.training.hidden_states import evaluating
 from otpo.training.metrics import weight_metrics
 from otpo.training.scoring import Scored, model_inputs, rewarded_loss_type
 from otpo.training.timing import DeviceTimer
-from otpo.transport.solve import transport_plan
-from otpo.weighting.methods import WEIGHTINGS, PairBatch, ld
+from otpo.transport.solve import solve_plan
+from otpo.weighting import WEIGHTINGS, PairBatch, ld
 
 from .pieces import Piece, split_pieces
 
@@ -71,7 +71,7 @@ class ExplainedPair:
         prompt: The prompt as the model reads it.
         chosen: The chosen response, M tokens.
         rejected: The rejected response, N tokens.
-        plan: `(M, N)` float64, see [`otpo.transport.solve.transport_plan`].
+        plan: `(M, N)` float64, see [`otpo.transport.solve.solve_plan`].
         plan_gives_weights: Whether the weights are the plan's marginals, up to a factor for each response.
         weighting: The weighting and its options, to be read.
     """
@@ -194,7 +194,7 @@ def _explain(trainer: "OTPOTrainer", example: dict[str, Any], name: str, referen
         sides.append(ExplainedResponse(pieces, values[0], values[1], values[2] if reference else None, trainer.beta))
     args: OTPOConfig = trainer.args
     states = [batch.hidden_states[row][mask] for row, mask in enumerate(batch.mask)]
-    plan = _on_cpu(transport_plan(*states, **args.transport_options()))
+    plan = _on_cpu(solve_plan(*states, options=args.transport_options()))
     agrees = _same_shares(sides[0].weights, plan.sum(1)) and _same_shares(sides[1].weights, plan.sum(0))
     prompt_mask = inputs["attention_mask"][0].bool() & ~inputs["completion_mask"][0].bool()
     prompt = split_pieces(trainer._tokenizer, inputs["input_ids"][0][prompt_mask].tolist())

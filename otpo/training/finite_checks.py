@@ -7,7 +7,7 @@ from accelerate import Accelerator, DistributedType
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from otpo.weighting.methods import PairBatch
+from otpo.weighting import PairBatch
 
 # Nats a token. Half precision and another kernel make less than a tenth of it; another model makes far more.
 _LARGEST_START_GAP = 0.1

@@ -13,6 +13,8 @@ from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from otpo.weighting.registry import says_nothing
+
 from ..options.run_options import RunArguments
 from ..options.redact import without_secrets
 
@@ -110,7 +112,7 @@ def _says_something(name: str, values: Mapping[str, Any]) -> bool:
         return False
     if any(name.startswith(start) and not values.get(switch, True) for start, switch in _ONLY_WITH.items()):
         return False
-    return name != "d2po_gamma" or values.get("weighting") == "d2po"
+    return not says_nothing(name, values.get("weighting"))
 
 
 def _plain(name: str, value: Any) -> Any:
