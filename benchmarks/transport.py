@@ -27,7 +27,8 @@ from torch import Tensor
 from benchmarks.dpo_step import LENGTH, PAIRS, dpo_step_ms
 from benchmarks.figures import close_empty, legend, machine_line, save
 from benchmarks.harness import describe_machine, measure, read_rows, write_rows
-from otpo.transport.solve import pairwise_cost, transport_weights
+from otpo.transport.cost import pairwise_cost
+from otpo.transport.solve import transport_weights
 
 REGS = ((1.0, 0.2), (0.1, 1.0), (0.02, 0.2))
 GATE = 1e-4

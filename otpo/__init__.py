@@ -3,32 +3,27 @@
 Names are loaded when they are first touched, so `import otpo` costs no import of torch, trl or triton.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from .lazy import lazy_names
 from .version import __version__
 
 if TYPE_CHECKING:
     from .callbacks import LogTokenWeightsCallback as LogTokenWeightsCallback
     from .config import OTPOConfig as OTPOConfig
     from .trainer import OTPOTrainer as OTPOTrainer
-    from .weighting.methods import PairBatch as PairBatch
-    from .weighting.methods import TokenWeights as TokenWeights
+    from .weighting.batch import PairBatch as PairBatch
+    from .weighting.batch import TokenWeights as TokenWeights
 
 _HOMES = {
     "LogTokenWeightsCallback": "otpo.callbacks",
     "OTPOConfig": "otpo.config",
     "OTPOTrainer": "otpo.trainer",
-    "PairBatch": "otpo.weighting.methods",
-    "TokenWeights": "otpo.weighting.methods",
+    "PairBatch": "otpo.weighting.batch",
+    "TokenWeights": "otpo.weighting.batch",
 }
 __all__ = ["LogTokenWeightsCallback", "OTPOConfig", "OTPOTrainer", "PairBatch", "TokenWeights", "__version__"]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'otpo' has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+__getattr__ = lazy_names(__name__, _HOMES)
 
 
 def __dir__() -> list[str]:

@@ -82,7 +82,7 @@ class OTPOTrainer(DPOTrainer):
         optimizers: As in [`trl.DPOTrainer`].
         quantization_config: As in [`trl.DPOTrainer`].
         peft_config: As in [`trl.DPOTrainer`].
-        weighting: Your own callable (see `otpo.weighting.methods`), in place of `args.weighting`.
+        weighting: Your own callable (see `otpo.weighting.batch`), in place of `args.weighting`.
 
     Raises:
         ValueError: An option or a row of the data can't be trained with; the message names it.
@@ -562,7 +562,7 @@ class OTPOTrainer(DPOTrainer):
         collected = trl_seam.collected_metrics(self)
         residuals = collected.get("transport/residual")
         if residuals and self.accelerator.device.type == "cuda" and self.is_world_process_zero():
-            warn_unsolved(max(residuals), **self.args.solver_options())
+            warn_unsolved(max(residuals), self.args.transport_options())
         self._pair_log.average(trl_seam.mode_of(self), collected)
         super().log(logs, start_time)
 

@@ -11,7 +11,7 @@ import yaml
 
 from otpo import OTPOConfig
 from otpo.data.demo import KINDS, SPLITS
-from otpo.weighting.methods import WEIGHTINGS
+from otpo.weighting import WEIGHTINGS
 
 METHODS = ("otpo", "tdpo2", "tis")
 """What trains a cell: `OTPOTrainer`, or one of the rivals that are no weighting alone, see `methods.py`."""

@@ -9,7 +9,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PrinterCallback
 
 from otpo import OTPOTrainer
-from otpo.weighting.methods import PairBatch
+from otpo.weighting import PairBatch
 
 from .rivals.contrastive import ContrastiveWeighting
 from .rivals.tdpo import TDPOTrainer

@@ -24,7 +24,7 @@ import moe_backbone  # noqa: F401 - makes Compass known to transformers
 from otpo import OTPOConfig, OTPOTrainer
 from otpo.data.token_table import TOKEN_COLUMNS
 from otpo.transport.solve import transport_weights
-from otpo.weighting.methods import PairBatch, d2po, ld, sampo, uniform
+from otpo.weighting import PairBatch, d2po, ld, sampo, uniform
 
 from .labels import TokenLabels, auroc, token_labels, unmatched
 

@@ -8,6 +8,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from otpo.registry import Option
+from otpo.weighting.registry import registered_options, weightings_help
+
 from .launching.interrupt import interruptible
 from .options.writing import require_writable_file
 
@@ -29,11 +32,8 @@ Rewards need the model that training started from: `--reference`, or, where the 
 under it. Without one, log-probabilities are shown instead. OTPO_TRACEBACK=1 in the environment shows where an error
 comes from.
 """
-_WEIGHTS = (
-    *("weighting", "ot_reg", "ot_reg_m", "ot_cost", "ot_cost_scale", "hidden_layer", "ld_alpha", "d2po_gamma"),
-    *("beta", "max_length", "seed"),
-)
 _TEXTS = ("prompt", "chosen", "rejected")
+_METAVARS = {float: "X", int: "N", str: "NAME"}
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -81,24 +81,24 @@ def make_parser() -> argparse.ArgumentParser:
 
     group = parser.add_argument_group("token weights")
     add = group.add_argument
-    add(
-        "--weighting", metavar="NAME", help="otpo, uniform, budget, length, sampo, ld, d2po, as in `otpo align` (otpo)"
-    )
-    add("--ot_reg", type=float, metavar="X", help="weight of the plan's entropy; small values give contrast (1)")
-    add("--ot_reg_m", type=float, metavar="X", help="weight of the marginal terms (0.2)")
-    add("--ot_cost", metavar="NAME", help="euclidean, cosine (euclidean)")
-    add("--ot_cost_scale", metavar="NAME", help="release, pairwise (release)")
-    add("--hidden_layer", type=int, metavar="N", help="hidden states that the weights are made of (-1, the last)")
-    add("--ld_alpha", type=float, metavar="X", help="weight past the shorter response's length, of `--weighting ld`")
-    add("--d2po_gamma", type=float, metavar="X", help="weight of a token over the one before, of `d2po` (0.98)")
+    add("--weighting", metavar="NAME", help=f"{weightings_help().removesuffix('.')} (otpo)")
+    for option in registered_options().values():
+        add(f"--{option.field}", type=option.kind, metavar=_METAVARS[option.kind], help=_help(option))
     add("--beta", type=float, metavar="X", help="factor of the rewards (0.1)")
-    add("--seed", type=int, metavar="N", help="seed of `--weighting sampo` (42)")
 
     group = parser.add_argument_group("output")
     add = group.add_argument
     add("--output", metavar="FILE", help="file to write (explain.html or explain.png)")
     add("--format", metavar="NAME", help="html, png (by the ending of `--output`, else html)")
     return parser
+
+
+def _help(option: Option) -> str:
+    """The option's help as that of the others here: without a full stop, with the default in brackets."""
+    text = option.help.removesuffix(".")
+    if option.default is None:
+        return text
+    return f"{text} ({option.default if isinstance(option.default, str) else format(option.default, 'g')})"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -207,7 +207,8 @@ def _prepare(options: argparse.Namespace, folder: str) -> tuple[Any, list[str], 
     )
     origin = find_origin("model_name_or_path", require_model(model), model.model_revision)
     other = find_origin("reference", options.reference) if options.reference else None
-    chosen = {name: getattr(options, name) for name in _WEIGHTS if getattr(options, name) is not None}
+    names = ("weighting", *registered_options(), "beta", "max_length")
+    chosen = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     args = OTPOConfig(
         output_dir=folder,
         use_cpu=options.use_cpu,

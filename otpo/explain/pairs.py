@@ -19,7 +19,7 @@ from otpo.data.prepared import free_name
 from otpo.training.hidden_states import evaluating
 from otpo.training.metrics import weight_metrics
 from otpo.training.scoring import Scored, rewarded_loss_type
-from otpo.transport.solve import transport_plan
+from otpo.transport.solve import solve_plan
 from otpo.weighting import ld
 
 from .pieces import Piece, split_pieces
@@ -92,7 +92,7 @@ class ExplainedPair:
         prompt: The prompt as the model reads it.
         chosen: The chosen response, M tokens.
         rejected: The rejected response, N tokens.
-        plan: `(M, N)` float64, see [`otpo.transport.solve.transport_plan`].
+        plan: `(M, N)` float64, see [`otpo.transport.solve.solve_plan`].
         plan_gives_weights: Whether the weights are the plan's marginals, up to a factor for each response.
         weighting: The weighting and its options, to be read.
     """
@@ -203,7 +203,7 @@ def _explain(trainer: ScoringTrainer, example: dict[str, Any], name: str, refere
 
     # The transport between them, whether the weights are made of it or not.
     states = [scored.batch.hidden_states[row][mask] for row, mask in enumerate(scored.mask)]
-    plan = _on_cpu(transport_plan(*states, **trainer.args.transport_options()))
+    plan = _on_cpu(solve_plan(*states, options=trainer.args.transport_options()))
     agrees = _same_shares(sides[0].weights, plan.sum(1)) and _same_shares(sides[1].weights, plan.sum(0))
     prompt_mask = inputs["attention_mask"][0].bool() & ~inputs["completion_mask"][0].bool()
     prompt = split_pieces(tokenizer, inputs["input_ids"][0][prompt_mask].tolist())

@@ -21,6 +21,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from otpo.registry import positive
+
 from .anderson import Anderson
 
 # Iterations between two looks at the residual on an accelerator: each look waits for the device.
@@ -83,13 +85,6 @@ def wide_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def check_positive(**options: float) -> None:
-    """Raises a `ValueError` that names the option unless all are positive and finite."""
-    for name, value in options.items():
-        if not 0.0 < value < float("inf"):
-            raise ValueError(f"`{name}` must be a positive finite number, got {value}.")
-
-
 @torch.no_grad()
 def unbalanced_sinkhorn(
     cost: Tensor,
@@ -129,7 +124,8 @@ def unbalanced_sinkhorn(
     Raises:
         ValueError: `reg` or `reg_m` is not a positive finite number.
     """
-    check_positive(reg=reg, reg_m=reg_m)
+    positive("reg", reg)
+    positive("reg_m", reg_m)
     phi = reg_m / (reg_m + reg)
     ratio = reg / reg_m
     kernel = cost / -reg

@@ -1,13 +1,26 @@
 """Token weightings: how much each token of a response counts in the preference loss."""
 
-from .methods import WEIGHTINGS as WEIGHTINGS
-from .methods import PairBatch as PairBatch
-from .methods import TokenWeights as TokenWeights
-from .methods import Weighting as Weighting
-from .methods import budget as budget
-from .methods import d2po as d2po
-from .methods import ld as ld
-from .methods import length as length
-from .methods import otpo as otpo
-from .methods import sampo as sampo
-from .methods import uniform as uniform
+from typing import TYPE_CHECKING
+
+from otpo.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from .batch import PairBatch as PairBatch
+    from .batch import TokenWeights as TokenWeights
+    from .batch import Weighting as Weighting
+    from .methods import budget as budget
+    from .methods import d2po as d2po
+    from .methods import ld as ld
+    from .methods import length as length
+    from .methods import sampo as sampo
+    from .methods import uniform as uniform
+    from .optimal_transport import otpo as otpo
+    from .registry import WEIGHTINGS as WEIGHTINGS
+
+_HOMES = {
+    "WEIGHTINGS": "otpo.weighting.registry",
+    "otpo": "otpo.weighting.optimal_transport",
+    **dict.fromkeys(("PairBatch", "TokenWeights", "Weighting"), "otpo.weighting.batch"),
+    **dict.fromkeys(("budget", "d2po", "ld", "length", "sampo", "uniform"), "otpo.weighting.methods"),
+}
+__getattr__ = lazy_names(__name__, _HOMES)

@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
 from otpo import OTPOConfig, OTPOTrainer
-from otpo.weighting.methods import WEIGHTINGS, TokenWeights
+from otpo.weighting import WEIGHTINGS, TokenWeights
 
 LONG = "red " * 100
 

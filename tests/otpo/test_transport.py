@@ -1,4 +1,6 @@
 import itertools
+from dataclasses import FrozenInstanceError, fields
+from typing import get_args, get_type_hints
 
 import numpy as np
 import pytest
@@ -11,9 +13,12 @@ from torch.utils._pytree import tree_leaves
 
 from otpo.config import OTPOConfig
 from otpo.training.metrics import reward_metrics, weight_metrics
+from otpo.transport.cost import pairwise_cost
+from otpo.transport.options import ProblemKeywords, TransportKeywords, TransportOptions
+from otpo.transport.registry import COST_SCALES, COSTS, SOLVERS, Cost, CostKind, CostScale, Solver, solver_names
 from otpo.transport.sinkhorn import unbalanced_sinkhorn
-from otpo.transport.solve import pairwise_cost, transport_plan, transport_weights
-from otpo.weighting.methods import WEIGHTINGS, PairBatch
+from otpo.transport.solve import transport_plan, transport_weights
+from otpo.weighting import WEIGHTINGS, PairBatch
 
 
 @pytest.fixture
@@ -214,6 +219,52 @@ def test_cosine_costs():
         pairwise_cost(chosen, rejected, mask, mask, cost="l1")
 
 
+def manhattan(chosen, rejected, *, by_product):
+    return torch.cdist(chosen, rejected, p=1)
+
+
+@pytest.mark.parametrize("scale", ["release", "pairwise"])
+def test_a_new_cost_is_one_function_and_one_entry(scale, monkeypatch, tmp_path):
+    from_zero = lambda states: states.abs().sum(2)  # noqa: E731
+    monkeypatch.setitem(COSTS, "l1", CostKind(manhattan, "their distance by sums", "nobody", from_zero))
+    chosen, rejected = torch.randn(2, 1, 6, 5, dtype=torch.float64)
+    mask = torch.ones(1, 6, dtype=torch.bool)
+    want = torch.cdist(chosen, rejected, p=1)
+    largest = max(want.max(), 1e-6 + max(from_zero(chosen).max(), from_zero(rejected).max()) * (scale == "release"))
+    costs = pairwise_cost(chosen, rejected, mask, mask, cost="l1", scale=scale)
+    torch.testing.assert_close(costs, want / largest, rtol=1e-6, atol=0)
+    options = {"reg": 0.1, "cost": "l1", "cost_scale": scale}
+    solved = unbalanced_sinkhorn(costs, mask, mask, reg=0.1, reg_m=0.2)
+    weights = transport_weights(chosen, rejected, mask, mask, **options)
+    torch.testing.assert_close(weights.chosen, 6 * solved.chosen_marginal / solved.chosen_marginal.sum())
+    torch.testing.assert_close(transport_plan(chosen[0], rejected[0], **options).sum(1), weights.chosen[0])
+    args = OTPOConfig(str(tmp_path), ot_cost="l1", ot_cost_scale=scale, use_cpu=True, bf16=False)
+    assert args.describe_weighting() == f"otpo, ot_reg 1, ot_reg_m 0.2, ot_cost l1, ot_cost_scale {scale}"
+    with pytest.raises(ValueError, match="`cost` must be 'euclidean', 'cosine' or 'l1', got 'l2'"):
+        transport_weights(chosen, rejected, mask, mask, cost="l2")
+
+
+def test_names_for_type_checkers_are_those_of_the_registries():
+    assert get_args(Cost) == tuple(COSTS) and get_args(CostScale) == tuple(COST_SCALES)
+    assert get_args(Solver) == tuple(solver_names())
+    for keywords, without in ((TransportKeywords, set()), (ProblemKeywords, {"solver"})):
+        assert set(get_type_hints(keywords)) == {entry.name for entry in fields(TransportOptions)} - without
+    for kind in (*COSTS.values(), *SOLVERS.values()):
+        assert callable(kind.load()) and kind.help and kind.source
+
+
+def test_options_are_frozen_and_errors_name_them_as_the_user_does():
+    options = TransportOptions(reg=0.1)
+    with pytest.raises(FrozenInstanceError):
+        options.reg = 1.0
+    for name, value in {"reg": 0, "reg_m": -1, "tolerance": 0, "max_iterations": 0, "cost": "", "solver": ""}.items():
+        for prefix in ("", "ot_"):
+            with pytest.raises(ValueError, match=f"^`{prefix}{name}` must be "):
+                TransportOptions(**{name: value}, prefix=prefix)
+    with pytest.raises(TypeError, match="solver"):
+        transport_plan(torch.randn(2, 3), torch.randn(2, 3), solver="triton")  # the kernels keep no plan
+
+
 def test_iteration_limit_is_kept_and_residual_says_so():
     inputs, regs, _ = golden("case18", torch.float32)
     got = transport_weights(*inputs, **regs, max_iterations=3)
@@ -397,7 +448,8 @@ def test_devices_without_float64_stop_where_float32_stalls(regs, monkeypatch, wa
     masks = torch.ones(2, 30, dtype=torch.bool), torch.ones(2, 23, dtype=torch.bool)
     masks[0][1, 4:] = False
     want = transport_weights(chosen, rejected, *masks, reg=reg, reg_m=reg_m, tolerance=1e-10)
-    monkeypatch.setattr("otpo.transport.solve.wide_dtype", lambda device: torch.float32)
+    for module in ("cost", "solve"):
+        monkeypatch.setattr(f"otpo.transport.{module}.wide_dtype", lambda device: torch.float32)
     with WithoutFloat64():
         got = transport_weights(chosen, rejected, *masks, reg=reg, reg_m=reg_m)
         plan = transport_plan(chosen[0], rejected[0], reg=reg, reg_m=reg_m)

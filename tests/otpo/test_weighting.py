@@ -1,10 +1,25 @@
 import dataclasses
+import inspect
+from pathlib import Path
 
 import pytest
 import torch
-from helpers import options
+from helpers import option_dict, options
+from otpo.cli.runs.identity import run_identity
+from trl import DPOConfig
 
-from otpo.weighting.methods import WEIGHTINGS, PairBatch, TokenWeights, budget, d2po, ld, length, otpo, sampo, uniform
+from otpo import OTPOConfig
+from otpo.cli import explain
+from otpo.registry import Option, zero_to_one_or_none
+from otpo.transport import TransportOptions
+from otpo.weighting import WEIGHTINGS, PairBatch, TokenWeights, budget, d2po, ld, length, otpo, sampo, uniform
+from otpo.weighting.registry import (
+    WeightingKind,
+    registered_option,
+    registered_options,
+    weightings_help,
+    weightings_table,
+)
 
 
 def make_batch(lengths: list[int], width: int = 9, step: int = 0, seed: int = 0) -> PairBatch:
@@ -109,3 +124,96 @@ def test_the_cost_is_named_unless_it_is_euclidean(tmp_path):
         "otpo, ot_reg 1, ot_reg_m 0.2, ot_cost_scale release",
         "otpo, ot_reg 1, ot_reg_m 0.2, ot_cost cosine",
     ]
+
+
+def test_the_line_that_describes_a_weighting_names_the_options_that_matter(tmp_path):
+    cases = {
+        "uniform": {},
+        "sampo": {"seed": 3},
+        "ld, ld_alpha 0.25": {"ld_alpha": 0.25},
+        "d2po, d2po_gamma 0.7": {"d2po_gamma": 0.7, "hidden_layer": 0},
+        "otpo, ot_reg 0.05, ot_reg_m 0.2, ot_cost_scale pairwise, hidden_layer -2": {
+            "ot_reg": 0.05,
+            "ot_cost_scale": "pairwise",
+            "hidden_layer": -2,
+            "ot_solver": "torch",
+        },
+    }
+    for line, changes in cases.items():
+        assert options(tmp_path, weighting=line.split(",")[0], **changes).describe_weighting() == line
+
+
+# The registry
+
+
+def test_the_readme_has_the_table_of_the_registry():
+    assert weightings_table() in (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", sorted(WEIGHTINGS))
+def test_an_entry_says_what_its_function_takes(name):
+    kind = WEIGHTINGS[name]
+    assert kind.help and kind.source and not kind.help.endswith(".")
+    taken = [taken for taken in inspect.signature(kind.load()).parameters.values() if taken.kind == taken.KEYWORD_ONLY]
+    if kind.bundle is None:
+        assert {option.keyword for option in kind.options} == {keyword.name for keyword in taken}
+    else:
+        assert [keyword.name for keyword in taken] == ["options"]
+        declared = {option.keyword for option in kind.options} - {None}
+        assert declared == {entry.name for entry in dataclasses.fields(TransportOptions)}
+
+
+def test_the_options_of_the_config_are_those_of_the_registry():
+    declared, entries = registered_options(), {entry.name: entry for entry in dataclasses.fields(OTPOConfig)}
+    for name, option in declared.items():
+        assert entries[name].default == option.default
+        own = name not in {entry.name for entry in dataclasses.fields(DPOConfig)}
+        assert not own or entries[name].metadata["help"] == option.help
+    inherited = {entry.name for entry in dataclasses.fields(DPOConfig)}
+    assert set(entries) - inherited - set(declared) == {"weighting", "drop_identical_pairs"}
+    help = entries["weighting"].metadata["help"]
+    assert help == weightings_help() and all(f"'{name}'" in help for name in WEIGHTINGS)
+
+
+def test_the_options_of_explain_are_those_of_the_registry():
+    parser = explain.make_parser()
+    text = " ".join(parser.format_help().split())
+    for name, option in registered_options().items():
+        (action,) = [action for action in parser._actions if action.dest == name]
+        assert action.default is None and action.type is option.kind
+        assert " ".join(option.help.removesuffix(".").split()) in " ".join(action.help.split())
+    assert weightings_help().removesuffix(".") in text
+
+
+def share(batch: PairBatch, *, share: float) -> torch.Tensor:
+    return torch.full_like(batch.logps, share)
+
+
+def test_a_new_weighting_is_one_function_and_one_entry(monkeypatch, tmp_path):
+    """What `d2po` needed: all that is said of it elsewhere comes from its entry."""
+    option = Option(
+        "share", float, None, "Weight of all with 'share'.", "share", zero_to_one_or_none, "Set it within [0, 1]."
+    )
+    monkeypatch.setitem(WEIGHTINGS, "share", WeightingKind(share, "`share|`", "nobody", (option,)))
+
+    @dataclasses.dataclass
+    class Config(OTPOConfig):
+        share: float | None = registered_option("share")
+
+    def make(**changes):
+        return Config(**option_dict(tmp_path, weighting="share", **changes))
+
+    args = make(share=0.25)
+    assert WEIGHTINGS["share"](args)(BATCH).eq(0.25).all()
+    assert args.describe_weighting() == "share, share 0.25"
+    with pytest.raises(ValueError, match=r"`share` must be within \[0, 1\], got 2"):
+        make(share=2)
+    with pytest.raises(ValueError, match=r"`weighting='share'` needs `share`, got None\. Set it within \[0, 1\]\."):
+        make()
+    assert explain.make_parser().parse_args(["--share", "0.5"]).share == 0.5
+    assert (
+        "Weight of all with 'share'" in explain.make_parser().format_help() and "'share' (share|)" in weightings_help()
+    )
+    assert "| `share` | `share\\|` | `share` | nobody |\n" in weightings_table()
+    assert "share" in run_identity([Config], {"weighting": "share", "share": 0.5})
+    assert "share" not in run_identity([Config], {"weighting": "otpo", "share": 0.5})

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from trl.trainer.utils import selective_log_softmax
 
-from otpo.weighting.methods import PairBatch
+from otpo.weighting import PairBatch
 
 _ROWS = 4
 

@@ -15,6 +15,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from otpo.cli.options.redact import without_secrets
 from otpo.cli.options.run_options import RunArguments
+from otpo.weighting.registry import says_nothing
 
 RUN_FILE = "otpo_run.json"
 # Other numbers may come out of these by rounding alone, they say where and how fast a run is made, or they are of the
@@ -110,7 +111,7 @@ def _says_something(name: str, values: Mapping[str, Any]) -> bool:
         return False
     if any(name.startswith(start) and not values.get(switch, True) for start, switch in _ONLY_WITH.items()):
         return False
-    return name != "d2po_gamma" or values.get("weighting") == "d2po"
+    return not says_nothing(name, values.get("weighting"))
 
 
 def _plain(name: str, value: Any) -> Any:

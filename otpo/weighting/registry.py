@@ -1,0 +1,175 @@
+"""The weightings by name; a new one is a function and an entry here.
+
+An entry carries all that is said of a weighting elsewhere. `OTPOConfig` takes its choices, its checks and the line
+that describes a weighting from here; `--help` and the parser of `otpo explain` take their texts, the README its table.
+An option that `DPOConfig` lacks needs one line in `OTPOConfig` besides, `name: type = registered_option("name")`,
+because type checkers read the fields of a dataclass off the body of its class.
+"""
+
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from otpo.registry import Option, Registered, above_zero_to_one, never, zero_to_one_or_none
+from otpo.transport.options import TRANSPORT_OPTIONS, TransportOptions
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from .batch import Weighting
+
+
+@dataclass(frozen=True)
+class WeightingKind(Registered):
+    """A token weighting.
+
+    Its function takes a [`PairBatch`] and the keywords of its options and returns weights or [`TokenWeights`]. Its
+    `help` says what a token weighs.
+
+    Attributes:
+        options: The fields of `OTPOConfig` that it takes, and which of its keywords each is for.
+        bundle: Makes of an `OTPOConfig` one object that the function takes as its keyword `options`, in place of a
+            keyword for each option.
+    """
+
+    options: tuple[Option, ...] = ()
+    bundle: "Callable[[Any], Any] | None" = None
+
+    def __call__(self, args: Any) -> "Weighting":
+        """The weighting with its options set from an `OTPOConfig`."""
+        if self.bundle is not None:
+            return partial(self.load(), options=self.bundle(args))
+        keywords = {option.keyword: getattr(args, option.field) for option in self.options if option.keyword}
+        return partial(self.load(), **keywords) if keywords else self.load()
+
+
+_HIDDEN_LAYER = Option(
+    "hidden_layer",
+    int,
+    -1,
+    "Hidden states that the weights are made of: 0 for the embeddings, l for the output of the l-th layer, negative "
+    "from the end; -1 for the last, after the final norm.",
+    shown=lambda args: args.hidden_layer != -1,
+    shared=True,  # a weighting of the user's own gets these states too
+)
+
+WEIGHTINGS: dict[str, WeightingKind] = {
+    "otpo": WeightingKind(
+        "otpo.weighting.optimal_transport:by_transport",
+        help="marginal of the transport plan, with the sum `min(|y_c|, |y_r|)`",
+        source="arXiv 2505.18720",
+        options=(*TRANSPORT_OPTIONS, _HIDDEN_LAYER),
+        bundle=TransportOptions.of,
+    ),
+    "uniform": WeightingKind(
+        "otpo.weighting.methods:uniform", help="1, which is DPO, to the last bit", source="arXiv 2305.18290"
+    ),
+    "budget": WeightingKind(
+        "otpo.weighting.methods:budget",
+        help="`min(|y_c|, |y_r|) / |y|`: OTPO's length control without transport",
+        source="arXiv 2505.18720, its ablation",
+    ),
+    "length": WeightingKind("otpo.weighting.methods:length", help="`1 / |y|`", source="arXiv 2405.14734"),
+    "sampo": WeightingKind(
+        "otpo.weighting.methods:sampo",
+        help="1 on a seeded random subset of the longer response, else 0",
+        source="arXiv 2406.10957",
+        options=(Option("seed", int, 42, "Seed of the subset of 'sampo'.", keyword="seed", shown=never, shared=True),),
+    ),
+    "ld": WeightingKind(
+        "otpo.weighting.methods:ld",
+        help="1, and `ld_alpha` past the shorter response's length",
+        source="arXiv 2409.06411",
+        options=(
+            Option(
+                "ld_alpha",
+                float,
+                None,
+                "Weight past the shorter response's length with 'ld', in [0, 1].",
+                keyword="alpha",
+                check=zero_to_one_or_none,
+                needed="Set it within [0, 1]; the LD-DPO paper finds 0.5 best for Llama-3-8B-Instruct.",
+                shared=True,  # TRL's own loss takes it beside the other weightings
+            ),
+        ),
+    ),
+    "d2po": WeightingKind(
+        "otpo.weighting.methods:d2po",
+        help="`d2po_gamma` to the power of the position",
+        source="arXiv 2502.14340",
+        options=(
+            Option(
+                "d2po_gamma",
+                float,
+                0.98,
+                "Weight of a token over that of the one before it with 'd2po', in (0, 1].",
+                keyword="gamma",
+                check=above_zero_to_one,
+            ),
+        ),
+    ),
+}
+
+
+def registered_options() -> dict[str, Option]:
+    """The options of all weightings, by the field's name."""
+    return {option.field: option for kind in WEIGHTINGS.values() for option in kind.options}
+
+
+def registered_option(name: str) -> Any:
+    """The field of `OTPOConfig` for an option that is declared in an entry.
+
+    Raises:
+        KeyError: No entry has such an option.
+    """
+    option = registered_options()[name]
+    return field(default=option.default, metadata={"help": option.help})
+
+
+def check_weighting(args: Any) -> None:
+    """Checks the weighting's name and the options of all weightings in an `OTPOConfig`.
+
+    Raises:
+        ValueError: A name or a value is outside its range, or the weighting needs an option that is not set.
+    """
+    if args.weighting not in WEIGHTINGS:
+        raise ValueError(
+            f"`weighting` must be one of {sorted(WEIGHTINGS)}, got {args.weighting!r}. To use your own "
+            "weighting, pass a callable as the trainer's argument `weighting`."
+        )
+    for option in registered_options().values():
+        option.check(option.field, getattr(args, option.field))
+    for option in WEIGHTINGS[args.weighting].options:
+        if option.needed and getattr(args, option.field) is None:
+            raise ValueError(f"`weighting={args.weighting!r}` needs `{option.field}`, got None. {option.needed}")
+
+
+def describe_weighting(args: Any) -> str:
+    """The weighting of an `OTPOConfig` and those of its options that matter, in one line."""
+    shown = [option.describe(args) for option in WEIGHTINGS[args.weighting].options if option.shown(args)]
+    return ", ".join([args.weighting, *shown])
+
+
+def says_nothing(option: str, weighting: str | None) -> bool:
+    """Whether an option of `OTPOConfig` makes no difference to a run with this weighting."""
+    takers = {
+        name
+        for name, kind in WEIGHTINGS.items()
+        if any(taken.field == option and not taken.shared for taken in kind.options)
+    }
+    return bool(takers) and weighting not in takers
+
+
+def weightings_help() -> str:
+    """All weightings in one sentence, for `--help`."""
+    listed = [f"'{name}' ({kind.help.replace('`', '')})" for name, kind in WEIGHTINGS.items()]
+    return f"What a token weighs: {', '.join(listed)}."
+
+
+def weightings_table() -> str:
+    """The README's table of weightings, in Markdown."""
+    rows = [("name", "weight of a token", "options", "source"), ("---",) * 4]
+    for name, kind in WEIGHTINGS.items():
+        options = ", ".join(f"`{option.field}`" for option in kind.options)
+        rows.append((f"`{name}`", kind.help.replace("|", r"\|"), options, kind.source))
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
