@@ -12,6 +12,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 from .deepspeed_config import require_expert_parallelism
+from .deepspeed_patch import patch_deepspeed
 from .resume import Layout, check_layout, fit_checkpoint, restore_steps, write_layout
 
 
@@ -35,6 +36,7 @@ class ExpertParallelMixin:
     """Whether training resumes a checkpoint of another layout."""
 
     def __init__(self, *args: Any, **kwargs: Any):
+        patch_deepspeed()  # a trainer may make its first engine while it is made
         super().__init__(*args, **kwargs)
         trainer: Any = self
         self._check_frozen_experts(trainer)

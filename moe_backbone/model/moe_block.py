@@ -1,6 +1,6 @@
 """The MoE block: routed experts, run by any of transformers' implementations, and shared ones.
 
-Shapes: B rows, L tokens of a row, T = B * L, E experts, K experts that a token takes, H hidden size.
+Shapes: B rows, L tokens of a row, T = B * L, E experts, K experts that a token takes, H hidden size, F experts' width.
 """
 
 from typing import Any
@@ -17,17 +17,21 @@ from .router import CompassRouter
 
 
 @use_experts_implementation
-class CompassExperts(nn.Module):
-    """SwiGLU experts in two tensors; transformers runs them by `experts_implementation`, "eager" being `forward`."""
+class GatedExperts(nn.Module):
+    """Experts with a gate, run by the implementation of transformers that `config` names; "eager" is `forward`.
 
-    def __init__(self, config: CompassConfig):
+    Args:
+        config: Of the model.
+        gate_up_proj: `[E, 2F, H]`, gate and up projection of each expert.
+        down_proj: `[E, H, F]`.
+        act_fn: What the gate goes through.
+    """
+
+    def __init__(self, config: CompassConfig, gate_up_proj: Tensor, down_proj: Tensor, act_fn: nn.Module):
         super().__init__()
         self.num_experts = config.num_experts
-        width = config.moe_intermediate_size
-        self.gate_up_proj = nn.Parameter(torch.empty(config.num_experts, 2 * width, config.hidden_size))
-        self.down_proj = nn.Parameter(torch.empty(config.num_experts, config.hidden_size, width))
-        self.act_fn = ACT2FN[config.hidden_act]
-        self.register_load_state_dict_pre_hook(_join_experts)
+        self.gate_up_proj, self.down_proj = gate_up_proj, down_proj
+        self.act_fn = act_fn
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Weighted sum over a token's experts.
@@ -48,27 +52,33 @@ class CompassExperts(nn.Module):
         return output
 
 
-def _cast_under_autocast(dispatch: Any) -> Any:
-    """Runs the experts in autocast's dtype; grouped products know no autocast and would run in float32.
+class CompassExperts(GatedExperts):
+    """The experts that Compass learns, in two tensors."""
 
-    The weights are read here, behind the hooks that fetch offloaded and sharded ones and with the adapters that PEFT
-    adds to them, and the dispatch gets a copy of the module that holds them cast.
-    """
+    def __init__(self, config: CompassConfig):
+        experts, hidden, width = config.num_experts, config.hidden_size, config.moe_intermediate_size
+        gate_up_proj = nn.Parameter(torch.empty(experts, 2 * width, hidden))
+        super().__init__(
+            config, gate_up_proj, nn.Parameter(torch.empty(experts, hidden, width)), ACT2FN[config.hidden_act]
+        )
+        self.register_load_state_dict_pre_hook(_join_experts)
 
-    def forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """As [`GatedExperts.forward`], in autocast's dtype where it is on.
+
+        Grouped products know no autocast and would run in float32. So experts made of the cast weights run in place of
+        these. The weights are read here, behind the hooks that fetch offloaded and sharded ones, and with the adapters
+        that PEFT adds to them.
+        """
         device = hidden_states.device.type
         if not torch.is_autocast_enabled(device):
-            return dispatch(self, hidden_states, top_k_index, top_k_weights)
+            return super().forward(hidden_states, top_k_index, top_k_weights)
         dtype = torch.get_autocast_dtype(device)
-        cast = object.__new__(CompassExperts)
-        cast.__dict__.update(self.__dict__, _parameters={})
-        cast.__dict__.update({name: getattr(self, name).to(dtype) for name in ("gate_up_proj", "down_proj")})
-        return dispatch(cast, hidden_states.to(dtype), top_k_index, top_k_weights.to(dtype))
-
-    return forward
-
-
-CompassExperts.forward = _cast_under_autocast(CompassExperts.forward)
+        cast = GatedExperts(self.config, self.gate_up_proj.to(dtype), self.down_proj.to(dtype), self.act_fn)
+        # transformers' own expert parallelism leaves these two marks on the experts that it spreads.
+        cast.num_experts, cast._is_expert_parallel = self.num_experts, self._is_expert_parallel
+        # By the class, since `torch.compile` does not follow the dispatch of an object that was made while it traces.
+        return GatedExperts.forward(cast, hidden_states.to(dtype), top_k_index, top_k_weights.to(dtype))
 
 
 _MATRICES = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
