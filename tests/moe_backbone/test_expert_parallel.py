@@ -50,7 +50,7 @@ def start(name, folder, processes=2, **options):
         "--rdzv_backend",
     ]
     launch += ["c10d", "--rdzv_endpoint", "localhost:0", str(ROOT / "tests" / "expert_parallel_worker.py")]
-    # A guard against a hang alone: ten times what the longest run takes on a machine with nothing else to do, and more.
+    # The limit guards against a hang alone, on a machine under load too.
     done = python(*launch, name, str(folder), json.dumps(options), timeout=300 * processes, **ENVIRONMENT)
     path = folder / "result.json"
     return (json.loads(path.read_text()) if done.returncode == 0 else None), done
