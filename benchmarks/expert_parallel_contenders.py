@@ -165,7 +165,9 @@ def _autoep(model: Any, world: int, rank: int) -> dict[str, Any]:
 
 def _ours(model: Any, world: int, rank: int) -> dict[str, Any]:
     from moe_backbone.expert_parallel.deepspeed_config import expert_parallel_config
+    from moe_backbone.expert_parallel.deepspeed_patch import patch_deepspeed
 
+    patch_deepspeed()
     return {"expert_parallel": expert_parallel_config(model.config.model_type, world)["expert_parallel"]}
 
 

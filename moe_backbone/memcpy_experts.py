@@ -1,6 +1,7 @@
 """The `memcpy` experts implementation for any MoE model of transformers: our moves around torch's grouped products.
 
-Shapes: T tokens, K experts that a token takes, E experts, H hidden size, R rows in the order of experts.
+Shapes: T tokens, K slots of a token, R = T * K rows grouped by expert, E experts, D hidden size, F the experts' width.
+A tensor's suffix is its shape.
 
 Importing this module, as `import moe_backbone` does, registers the name, so that any model whose experts go through
 transformers' interface takes it: `from_pretrained(..., experts_implementation="memcpy")`.
@@ -26,15 +27,15 @@ _BIAS_ROWS = 8  # 16 bytes of bfloat16, the least stride that grouped products t
 def memcpy_experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """Weighted sum over a token's experts, as the forward of an experts module of transformers.
 
-    Gated or not, with biases, transposed or interleaved weights and a norm after the experts: each as the module's
-    flags say. An index of `num_experts` stands for an expert that another process holds, and adds nothing. A
-    few tokens, as in decoding, take the same way: on an H100 it is faster than transformers' `batched_mm` from one
-    token on.
+    The module's flags say whether experts have a gate, biases, transposed or interleaved weights and a norm after
+    them; all of these are covered. An index of `num_experts` stands for an expert that another process holds, and adds
+    nothing. A few tokens, as in decoding, take the same way: on an H100 it is faster than transformers' `batched_mm`
+    from one token on.
 
     Args:
         self: The experts module, an `nn.Module` decorated by `use_experts_implementation`.
-        hidden_states: `(T, H)`.
-        top_k_index: `(T, K)`, experts of each token.
+        hidden_states: `(T, D)`.
+        top_k_index: Experts of each token `(T, K)`.
         top_k_weights: `(T, K)`.
 
     Raises:
@@ -48,27 +49,34 @@ def memcpy_experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor
             "with another experts_implementation."
         )
     routing = route(top_k_index, self.num_experts)
-    rows = permute(hidden_states.to(weight.dtype), routing)
-    rows = _linear(self, "gate_up_proj" if self.has_gate else "up_proj", rows, routing.offsets)
-    rows = self._apply_gate(rows) if self.has_gate else self.act_fn(rows)
-    rows = _linear(self, "down_proj", rows, routing.offsets)
-    norm = self._modules.get("post_expert_norm")
-    if norm is not None:
-        # A grouped product leaves the rows after the last group as it found them, and the norm's gradient sums all.
-        beyond = torch.arange(len(rows), device=rows.device) >= routing.offsets[-1]
-        rows = norm(rows.masked_fill(beyond[:, None], 0.0))
-    return unpermute(rows, routing, top_k_weights).to(hidden_states.dtype)
+    x_RD = permute(hidden_states.to(weight.dtype), routing)
+    y_RD = _run_grouped(self, x_RD, routing.offsets)
+    return unpermute(y_RD, routing, top_k_weights).to(hidden_states.dtype)
 
 
-def _linear(experts: Any, name: str, rows: Tensor, offsets: Tensor) -> Tensor:
+def _run_grouped(experts: Any, x_RD: Tensor, ends_E: Tensor) -> Tensor:
+    """Each group of rows through its expert; `ends_E` is the row after each group's last."""
+    h_RF = _linear(experts, "gate_up_proj" if experts.has_gate else "up_proj", x_RD, ends_E)
+    h_RF = experts._apply_gate(h_RF) if experts.has_gate else experts.act_fn(h_RF)
+    y_RD = _linear(experts, "down_proj", h_RF, ends_E)
+    norm = experts._modules.get("post_expert_norm")
+    if norm is None:
+        return y_RD
+    # A grouped product leaves the rows after the last group as it found them, and the norm's gradient sums all rows.
+    beyond_R = torch.arange(len(y_RD), device=y_RD.device) >= ends_E[-1]
+    return norm(y_RD.masked_fill(beyond_R[:, None], 0.0))
+
+
+def _linear(experts: Any, name: str, rows: Tensor, ends_E: Tensor) -> Tensor:
     """Each group's rows times its expert's weight, plus its bias."""
-    product = _grouped_linear(rows, getattr(experts, name), offsets, is_transposed=experts.is_transposed)
+    product = _grouped_linear(rows, getattr(experts, name), ends_E, is_transposed=experts.is_transposed)
     if not experts.has_bias:
         return product
-    # As a product with ones: its gradient sums each group in one pass, in a fixed order, and no row past the groups.
+    # The bias is added as a product with ones. Its gradient sums each group in one pass, in a fixed order, and leaves
+    # out the rows after the last group.
     bias = getattr(experts, f"{name}_bias")
     ones = rows.new_ones(len(rows), _BIAS_ROWS)
-    return product + _grouped_mm(ones, nn.functional.pad(bias[:, None], (0, 0, 0, _BIAS_ROWS - 1)), offsets)
+    return product + _grouped_mm(ones, nn.functional.pad(bias[:, None], (0, 0, 0, _BIAS_ROWS - 1)), ends_E)
 
 
 ExpertsInterface.register(NAME, memcpy_experts_forward)

@@ -92,8 +92,10 @@ def engine(folder: Path, model: str, stage: int, **_: Any) -> Any:
     from deepspeed.utils import safe_get_full_grad
 
     from moe_backbone.expert_parallel.deepspeed_config import expert_parallel_config
+    from moe_backbone.expert_parallel.deepspeed_patch import patch_deepspeed
 
     deepspeed.init_distributed(dist_backend="gloo")
+    patch_deepspeed()
     rank, size = dist.get_rank(), dist.get_world_size()
     whole, spread = (AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).train() for _ in range(2))
     config = expert_parallel_config(whole.config.model_type, size, stage)

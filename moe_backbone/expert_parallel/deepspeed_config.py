@@ -1,19 +1,20 @@
-"""Expert parallelism inside the node: DeepSpeed's configuration for it, and what is checked before a run and in it.
+"""DeepSpeed's configuration of a run with expert parallelism, and the check that its engine runs what was asked for.
 
-Compass-v3 trains with its experts over the 8 GPUs of a node (arXiv 2509.09121); how is not published. Here groups of
-`ep_size` neighbouring processes share the experts, and all processes share the data. DeepSpeed is imported when a
-configuration is made, not before.
+Compass-v3 trains with its experts over the 8 GPUs of a node (arXiv 2509.09121); its authors do not say how. Here
+groups of `ep_size` neighbouring processes share the experts, and all processes share the data.
 """
 
-import importlib.util
 import os
 from collections.abc import Mapping
 from copy import deepcopy
 from typing import Any
 
+from .deepspeed_patch import PRESETS, require_deepspeed
+from .sizes import describe_expert_parallel
+
 ZERO_STAGES = (1, 2, 3)
-MODEL_TYPES = ("compass", "mixtral", "qwen3_moe")
-"""`model_type` of the models whose experts can be spread; `deepspeed_patch` has a preset for each."""
+MODEL_TYPES = tuple(PRESETS)
+"""`model_type` of the models whose experts DeepSpeed can spread."""
 
 
 def expert_parallel_config(
@@ -21,19 +22,21 @@ def expert_parallel_config(
 ) -> dict[str, Any]:
     """The DeepSpeed configuration of a run with expert parallelism, for `TrainingArguments(deepspeed=...)`.
 
+    DeepSpeed knows the presets that the configuration names once `deepspeed_patch.patch_deepspeed()` was called. A
+    trainer of [`deepspeed_trainer.with_expert_parallelism`] calls it; who makes an engine without one calls it first.
+
     Args:
         model_type: One of [`MODEL_TYPES`].
         ep_size: Processes that share the experts. 1 keeps all of them in each process, on the same path.
-        zero_stage: 1 divides the optimizer's states, 2 gradients too, 3 weights too: those of experts among the
-            processes that hold the same experts, all others among all processes.
+        zero_stage: 1 divides the optimizer's states, 2 gradients too, 3 weights too. DeepSpeed divides those of the
+            experts among the processes that hold the same experts, and all others among all processes.
         base: A configuration of yours to start from; its own `zero_optimization.stage` wins.
 
     Raises:
         ValueError: An option is out of its range; the message says what to set.
-        ImportError: DeepSpeed is not installed.
+        ImportError: DeepSpeed is not installed, or not in a version that the patch knows.
     """
-    if importlib.util.find_spec("deepspeed") is None:
-        raise ImportError("Expert parallelism needs DeepSpeed: `pip install 'otpo[deepspeed]'`.")
+    require_deepspeed()
     if model_type not in MODEL_TYPES:
         raise ValueError(
             f"The experts of a model of type '{model_type}' can't be spread by DeepSpeed here, those of "
@@ -47,38 +50,12 @@ def expert_parallel_config(
             f"ZeRO stage {zero['stage']} can't be trained and saved with expert parallelism. Set the stage to one of "
             f"{', '.join(map(str, ZERO_STAGES))}."
         )
-    from .deepspeed_patch import PRESETS, register_presets
-
-    register_presets()
     autoep = {"enabled": True, "autoep_size": ep_size, "preset_model": PRESETS[model_type]}
     return {**config, "zero_optimization": zero, "expert_parallel": autoep}
 
 
-def check_expert_parallel(ep_size: int, num_experts: int, world_size: int, gpus_per_node: int | None = None) -> None:
-    """Raises a `ValueError` where experts cannot be spread so.
-
-    Args:
-        ep_size: Processes that share the experts.
-        num_experts: Experts of each layer.
-        world_size: Processes of the run.
-        gpus_per_node: Processes on a machine; None for what the launcher says (`LOCAL_WORLD_SIZE`).
-    """
-    node = gpus_per_node or int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
-    fitting = [n for n in range(1, min(node, num_experts) + 1) if node % n == num_experts % n == 0]
-    remedy = f"Set `expert_parallel_size` to one of {fitting}."
-    if ep_size < 1:
-        raise ValueError(f"`expert_parallel_size` must be at least 1, got {ep_size}. {remedy}")
-    if num_experts % ep_size:
-        raise ValueError(f"`expert_parallel_size={ep_size}` does not divide the {num_experts} experts. {remedy}")
-    if node % ep_size:
-        raise ValueError(
-            f"`expert_parallel_size={ep_size}` does not divide the {node} process(es) of a machine. Experts are "
-            f"shared inside a machine, whose links are fast; across machines the data alone is. {remedy}"
-        )
-
-
 def require_expert_parallelism(engine: Any, ep_size: int) -> str:
-    """Describes what really runs, after making sure that it is what was asked for.
+    """Makes sure that a trainer's engine spreads the experts as was asked, and describes what runs.
 
     Args:
         engine: What the trainer trains, `trainer.model_wrapped`.
@@ -87,15 +64,19 @@ def require_expert_parallelism(engine: Any, ep_size: int) -> str:
     Raises:
         RuntimeError: Another engine runs, or experts were not spread, or not over `ep_size` processes of one machine.
     """
+    import torch.distributed as dist
     from deepspeed import DeepSpeedEngine
 
     from .deepspeed_layer import parallel_experts
 
+    # accelerate leaves DeepSpeed out without a word where the launcher or an option speaks against it.
     if not isinstance(engine, DeepSpeedEngine):
         raise RuntimeError(
             f"Expert parallelism of {ep_size} was asked for, but {type(engine).__name__} runs, not DeepSpeed's "
             "engine. Start the processes by `accelerate launch`, and leave `use_cpu` out."
         )
+
+    # DeepSpeed replaces the blocks that its parser finds, so a model of another structure keeps its experts whole.
     model: Any = engine.module
     layers = [layer for _, layer in parallel_experts(model)]
     sizes = {layer.ep_size for layer in layers}
@@ -104,17 +85,14 @@ def require_expert_parallelism(engine: Any, ep_size: int) -> str:
             f"Expert parallelism of {ep_size} was asked for, but the model has {len(layers)} expert-parallel layers, "
             f"of sizes {sorted(sizes)}."
         )
-    import torch.distributed as dist
 
+    # DeepSpeed chooses the processes of a group, and an all-to-all between machines would be slow.
     ranks = dist.get_process_group_ranks(layers[0].ep_group)
     node = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
     if len(ranks) != ep_size or len({rank // node for rank in ranks}) != 1:
         raise RuntimeError(f"The processes {ranks} that share experts are not {ep_size} of one machine.")
-    local = layers[0].num_local_experts
-    return (
-        f"{local} of {layers[0].num_experts} in each process, over {ep_size} process(es), in {len(layers)} layers; "
-        f"DeepSpeed ZeRO-{engine.zero_optimization_stage()}"
-    )
+    zero = f"DeepSpeed ZeRO-{engine.zero_optimization_stage()}"
+    return describe_expert_parallel(ep_size, layers[0].num_local_experts, len(layers), zero)
 
 
 _FILLED_BY_THE_TRAINER = (

@@ -1,20 +1,15 @@
-"""Experts spread over the processes of a group: the layer that DeepSpeed trains, with our row moves in it.
+"""The layer that DeepSpeed trains in place of a block's experts: it holds this process's part of them.
 
-Shapes: T tokens, K experts that a token takes, E experts, P processes of the group, L = E / P experts of each,
-H hidden size, I their width, N rows that this process receives.
+Shapes: T tokens of this process, K slots of a token, N rows that it receives, W processes that share the experts, E
+experts, e = E / W experts of each process, D hidden size, F the experts' width. A tensor's suffix is its shape.
 
-A token's rows go to the experts' processes and back by two all-to-alls. `permute` groups the rows by expert, and so
-by process; what arrives stands by source and then by expert, and `reorder` groups it by expert; `unpermute` goes both
-ways back, the second time with the router's weights. One wait for the host: the sizes of what is exchanged.
-
-Only the experts are replaced. Router, its losses, its biases and shared experts stay the model's own.
+DeepSpeed replaces the experts alone. Router, its losses, its biases and shared experts stay the model's own. A row's
+trip through the layer is that of `exchange`.
 """
 
 from collections.abc import Iterator
 from typing import Any
 
-import deepspeed.comm as dist
-import torch
 from deepspeed.checkpoint.autoep_affine import (
     autoep_experts_for_rank,
     autoep_placement_to_affine_map,
@@ -29,20 +24,25 @@ from deepspeed.checkpoint.constants import (
     DS_AUTOEP_UC_META,
 )
 from deepspeed.module_inject.auto_ep_config import MoELayerSpec
-from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer, _AllToAllV
+from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from deepspeed.moe.ep_repack import repack_expert_requires_grad_flags, repack_expert_weights
 from torch import Tensor, nn
-from torch.profiler import record_function
 from transformers.integrations.moe import _grouped_linear
 
-from otpo_kernels.memcpy import permute, reorder, route, unpermute
+from .exchange import ExpertGroup, run_by_expert, run_spread_experts
 
 WEIGHTS = ("w1", "w2", "w3")
-"""Names of gate, down and up projections in the layout that DeepSpeed saves: `[L, I, H]`, `[L, H, I]`, `[L, I, H]`."""
+"""DeepSpeed's names of gate `(e, F, D)`, down `(e, D, F)` and up projections `(e, F, D)`, in memory and on disk."""
 
 
 class LocalExperts(nn.Module):
-    """The experts of this process; a module of its own so that ZeRO-3 fetches its weights when it runs."""
+    """The experts of this process, in a module of their own so that ZeRO-3 fetches their weights when it runs.
+
+    Args:
+        weights: Those of [`WEIGHTS`].
+        trained: Whether each of them is trained.
+        act_fn: What the gate goes through.
+    """
 
     w1: nn.Parameter
     w2: nn.Parameter
@@ -54,23 +54,32 @@ class LocalExperts(nn.Module):
             setattr(self, name, nn.Parameter(weight.contiguous(), requires_grad=train))
         self.act_fn = act_fn
 
-    def forward(self, rows: Tensor, offsets: Tensor) -> Tensor:
-        """`[N, H]` to `[N, H]`, the rows grouped by expert, groups ending at `offsets` `[L]`."""
-        gate, up = _grouped_linear(rows, self.w1, offsets), _grouped_linear(rows, self.w3, offsets)
-        return _grouped_linear(self.act_fn(gate) * up, self.w2, offsets)
+    def forward(self, x_ND: Tensor, ends_e: Tensor) -> Tensor:
+        """Each group of rows through its expert.
+
+        Args:
+            x_ND: Rows grouped by expert `(N, D)`.
+            ends_e: The row after each group's last `(e,)` int32.
+
+        Returns:
+            `(N, D)`.
+        """
+        gate_NF, up_NF = _grouped_linear(x_ND, self.w1, ends_e), _grouped_linear(x_ND, self.w3, ends_e)
+        return _grouped_linear(self.act_fn(gate_NF) * up_NF, self.w2, ends_e)
 
 
 class ParallelExperts(AutoEPMoELayer):
-    """In place of a block's experts, called as they were.
+    """Stands in place of a block's experts; the block calls it as it called them.
 
-    DeepSpeed finds its expert-parallel layers, for gradients, ZeRO and checkpoints, by their class. So this is one of
-    them; of the parent it takes the binding of the process group and nothing of its forward.
+    DeepSpeed finds its expert-parallel layers, for gradients, ZeRO and checkpoints, by their class. So this class is
+    one of theirs. It takes the binding of the process group from its parent, and has `__init__` and `forward` of its
+    own.
 
     Args:
-        experts: The experts module of transformers that it replaces, whole, or partitioned by ZeRO-3.
+        experts: The experts module of transformers that the layer replaces, whole, or partitioned by ZeRO-3.
         spec: What DeepSpeed's parser found of the block.
-        ep_size: P.
-        ep_rank: Which part of the experts this process has.
+        ep_size: W.
+        ep_rank: Which part of the experts this process holds.
     """
 
     experts: LocalExperts
@@ -90,7 +99,7 @@ class ParallelExperts(AutoEPMoELayer):
             self._mark(parameter)
 
     def _mark(self, parameter: Any) -> None:
-        """As DeepSpeed wants parameters marked that differ between the processes of a group."""
+        """Marks a parameter as DeepSpeed wants those marked that differ between the processes of a group."""
         parameter.allreduce = False
         parameter.group_name = parameter.ds_zero_partition_group_name = self.ep_group_name
         parameter.ds_zero_placement_family = "autoep_expert"
@@ -109,35 +118,17 @@ class ParallelExperts(AutoEPMoELayer):
         """Weighted sum over a token's experts, wherever they are.
 
         Args:
-            hidden_states: `[T, H]`; T may differ between processes, and be zero.
-            top_k_index: Experts `[T, K]`, in `[0, E)`.
-            top_k_weights: `[T, K]`.
+            hidden_states: `(T, D)`; T may differ between processes, and be zero.
+            top_k_index: Experts of each token `(T, K)`, in `[0, E)`.
+            top_k_weights: `(T, K)`.
         """
-        dtype = self.experts.w1.dtype
-        with record_function("otpo::memcpy"):
-            routing = route(top_k_index, self.num_experts)
-            rows = permute(hidden_states.to(dtype), routing)
-        if self.ep_size == 1:
-            rows = self.experts(rows, routing.offsets)
-        else:
-            rows = self._through_the_group(rows, routing.counts)
-        with record_function("otpo::memcpy"):
-            return unpermute(rows, routing, top_k_weights).to(hidden_states.dtype)
+        experts = ExpertGroup(self.ep_group, self.ep_size, self.num_local_experts)
+        x_TD = hidden_states.to(self.experts.w1.dtype)
+        y_TD = run_spread_experts(x_TD, top_k_index, top_k_weights, experts, self._run_arrived)
+        return y_TD.to(hidden_states.dtype)
 
-    def _through_the_group(self, rows: Tensor, counts: Tensor) -> Tensor:
-        sent = counts.view(self.ep_size, self.num_local_experts)
-        received = torch.empty_like(sent)
-        with record_function("otpo::all_to_all"):
-            dist.all_to_all_single(received, sent, group=self.ep_group)
-            sizes = torch.stack([sent.sum(1), received.sum(1)]).tolist()
-            rows = _AllToAllV.apply(self.ep_group, rows, *sizes)
-        with record_function("otpo::memcpy"):
-            rows, local = reorder(rows, received)
-        rows = self.experts(rows, local.offsets)
-        with record_function("otpo::memcpy"):
-            rows = unpermute(rows, local)
-        with record_function("otpo::all_to_all"):
-            return _AllToAllV.apply(self.ep_group, rows, *reversed(sizes))
+    def _run_arrived(self, x_ND: Tensor, arrived_We: Tensor) -> Tensor:
+        return run_by_expert(x_ND, arrived_We, self.experts)
 
 
 def parallel_experts(model: nn.Module) -> Iterator[tuple[str, ParallelExperts]]:

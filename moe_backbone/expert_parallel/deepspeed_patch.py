@@ -1,30 +1,60 @@
-"""Our layer in DeepSpeed's AutoEP: presets for Compass, Mixtral and Qwen3-MoE, and the one place that patches it.
+"""The one place that patches DeepSpeed, by one call: `patch_deepspeed()`, before a process makes its first engine.
 
-AutoEP finds a model's MoE blocks and puts a layer of its own in place of each, router included. That layer loses the
-router's logits, its z-loss and its biases, and in DeepSpeed 0.19.8 breaks with transformers' output recorders from
-5.23 on. With the presets here the block stays and its experts alone are replaced, by [`ParallelExperts`].
+AutoEP, DeepSpeed's expert parallelism, finds a model's MoE blocks and puts a layer of its own in place of each, router
+included. That layer loses the router's logits, its z-loss and its biases, and in DeepSpeed 0.19.8 it breaks with the
+output recorders of transformers 5.23. DeepSpeed has no option for another layer, hence the patch.
+
+| what the call changes | why |
+| --- | --- |
+| `auto_ep_presets.registry.PRESET_MODELS` gets a preset for each of our model types | a configuration names it |
+| `AutoEP._replace_moe_layer_without_retarget` | with our presets the block stays, its experts alone are replaced |
+| `AutoEP.ep_parser` | TRL makes two engines of one model, and the second finds the experts spread already |
+| `DeepSpeedEngine._configure_bf16_optimizer` | an engine that trains nothing is asked for groups of experts |
+
+Other engines of the process run as before; the last change spares one that has MoE layers and no optimizer an error.
+The patch knows the releases in [`KNOWN_VERSIONS`] and refuses others, in which these names may be gone or mean
+something else. To admit a release, read the four places above in it, run `tests/moe_backbone/test_expert_parallel.py`
+against it and move the bound here and in `pyproject.toml`.
 """
 
+import importlib.metadata
+import importlib.util
 from dataclasses import replace
 from functools import wraps
 from typing import Any
 
-from deepspeed import DeepSpeedEngine
-from deepspeed.module_inject.auto_ep import AutoEP
-from deepspeed.module_inject.auto_ep_layer import ReplacementSourceMap
-from deepspeed.module_inject.auto_ep_presets import registry
-from deepspeed.moe.ep_repack import repack_expert_source_params
-from torch import nn
+from packaging.specifiers import SpecifierSet
 
-from .deepspeed_config import MODEL_TYPES
-from .deepspeed_layer import WEIGHTS, ParallelExperts, parallel_experts
+KNOWN_VERSIONS = ">=0.19.8,<0.20"
+"""DeepSpeed's releases that the patch was tested on, as pip takes them."""
 
-PRESETS = {model_type: f"otpo_{model_type}" for model_type in MODEL_TYPES}
+PRESETS = {model_type: f"otpo_{model_type}" for model_type in ("compass", "mixtral", "qwen3_moe")}
 """Name of the AutoEP preset for each `model_type`. DeepSpeed's own presets keep their names and their layer."""
 
 
-def register_presets() -> None:
-    """Makes the presets known to DeepSpeed; calling it again changes nothing."""
+def require_deepspeed() -> None:
+    """Raises an `ImportError` where DeepSpeed is not installed, or not in a version that the patch knows."""
+    if importlib.util.find_spec("deepspeed") is None:
+        raise ImportError("Expert parallelism needs DeepSpeed: `pip install 'otpo[deepspeed]'`.")
+    version = importlib.metadata.version("deepspeed")
+    if not SpecifierSet(KNOWN_VERSIONS).contains(version, prereleases=True):
+        raise ImportError(
+            f"Expert parallelism patches DeepSpeed, and the patch does not know the installed version {version}. "
+            f"Install one that it knows: `pip install 'deepspeed{KNOWN_VERSIONS}'`."
+        )
+
+
+def patch_deepspeed() -> None:
+    """Makes DeepSpeed put [`deepspeed_layer.ParallelExperts`] in place of experts; a second call changes nothing.
+
+    Raises:
+        ImportError: See [`require_deepspeed`].
+    """
+    require_deepspeed()
+    from deepspeed import DeepSpeedEngine
+    from deepspeed.module_inject.auto_ep import AutoEP
+    from deepspeed.module_inject.auto_ep_presets import registry
+
     if PRESETS["compass"] in registry.PRESET_MODELS:
         return
     for model_type, name in PRESETS.items():
@@ -38,34 +68,14 @@ def register_presets() -> None:
     DeepSpeedEngine._configure_bf16_optimizer = _without_optimizer(DeepSpeedEngine._configure_bf16_optimizer)
 
 
-def _spread_once(parse: Any) -> Any:
-    @wraps(parse)
-    def ep_parser(self: AutoEP) -> list[Any]:
-        # TRL makes an engine of the policy to precompute a reference, and another one to train it.
-        return [] if next(parallel_experts(self.model), None) else parse(self)
-
-    return ep_parser
-
-
-def _without_optimizer(configure: Any) -> Any:
-    @wraps(configure)
-    def configure_bf16_optimizer(self: DeepSpeedEngine, optimizer: Any) -> Any:
-        # A bfloat16 engine that trains nothing, as a reference's, is asked for groups of experts all the same.
-        spread = self.has_moe_layers
-        self.has_moe_layers = spread and optimizer is not None
-        try:
-            return configure(self, optimizer)
-        finally:
-            self.has_moe_layers = spread
-
-    return configure_bf16_optimizer
-
-
 def _replace_experts_alone(replace_block: Any) -> Any:
+    from deepspeed.module_inject.auto_ep_layer import ReplacementSourceMap
+    from deepspeed.moe.ep_repack import repack_expert_source_params
+
+    from .deepspeed_layer import WEIGHTS, ParallelExperts
+
     @wraps(replace_block)
-    def replace_layer(
-        self: AutoEP, spec: Any, ep_size: int, ep_rank: int, collect_sources: bool = False
-    ) -> tuple[nn.Module, ReplacementSourceMap]:
+    def replace_layer(self: Any, spec: Any, ep_size: int, ep_rank: int, collect_sources: bool = False) -> Any:
         if spec.model_family not in PRESETS.values():
             return replace_block(self, spec, ep_size, ep_rank, collect_sources)
         block = self.model.get_submodule(spec.moe_module_name)
@@ -81,3 +91,28 @@ def _replace_experts_alone(replace_block: Any) -> Any:
         return layer, sources
 
     return replace_layer
+
+
+def _spread_once(parse: Any) -> Any:
+    from .deepspeed_layer import parallel_experts
+
+    @wraps(parse)
+    def ep_parser(self: Any) -> list[Any]:
+        # TRL makes an engine of the policy to precompute a reference, and another one to train it.
+        return [] if next(parallel_experts(self.model), None) else parse(self)
+
+    return ep_parser
+
+
+def _without_optimizer(configure: Any) -> Any:
+    @wraps(configure)
+    def configure_bf16_optimizer(self: Any, optimizer: Any) -> Any:
+        # A bfloat16 engine that trains nothing, as a reference's, is asked for groups of experts all the same.
+        spread = self.has_moe_layers
+        self.has_moe_layers = spread and optimizer is not None
+        try:
+            return configure(self, optimizer)
+        finally:
+            self.has_moe_layers = spread
+
+    return configure_bf16_optimizer

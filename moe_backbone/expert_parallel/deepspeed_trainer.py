@@ -1,4 +1,4 @@
-"""What a transformers Trainer, or one of TRL's, needs beside DeepSpeed's configuration to train spread experts."""
+"""Subclasses of transformers' and TRL's trainers that train, save and resume models with spread experts."""
 
 from collections.abc import Iterator
 from functools import cache
@@ -12,6 +12,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 from .deepspeed_config import require_expert_parallelism
+from .deepspeed_patch import patch_deepspeed
 from .resume import Layout, check_layout, fit_checkpoint, restore_steps, write_layout
 
 
@@ -19,36 +20,39 @@ from .resume import Layout, check_layout, fit_checkpoint, restore_steps, write_l
 def with_expert_parallelism(trainer_class: type, ep_size: int) -> type:
     """A subclass of a trainer that trains, checks and saves models with spread experts.
 
+    A trainer of it patches DeepSpeed when it is made.
+
     Args:
         trainer_class: transformers' Trainer or a subclass.
-        ep_size: Processes that share the experts; `args.deepspeed` is to be of
+        ep_size: Processes that share the experts. `args.deepspeed` must come from
             [`moe_backbone.expert_parallel.deepspeed_config.expert_parallel_config`] with the same size.
     """
     return type(trainer_class.__name__, (ExpertParallelMixin, trainer_class), {"ep_size": ep_size})
 
 
 class ExpertParallelMixin:
-    """Marks the experts' parameters for the optimizer, makes sure of the engine, saves plain checkpoints."""
+    """Marks the experts' parameters for the optimizer, checks the engine before it trains, saves plain checkpoints."""
 
     ep_size: int
     converted = False
     """Whether training resumes a checkpoint of another layout."""
 
     def __init__(self, *args: Any, **kwargs: Any):
+        patch_deepspeed()  # before TRL's trainers make the engine of a reference, which they do in their `__init__`
         super().__init__(*args, **kwargs)
         trainer: Any = self
         self._check_frozen_experts(trainer)
         trainer.add_callback(_RequireExpertParallelism(trainer))
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """The trainer's own, with the experts in groups of their own, marked as DeepSpeed asks for."""
+        """Makes the trainer's own optimizer, and moves the experts' parameters into groups marked for DeepSpeed."""
         trainer: Any = super()
         optimizer = trainer.create_optimizer(*args, **kwargs)
         separate_experts(optimizer, self.model, self.ep_size)  # pyright: ignore[reportAttributeAccessIssue]
         return optimizer
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers; a checkpoint of another layout is converted first."""
+        """Trains as the parent class does; a checkpoint of another layout is converted first."""
         trainer: Any = self
         if resume_from_checkpoint is True:
             resume_from_checkpoint = get_last_checkpoint(trainer.args.output_dir)
@@ -79,7 +83,7 @@ class ExpertParallelMixin:
         return Layout(self.ep_size, accelerator.num_processes, accelerator.state.deepspeed_plugin.zero_stage)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Gathers all experts and writes them as the model has them unspread; see `save_plain_model`."""
+        """Writes the model with all its experts, as `save_plain_model` does, and the checkpoint's layout beside it."""
         from .deepspeed_layer import parallel_experts
         from .save import save_plain_model
 

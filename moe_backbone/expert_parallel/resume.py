@@ -1,8 +1,9 @@
 """Resuming a DeepSpeed checkpoint of spread experts in another layout: expert-parallel size, processes or ZeRO stage.
 
-DeepSpeed loads such a checkpoint without an error and with the optimizer's states of other experts. So each checkpoint
-says how it was made, and one of another layout goes through DeepSpeed's universal format first. That of a ZeRO-3
-checkpoint leaves out how many steps the optimizer has taken (DeepSpeed 0.19.8), so `restore_steps` gives them back.
+DeepSpeed loads a checkpoint of another layout without an error, and gives experts the optimizer's states of others. So
+`write_layout` leaves a file in each checkpoint that says how it was made, and `fit_checkpoint` converts one of another
+layout to DeepSpeed's universal format. The universal format of a ZeRO-3 checkpoint leaves out how many steps the
+optimizer has taken (DeepSpeed 0.19.8), so `restore_steps` sets them.
 """
 
 import json
@@ -28,12 +29,12 @@ class Layout(NamedTuple):
 
 
 def write_layout(folder: Path, layout: Layout) -> None:
-    """Leaves the layout beside the weights of a checkpoint."""
+    """Writes a run's layout into a checkpoint's folder, beside the weights."""
     (folder / LAYOUT_FILE).write_text(json.dumps(layout._asdict()) + "\n", encoding="utf-8")
 
 
 def read_layout(checkpoint: Path) -> Layout | None:
-    """How a checkpoint's run divided the model; None for a run that did not spread experts."""
+    """Reads the layout of the run that saved a checkpoint; None where that run did not spread experts."""
     path = checkpoint / LAYOUT_FILE
     return Layout(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
 
@@ -43,7 +44,7 @@ def check_layout(checkpoint: str | Path, layout: Layout, frozen: bool) -> bool:
 
     Args:
         checkpoint: A folder of the Trainer's.
-        layout: Of this run.
+        layout: This run's.
         frozen: Whether some of the run's experts are frozen, as those of MTP layers in SFT and alignment.
 
     Raises:
@@ -76,12 +77,12 @@ def check_layout(checkpoint: str | Path, layout: Layout, frozen: bool) -> bool:
 def fit_checkpoint(
     checkpoint: str | Path, layout: Layout, deepspeed_config: dict[str, Any], frozen: bool = False
 ) -> bool:
-    """Makes a checkpoint loadable in this layout; all processes call it, before the engine is made.
+    """Converts a checkpoint where this run's layout needs it; all processes call it, before the engine is made.
 
     Args:
         checkpoint: A folder of the Trainer's.
-        layout: Of this run.
-        deepspeed_config: Of this run; told to load the universal format where the checkpoint had to be converted.
+        layout: This run's.
+        deepspeed_config: This run's; where a checkpoint was converted, it is changed to load the universal format.
         frozen: See [`check_layout`].
 
     Returns:

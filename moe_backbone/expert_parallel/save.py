@@ -1,7 +1,8 @@
 """Weights of an expert-parallel model as plain safetensors that load anywhere, written layer by layer.
 
-Shards are gathered, converted to the layout of files (a key for each expert) and written one after the other by the
-first process, which never holds more than one layer's experts beside its own.
+The processes that share the experts send one layer's after the other to the first process. It converts them to the
+layout of files, a key for each expert, and writes them, so that it never holds more than one layer's experts beside
+its own.
 """
 
 import json
@@ -24,7 +25,7 @@ _DENSE_BYTES = 5 << 30  # of a shard of weights that are not experts'
 
 
 def save_plain_model(model: Any, folder: str | Path) -> None:
-    """Writes configuration and weights as `save_pretrained` would have before the experts were spread.
+    """Writes configuration and weights as `save_pretrained` writes them for the model with its experts unspread.
 
     All processes call it. An index is written last, over files that are whole: a run that is killed leaves the files
     of an earlier save as they were, with new ones of other names beside them.
@@ -96,6 +97,7 @@ def _shards(model: Any) -> Iterator[dict[str, Tensor]]:
 
 
 def _dense(model: Any, layers: dict[str, ParallelExperts]) -> Iterator[tuple[str, Tensor]]:
+    """Names and tensors of all that is not an expert's, tied weights once."""
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
     for name, tensor in model.state_dict(keep_vars=True).items():
         if name not in tied and not any(name.startswith(f"{layer}.") for layer in layers):
@@ -103,12 +105,13 @@ def _dense(model: Any, layers: dict[str, ParallelExperts]) -> Iterator[tuple[str
 
 
 def _whole(tensor: Tensor) -> Tensor | None:
-    """On the CPU in the first process, None elsewhere."""
+    """A tensor, gathered if ZeRO-3 has divided it: on the CPU in the first process, None elsewhere."""
     with deepspeed.zero.GatheredParameters([tensor], enabled=hasattr(tensor, "ds_id")):
         return tensor.detach().cpu().clone() if dist.get_rank() == 0 else None
 
 
 def _gather_experts(name: str, layer: ParallelExperts) -> dict[str, Tensor]:
+    """A layer's experts as transformers holds them: whole in the first process, no tensors elsewhere."""
     parameters = [getattr(layer.experts, weight) for weight in WEIGHTS]
     with deepspeed.zero.GatheredParameters(parameters, enabled=hasattr(parameters[0], "ds_id")):
         whole = [_gather(parameter.detach(), layer) for parameter in parameters]
@@ -119,7 +122,7 @@ def _gather_experts(name: str, layer: ParallelExperts) -> dict[str, Tensor]:
 
 
 def _gather(local: Tensor, layer: ParallelExperts) -> list[Tensor]:
-    """The parts of all processes of the first group, on the CPU of its first process."""
+    """The parts of a tensor that the processes of the first group hold, on the CPU in its first process."""
     group: Any = layer.ep_group
     ranks = dist.get_process_group_ranks(group)
     if ranks[0] != 0:

@@ -1,6 +1,7 @@
-"""The MoE block: routed experts, run by any of transformers' implementations, and shared ones.
+"""The MoE block: a router, routed experts that any of transformers' implementations runs, and a shared expert.
 
-Shapes: B rows, L tokens of a row, T = B * L, E experts, K experts that a token takes, H hidden size.
+Shapes: B rows, L tokens of a row, T = B * L tokens, E experts, K experts that a token takes, H hidden size, I width of
+an expert. A suffix such as `tokens_TH` names a tensor's dimensions.
 """
 
 from typing import Any
@@ -17,25 +18,34 @@ from .router import CompassRouter
 
 
 @use_experts_implementation
-class CompassExperts(nn.Module):
-    """SwiGLU experts in two tensors; transformers runs them by `experts_implementation`, "eager" being `forward`."""
+class GatedExperts(nn.Module):
+    """SwiGLU experts in two tensors.
 
-    def __init__(self, config: CompassConfig):
+    The model's `experts_implementation` says which of transformers' functions runs them; "eager" is `forward`.
+
+    Args:
+        config: Of the model.
+        gate_up_proj: `[E, 2 I, H]`, gate and up projection of each expert.
+        down_proj: `[E, H, I]`.
+        act_fn: The activation of the gate.
+    """
+
+    def __init__(self, config: CompassConfig, gate_up_proj: Tensor, down_proj: Tensor, act_fn: nn.Module):
         super().__init__()
         self.num_experts = config.num_experts
-        width = config.moe_intermediate_size
-        self.gate_up_proj = nn.Parameter(torch.empty(config.num_experts, 2 * width, config.hidden_size))
-        self.down_proj = nn.Parameter(torch.empty(config.num_experts, config.hidden_size, width))
-        self.act_fn = ACT2FN[config.hidden_act]
-        self.register_load_state_dict_pre_hook(_join_experts)
+        self.gate_up_proj, self.down_proj = gate_up_proj, down_proj
+        self.act_fn = act_fn
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """Weighted sum over a token's experts.
+        """Sums each token's experts by their weights.
 
         Args:
             hidden_states: `[T, H]`.
-            top_k_index: Experts `[T, K]`; `num_experts` stands for one that another process holds.
+            top_k_index: Experts `[T, K]`; `num_experts` stands for an expert that another process holds.
             top_k_weights: `[T, K]`.
+
+        Returns:
+            `[T, H]`.
         """
         output = torch.zeros_like(hidden_states)
         for expert in top_k_index.unique().tolist():
@@ -48,27 +58,33 @@ class CompassExperts(nn.Module):
         return output
 
 
-def _cast_under_autocast(dispatch: Any) -> Any:
-    """Runs the experts in autocast's dtype; grouped products know no autocast and would run in float32.
+class CompassExperts(GatedExperts):
+    """The experts that a Compass model learns."""
 
-    The weights are read here, behind the hooks that fetch offloaded and sharded ones and with the adapters that PEFT
-    adds to them, and the dispatch gets a copy of the module that holds them cast.
-    """
+    def __init__(self, config: CompassConfig):
+        experts, hidden, width = config.num_experts, config.hidden_size, config.moe_intermediate_size
+        gate_up_proj = nn.Parameter(torch.empty(experts, 2 * width, hidden))
+        super().__init__(
+            config, gate_up_proj, nn.Parameter(torch.empty(experts, hidden, width)), ACT2FN[config.hidden_act]
+        )
+        self.register_load_state_dict_pre_hook(_join_experts)
 
-    def forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Sums each token's experts as [`GatedExperts.forward`] does, in autocast's dtype where autocast is on.
+
+        Grouped products know no autocast and would run in float32. So experts made of the cast weights run in place of
+        these. The weights are read here, behind the hooks that fetch offloaded and sharded ones, and with the adapters
+        that PEFT adds to them.
+        """
         device = hidden_states.device.type
         if not torch.is_autocast_enabled(device):
-            return dispatch(self, hidden_states, top_k_index, top_k_weights)
+            return super().forward(hidden_states, top_k_index, top_k_weights)
         dtype = torch.get_autocast_dtype(device)
-        cast = object.__new__(CompassExperts)
-        cast.__dict__.update(self.__dict__, _parameters={})
-        cast.__dict__.update({name: getattr(self, name).to(dtype) for name in ("gate_up_proj", "down_proj")})
-        return dispatch(cast, hidden_states.to(dtype), top_k_index, top_k_weights.to(dtype))
-
-    return forward
-
-
-CompassExperts.forward = _cast_under_autocast(CompassExperts.forward)
+        cast = GatedExperts(self.config, self.gate_up_proj.to(dtype), self.down_proj.to(dtype), self.act_fn)
+        # transformers' own expert parallelism leaves these two marks on the experts that it spreads.
+        cast.num_experts, cast._is_expert_parallel = self.num_experts, self._is_expert_parallel
+        # By the class, since `torch.compile` does not follow the dispatch of an object that was made while it traces.
+        return GatedExperts.forward(cast, hidden_states.to(dtype), top_k_index, top_k_weights.to(dtype))
 
 
 _MATRICES = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
@@ -85,10 +101,11 @@ def _join_experts(
     unexpected_keys: list[str],
     error_msgs: list[str],
 ) -> None:
-    """Takes the layout of files, a key for each expert's matrices, where a file goes straight to `load_state_dict`.
+    """Joins a checkpoint file's matrices, which have a key for each expert, to the two tensors of [`CompassExperts`].
 
-    transformers' Trainer does that when it resumes, file by file, and otherwise goes on with the experts that it finds
-    in memory. A file may hold any part of the matrices; those that it lacks stay as they are and count as missing.
+    transformers' Trainer passes files to `load_state_dict` one by one when it resumes. Without this hook the keys
+    would match nothing, and training would go on with the experts in memory. A file may hold any part of the matrices;
+    the others stay as they are and count as missing.
     """
     for name, matrices in _MATRICES.items():
         keys = [[f"{prefix}{expert}.{matrix}.weight" for matrix in matrices] for expert in range(module.num_experts)]
@@ -97,7 +114,8 @@ def _join_experts(
             continue
         own = getattr(module, name)
         own = torch.zeros(own.shape, dtype=own.dtype) if own.is_meta else own.detach()
-        assigned = local_metadata.get("assign_to_params_buffers")  # what is loaded takes the place of what is there
+        # With `assign=True` torch puts the loaded tensor in the parameter's place, which gets its dtype and device.
+        assigned = local_metadata.get("assign_to_params_buffers")
         whole = own.to(next(iter(given.values())) if assigned else own, copy=True)
         for expert, rows in zip(keys, whole, strict=True):
             for key, place in zip(expert, rows.chunk(len(matrices)), strict=True):
@@ -114,7 +132,7 @@ def _join_experts(
 
 
 class CompassMoeBlock(nn.Module):
-    """Router, routed experts, and the shared expert where there is one."""
+    """Router, routed experts, and a shared expert where the configuration has one."""
 
     def __init__(self, config: CompassConfig):
         super().__init__()
@@ -124,10 +142,10 @@ class CompassMoeBlock(nn.Module):
         self.shared_expert = Qwen3MoeMLP(config, intermediate_size=shared) if shared else None
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """`[B, L, H]` to `[B, L, H]`."""
-        tokens = hidden_states.reshape(-1, hidden_states.size(-1))
-        _, weights, experts = self.gate(tokens)
-        output = self.experts(tokens, experts, weights)
+        """Adds up each token's routed experts and the shared expert; `[B, L, H]` to `[B, L, H]`."""
+        tokens_TH = hidden_states.reshape(-1, hidden_states.size(-1))
+        _, weights_TK, experts_TK = self.gate(tokens_TH)
+        output_TH = self.experts(tokens_TH, experts_TK, weights_TK)
         if self.shared_expert is not None:
-            output = output + self.shared_expert(tokens)
-        return output.view_as(hidden_states)
+            output_TH = output_TH + self.shared_expert(tokens_TH)
+        return output_TH.view_as(hidden_states)

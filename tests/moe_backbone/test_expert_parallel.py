@@ -20,9 +20,11 @@ from transformers import (
     Trainer,
 )
 
-from moe_backbone.expert_parallel.deepspeed_config import check_expert_parallel, expert_parallel_config
+from moe_backbone.expert_parallel.deepspeed_config import expert_parallel_config
+from moe_backbone.expert_parallel.deepspeed_patch import KNOWN_VERSIONS, patch_deepspeed, require_deepspeed
 from moe_backbone.expert_parallel.deepspeed_trainer import separate_experts
 from moe_backbone.expert_parallel.resume import LAYOUT_FILE, Layout, fit_checkpoint
+from moe_backbone.expert_parallel.sizes import check_expert_parallel
 from moe_backbone.model.saved_code import AUTO_MAP
 from otpo.cli import align, pretrain
 from otpo.cli.launching import expert_parallel
@@ -48,7 +50,8 @@ def start(name, folder, processes=2, **options):
         "--rdzv_backend",
     ]
     launch += ["c10d", "--rdzv_endpoint", "localhost:0", str(ROOT / "tests" / "expert_parallel_worker.py")]
-    done = python(*launch, name, str(folder), json.dumps(options), timeout=90 * processes, **ENVIRONMENT)
+    # The limit guards against a hang alone, on a machine under load too.
+    done = python(*launch, name, str(folder), json.dumps(options), timeout=300 * processes, **ENVIRONMENT)
     path = folder / "result.json"
     return (json.loads(path.read_text()) if done.returncode == 0 else None), done
 
@@ -274,6 +277,42 @@ def test_the_configuration_and_its_errors(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"needs DeepSpeed: `pip install 'otpo\[deepspeed\]'`"):
         expert_parallel_config("compass", 2)
+
+
+@pytest.mark.parametrize(("version", "known"), [("0.19.8", True), ("0.19.9+cu130", True), ("0.20.0", False)])
+def test_deepspeed_of_another_version_is_refused(monkeypatch, version, known):
+    require_deepspeed()  # the installed one is known
+    monkeypatch.setattr("importlib.metadata.version", lambda name: version)
+    if known:
+        return require_deepspeed()
+    remedy = re.escape(f"pip install 'deepspeed{KNOWN_VERSIONS}'")
+    for refused in (require_deepspeed, patch_deepspeed, lambda: expert_parallel_config("compass", 2)):
+        with pytest.raises(ImportError, match=f"does not know the installed version {version}.*{remedy}"):
+            refused()
+
+
+def test_deepspeed_is_patched_by_the_call_alone_and_once():
+    """Imports and configurations change nothing of it; the first call does, and a second one nothing more."""
+    code = """
+import deepspeed
+from deepspeed.module_inject.auto_ep import AutoEP
+from deepspeed.module_inject.auto_ep_presets import registry
+def state():
+    engine = deepspeed.DeepSpeedEngine._configure_bf16_optimizer
+    return AutoEP._replace_moe_layer_without_retarget, AutoEP.ep_parser, engine, set(registry.PRESET_MODELS)
+own = state()
+from moe_backbone.expert_parallel import deepspeed_layer, deepspeed_trainer, expert_parallel_config, patch_deepspeed
+expert_parallel_config("compass", 2)
+assert state() == own
+patch_deepspeed()
+patched = state()
+assert not any(new is old for new, old in zip(patched, own))
+assert patched[3] - own[3] == {"otpo_compass", "otpo_mixtral", "otpo_qwen3_moe"}
+patch_deepspeed()
+assert state() == patched
+"""
+    done = python("-c", code, **ENVIRONMENT)
+    assert done.returncode == 0, done.stderr[-4000:]
 
 
 def test_checkpoints_that_cannot_be_resumed_exactly(tmp_path):

@@ -1,5 +1,7 @@
 """The MoE block against a double loop over tokens and experts."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -216,3 +218,28 @@ def test_two_shared_experts_are_two_mlps():
         for part in (slice(0, width), slice(width, None))
     )
     torch.testing.assert_close(shared(x), expected, **EXACT)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_autocast_runs_experts_of_the_cast_weights(implementation):
+    """And a compiled module stays one graph there."""
+    config = compass_config()
+    config._experts_implementation = implementation
+    experts = CompassExperts(config)
+    for parameter in experts.parameters():
+        parameter.data.normal_(std=0.3)
+    cast = copy.deepcopy(experts).bfloat16()
+    x, index, weights = torch.randn(6, config.hidden_size), torch.rand(6, 5).argsort(1)[:, :2], torch.rand(6, 2)
+    pull = torch.randn(6, config.hidden_size).bfloat16()
+    want = cast(x.bfloat16(), index, weights.bfloat16())
+    want.backward(pull)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = experts(x, index, weights)
+        got.backward(pull)
+        assert torch.equal(got, want)
+        if implementation == "memcpy":
+            torch._dynamo.reset()
+            compiled = torch.compile(experts, fullgraph=True, backend="aot_eager")
+            assert torch.equal(compiled(x, index, weights), want)
+    for name, parameter in experts.named_parameters():
+        assert torch.equal(parameter.grad, cast.get_parameter(name).grad.float()), name

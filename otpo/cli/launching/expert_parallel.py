@@ -9,9 +9,10 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from moe_backbone.expert_parallel.deepspeed_config import check_expert_parallel, expert_parallel_config
+from moe_backbone.expert_parallel.deepspeed_config import expert_parallel_config
 from moe_backbone.expert_parallel.deepspeed_trainer import ExpertParallelMixin, with_expert_parallelism
 from moe_backbone.expert_parallel.resume import read_layout
+from moe_backbone.expert_parallel.sizes import check_expert_parallel
 from moe_backbone.model.saved_code import with_saved_code
 from otpo.cli.models.compass import require_own_code
 from otpo.cli.options.run_options import EXPERT_PARALLEL_BACKENDS, RunArguments
