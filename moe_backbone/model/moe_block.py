@@ -1,6 +1,7 @@
-"""The MoE block: routed experts, run by any of transformers' implementations, and shared ones.
+"""The MoE block: a router, routed experts that any of transformers' implementations runs, and a shared expert.
 
-Shapes: B rows, L tokens of a row, T = B * L, E experts, K experts that a token takes, H hidden size.
+Shapes: B rows, L tokens of a row, T = B * L tokens, E experts, K experts that a token takes, H hidden size, I width of
+an expert. A suffix such as `tokens_TH` names a tensor's dimensions.
 """
 
 from typing import Any
@@ -18,7 +19,10 @@ from .router import CompassRouter
 
 @use_experts_implementation
 class CompassExperts(nn.Module):
-    """SwiGLU experts in two tensors; transformers runs them by `experts_implementation`, "eager" being `forward`."""
+    """SwiGLU experts in two tensors, `gate_up_proj` `[E, 2 I, H]` and `down_proj` `[E, H, I]`.
+
+    The model's `experts_implementation` says which of transformers' functions runs them; "eager" is `forward`.
+    """
 
     def __init__(self, config: CompassConfig):
         super().__init__()
@@ -30,12 +34,15 @@ class CompassExperts(nn.Module):
         self.register_load_state_dict_pre_hook(_join_experts)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """Weighted sum over a token's experts.
+        """Sums each token's experts by their weights.
 
         Args:
             hidden_states: `[T, H]`.
-            top_k_index: Experts `[T, K]`; `num_experts` stands for one that another process holds.
+            top_k_index: Experts `[T, K]`; `num_experts` stands for an expert that another process holds.
             top_k_weights: `[T, K]`.
+
+        Returns:
+            `[T, H]`.
         """
         output = torch.zeros_like(hidden_states)
         for expert in top_k_index.unique().tolist():
@@ -85,10 +92,11 @@ def _join_experts(
     unexpected_keys: list[str],
     error_msgs: list[str],
 ) -> None:
-    """Takes the layout of files, a key for each expert's matrices, where a file goes straight to `load_state_dict`.
+    """Joins a checkpoint file's matrices, which have a key for each expert, to the two tensors of [`CompassExperts`].
 
-    transformers' Trainer does that when it resumes, file by file, and otherwise goes on with the experts that it finds
-    in memory. A file may hold any part of the matrices; those that it lacks stay as they are and count as missing.
+    transformers' Trainer passes files to `load_state_dict` one by one when it resumes. Without this hook the keys
+    would match nothing, and training would go on with the experts in memory. A file may hold any part of the matrices;
+    the others stay as they are and count as missing.
     """
     for name, matrices in _MATRICES.items():
         keys = [[f"{prefix}{expert}.{matrix}.weight" for matrix in matrices] for expert in range(module.num_experts)]
@@ -97,7 +105,8 @@ def _join_experts(
             continue
         own = getattr(module, name)
         own = torch.zeros(own.shape, dtype=own.dtype) if own.is_meta else own.detach()
-        assigned = local_metadata.get("assign_to_params_buffers")  # what is loaded takes the place of what is there
+        # With `assign=True` torch puts the loaded tensor in the parameter's place, which gets its dtype and device.
+        assigned = local_metadata.get("assign_to_params_buffers")
         whole = own.to(next(iter(given.values())) if assigned else own, copy=True)
         for expert, rows in zip(keys, whole, strict=True):
             for key, place in zip(expert, rows.chunk(len(matrices)), strict=True):
@@ -114,7 +123,7 @@ def _join_experts(
 
 
 class CompassMoeBlock(nn.Module):
-    """Router, routed experts, and the shared expert where there is one."""
+    """Router, routed experts, and a shared expert where the configuration has one."""
 
     def __init__(self, config: CompassConfig):
         super().__init__()
@@ -124,10 +133,10 @@ class CompassMoeBlock(nn.Module):
         self.shared_expert = Qwen3MoeMLP(config, intermediate_size=shared) if shared else None
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """`[B, L, H]` to `[B, L, H]`."""
-        tokens = hidden_states.reshape(-1, hidden_states.size(-1))
-        _, weights, experts = self.gate(tokens)
-        output = self.experts(tokens, experts, weights)
+        """Adds up each token's routed experts and the shared expert; `[B, L, H]` to `[B, L, H]`."""
+        tokens_TH = hidden_states.reshape(-1, hidden_states.size(-1))
+        _, weights_TK, experts_TK = self.gate(tokens_TH)
+        output_TH = self.experts(tokens_TH, experts_TK, weights_TK)
         if self.shared_expert is not None:
-            output = output + self.shared_expert(tokens)
-        return output.view_as(hidden_states)
+            output_TH = output_TH + self.shared_expert(tokens_TH)
+        return output_TH.view_as(hidden_states)
