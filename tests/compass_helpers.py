@@ -4,7 +4,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from moe_backbone import CompassConfig, CompassForCausalLM
 
@@ -23,6 +25,10 @@ TINY: dict[str, Any] = {
 """Sizes of any Mixture-of-Experts model of transformers."""
 
 SIZES = {**TINY, "moe_intermediate_size": 24, "num_experts": 5, "max_position_embeddings": 64}
+
+FULL = {"num_mtp_layers": 1, "num_shared_experts": 2, "router_bias_update_speed": 1e-3}
+YARN = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 8.0, "original_max_position_embeddings": 16}
+CLOSE = {"rtol": 1e-4, "atol": 1e-5}  # float32, with sums in another order
 
 
 def compass_config(**changes: Any) -> CompassConfig:
@@ -88,3 +94,35 @@ def overfit(model: Any, ids: Tensor, steps: int = 60, learning_rate: float = 3e-
         optimizer.step()
         optimizer.zero_grad()
     return loss.item()
+
+
+def qwen(model, **changes):
+    twin = Qwen3MoeForCausalLM._from_config(
+        Qwen3MoeConfig(**{**SIZES, **changes}, norm_topk_prob=model.config.norm_topk_prob, intermediate_size=8)
+    )
+    twin.load_state_dict(model.state_dict())
+    return twin.train(model.training)
+
+
+def assert_same_state(left, right):
+    left, right = left.state_dict(), right.state_dict()
+    assert left.keys() == right.keys()
+    different = [name for name in left if left[name].dtype != right[name].dtype or not left[name].equal(right[name])]
+    assert not different, different
+
+
+def stored_keys(folder):
+    keys = {}
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            keys |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    return keys
+
+
+def ahead(model, ids, position_ids=None, attention_mask=None):
+    """The MTP layers' states in training."""
+    hidden = model.model(
+        ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
+    ).last_hidden_state
+    embedded = model.model.embed_tokens(ids)
+    return model.model.predict_ahead(hidden, embedded, attention_mask, position_ids).states

@@ -69,6 +69,7 @@ def _valid_tokens_kernel(
     TOKENS: tl.constexpr,
     HIDDEN: tl.constexpr,
 ):
+    # Position of each token in the list: valid tokens of earlier blocks, counted here since programs do not wait.
     block = tl.program_id(0)
     pair = tl.program_id(1).to(tl.int64)
     lanes = tl.arange(0, TOKENS)
@@ -80,6 +81,7 @@ def _valid_tokens_kernel(
     valid = tl.load(mask_ptr + token, mask=token < tokens, other=0).to(tl.int32)
     position = before + tl.cumsum(valid, 0) - 1
 
+    # Squared norms of the valid tokens alone: prompts and padding are not read.
     total = tl.zeros([TOKENS], tl.float32)
     row = states_ptr + pair * state_stride_b + token.to(tl.int64) * state_stride_t
     for start in range(0, hidden, HIDDEN):
@@ -125,6 +127,7 @@ def _distance_kernel(
     PARTS: tl.constexpr,
     COSINE: tl.constexpr,
 ):
+    # The tile of this program; tiles past either count have nothing to do, since the lists hold valid tokens first.
     slot = tl.program_id(1).to(tl.int64)
     pair = first + slot
     tiles_n = tl.cdiv(columns, BLOCK_N)
@@ -149,6 +152,7 @@ def _distance_kernel(
         x_rows = x_base + x_token * chosen_stride_t
         y_rows = y_base + y_token * rejected_stride_t
 
+        # The product in float32's precision: tensor cores multiply bfloat16, so PARTS of them stand for a float32.
         product = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for start in range(0, hidden, BLOCK_K):
             at = start + tl.arange(0, BLOCK_K)
@@ -175,6 +179,7 @@ def _distance_kernel(
             else:
                 product = tl.dot(x, y, product, input_precision="ieee")
 
+        # The squared distance from the norms, and from differences where that form cancels.
         norms = x_square[:, None] + y_square[None, :]
         squared = norms - 2.0 * product
         close = valid & (squared < near * norms)
@@ -195,6 +200,7 @@ def _distance_kernel(
             here = close & (tl.arange(0, BLOCK_N)[None, :] == pick[:, None])
             squared = tl.where(here, exact[:, None], squared)
             close = close & ~here
+        # The distance that was asked for, and its maximum for the cost's scale.
         if COSINE:
             x_norm = tl.sqrt_rn(x_square)[:, None]
             y_norm = tl.sqrt_rn(y_square)[None, :]
@@ -264,6 +270,7 @@ def distances(
         first: Index of the first pair.
         cosine: Whether a distance is one less the cosine, 1 for a state of zeros, and not Euclidean.
     """
+    # Tiles over all rows and columns, since the host does not know the counts; tiles past them end at once.
     pairs, hidden = len(chosen), chosen.size(2)
     _, rows, columns = out.shape
     parts = 1 if chosen.dtype != torch.float32 else 2 if hidden >= WHOLE_BELOW else 3

@@ -76,6 +76,7 @@ def token_transport(
     Raises:
         ValueError: A dtype, a length or an option is outside what the kernels take.
     """
+    # Refuse what the kernels would get wrong: their range is narrower than that of the float64 reference.
     if chosen.dtype not in DTYPES or rejected.dtype != chosen.dtype:
         raise ValueError(f"hidden states must share a dtype of {DTYPES}, got {chosen.dtype} and {rejected.dtype}.")
     if max(chosen.size(1), rejected.size(1)) > LONGEST:
@@ -83,12 +84,15 @@ def token_transport(
     for (name, least), value in zip(SMALLEST.items(), (reg, reg_m, tolerance), strict=True):
         if not least <= value < float("inf"):
             raise ValueError(f"`{name}` must be finite and at least {least:g} for the kernels, got {value}.")
+
+    # Chunks of pairs whose distances fit the byte budget.
     pairs, rows, _ = chosen.shape
     columns = rejected.size(1)
     stride = 16 * triton.cdiv(columns, 16)  # of a row of distances, so that every row begins with a whole vector
     device = chosen.device
     chunk = max(1, min(pairs, memory_budget // max(1, 4 * rows * stride)))
     plan = launch_plan(chunk, rows, columns, device)
+
     # One allocation and one fill for all that starts at zero: each costs as much host time as a kernel's launch.
     sizes = (pairs * rows, pairs * columns, pairs, pairs, triton.cdiv(pairs, chunk) * plan.groups)
     weights, other_weights, residual, iterations, counter = torch.zeros(
@@ -100,6 +104,8 @@ def token_transport(
     )
     if pairs * rows * columns == 0:
         return result
+
+    # Scratch that all chunks share; kernels index the last dimension by itself, so it has to be contiguous.
     chosen, rejected, chosen_mask, rejected_mask = (
         tensor if tensor.stride(-1) == 1 else tensor.contiguous()
         for tensor in (chosen, rejected, chosen_mask, rejected_mask)
@@ -110,6 +116,8 @@ def token_transport(
     sizes = (2 * rows, stride, (2 * MEMORY + 5) * stride, plan.programs * (2 * MEMORY + 3))
     scratch = torch.empty(plan.groups * sum(sizes), dtype=torch.float64, device=device)
     a, b, history, sums = scratch.split([plan.groups * size for size in sizes])
+
+    # The chunks follow each other on the stream, so that they can share the scratch without a wait.
     for first in range(0, pairs, chunk):
         slots = min(chunk, pairs - first)
         distances(chosen, rejected, tokens, distance[:slots], first, cosine=cosine)

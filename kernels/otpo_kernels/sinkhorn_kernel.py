@@ -1,4 +1,4 @@
-"""The device code of the transport solver: one persistent kernel.
+"""The device code of the transport solver: one persistent kernel, and so a file of more than 350 lines.
 
 The mathematics is that of `otpo.transport.sinkhorn`, the float64 reference in plain torch: translation-invariant
 sweeps in the log domain (arXiv 2201.00730) with Anderson acceleration. What is particular to the kernel:
@@ -167,6 +167,7 @@ def sinkhorn_kernel(
     A program reads the distances ROWS by WIDTH at a time, WIDTH being a power of two from `columns`, and treats
     vectors SLICE tokens at a time. RELEASE: the cost scale is taken over norms too.
     """
+    # This program's group, its rank there, and the group's part of the scratch.
     group = (tl.program_id(0) // PROGRAMS).to(tl.int64)
     groups = tl.num_programs(0) // PROGRAMS
     rank = tl.program_id(0) % PROGRAMS
@@ -197,6 +198,7 @@ def sinkhorn_kernel(
         m = tl.load(count_ptr + pair)
         n = tl.load(count_ptr + pairs + pair)
         if (m > 0) & (n > 0):
+            # The cost's scale, and this program's share of the rows and columns.
             largest = tl.load(largest_ptr + pairs + pair).to(tl.float32, bitcast=True)
             norm = tl.load(largest_ptr + pair).to(tl.float32, bitcast=True)
             # NaN where a state is not finite: sums and maxima of the sweeps would hide it.
@@ -210,7 +212,8 @@ def sinkhorn_kernel(
             column1 = tl.minimum(column0 + tl.cdiv(n, PROGRAMS), n)
             matrix_ptr = distance_ptr + slot * rows * columns
 
-            tl.debug_barrier()  # the last pair's potentials may still be read
+            # Potentials of zero to start from, once the threads have read the last pair's.
+            tl.debug_barrier()
             for start in range(row0, row1, SLICE):
                 at = start + tl.arange(0, SLICE)
                 tl.store(a_ptr + at, tl.zeros([SLICE], tl.float64), mask=at < row1)
@@ -221,6 +224,7 @@ def sinkhorn_kernel(
             tl.store(mine_ptr + 2 * MEMORY + 2, (column1 - column0).to(tl.float64))
             arrived = _meet(counter_ptr, arrived, PROGRAMS)
 
+            # The memory of the acceleration begins empty with every pair.
             gram = tl.zeros([MEMORY, MEMORY], tl.float64)
             remembered = tl.full([], 0, tl.int32)
             iteration = tl.full([], 0, tl.int32)
@@ -229,6 +233,7 @@ def sinkhorn_kernel(
             mass = tl.full([], 0.0, tl.float64)
             running = True
             while running:
+                # Rows: new potentials, this program's part of the columns' masses, and the mass of its rows.
                 iteration += 1
                 this_a = a_ptr + iteration % 2 * rows
                 last_a = a_ptr + (iteration + 1) % 2 * rows
@@ -246,6 +251,7 @@ def sinkhorn_kernel(
                 tl.store(mine_ptr + 2 * MEMORY + 1, tl.sum(row_mass, 0))
                 arrived = _meet(counter_ptr, arrived, PROGRAMS)
 
+                # Columns: the translation that fits both masses, the step f from x, its products with earlier steps.
                 row_masses = tl.load(theirs_ptr + 2 * MEMORY + 1, mask=all_ranks, other=0.0, cache_modifier=".cg")
                 column_masses = tl.load(theirs_ptr + 2 * MEMORY + 2, mask=all_ranks, other=0.0, cache_modifier=".cg")
                 mass = tl.sum(row_masses, 0)
@@ -286,10 +292,13 @@ def sinkhorn_kernel(
                 tl.store(mine_ptr + 2 * MEMORY, tl.max(worst, 0))
                 arrived = _meet(counter_ptr, arrived, PROGRAMS)
 
+                # Every program takes the same residual from the same sums, so all of a group stop in the same sweep.
                 residuals = tl.load(theirs_ptr + 2 * MEMORY, mask=all_ranks, other=0.0, cache_modifier=".cg")
                 residual = tl.max(residuals, 0) / 1.4426950408889634 + spoiled
                 running = (iteration < max_iterations) & (residual > tolerance)
                 if running:
+                    # The least-squares mix of remembered steps: each program solves the same small system, which costs
+                    # less than one more meeting.
                     products_at = theirs_ptr[:, None] + k[None, :]
                     products = tl.load(products_at, mask=all_ranks[:, None], other=0.0, cache_modifier=".cg")
                     newest_row = tl.sum(products, 0)
@@ -309,6 +318,7 @@ def sinkhorn_kernel(
                     matrix = matrix * unit[:, None] * unit[None, :] + tl.where(same, RIDGE, 0.0)
                     mix = _solve(matrix, tl.where(known, right, 0.0) * unit, MEMORY) * unit
 
+                    # The accelerated potentials of the columns, and their mass for the next translation.
                     column_mass = tl.zeros([SLICE], tl.float64)
                     for start in range(column0, column1, SLICE):
                         at = start + tl.arange(0, SLICE)
@@ -325,6 +335,7 @@ def sinkhorn_kernel(
                     tl.store(mine_ptr + 2 * MEMORY + 2, tl.sum(column_mass, 0))
                     arrived = _meet(counter_ptr, arrived, PROGRAMS)
 
+            # Weights: the masses of the last sweep, scaled to the shorter response, at the tokens' own places.
             budget = tl.minimum(m, n).to(tl.float64) / mass + spoiled
             index_at = index_ptr + pair * index_stride_b
             for start in range(row0, row1, SLICE):

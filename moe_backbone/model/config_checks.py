@@ -1,4 +1,4 @@
-"""What users' values make of a configuration: refusals in one line, and the limit of positions."""
+"""Checks of users' configurations: refusals in one line, values that the model would fail on, and the rows' length."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,12 +12,12 @@ from .configuration_compass import CompassConfig
 
 _NUMBERS = {"rope_theta", "factor", "attention_factor", "beta_fast", "beta_slow", "low_freq_factor", "mscale"}
 _NUMBERS |= {"high_freq_factor", "original_max_position_embeddings", "short_factor", "long_factor", "mscale_all_dim"}
-"""Rotary parameters that are numbers, or lists of them."""
+"""Rotary parameters whose values are numbers or lists of numbers."""
 
 
 @contextmanager
 def one_line_refusals() -> Iterator[None]:
-    """Makes a `ValueError` of one line of what a configuration is refused with, be it by us or by transformers."""
+    """Turns any error that refuses a configuration, ours or transformers', into a `ValueError` of one line."""
     try:
         yield
     except (StrictDataclassError, KeyError, TypeError, ValueError, RuntimeError) as error:
@@ -27,7 +27,7 @@ def one_line_refusals() -> Iterator[None]:
 
 
 def check_config(config: CompassConfig) -> None:
-    """Raises a `ValueError` for names that only the making of the model would look up."""
+    """Raises a `ValueError` for values that `CompassConfig` takes and the model's constructor would fail on."""
     kinds = ["default", *ROPE_INIT_FUNCTIONS]
     kind = (config.rope_parameters or {}).get("rope_type", "default")
     if kind not in kinds:
@@ -47,9 +47,10 @@ def _is_positive(value: Any) -> bool:
 
 
 def describe_longer_rows(config: CompassConfig, sequence_length: int) -> str | None:
-    """What pretraining does to a model's limit when rows are longer; None where they are not.
+    """Sentence on how pretraining raises the model's limit of positions for longer rows; None where rows fit.
 
-    Training at a length is what makes a model able to read it, so the limit is raised, in a plan too.
+    Pretraining raises `max_position_embeddings` because a model that trains on rows of a length can read this length.
+    A plan does the same.
     """
     limit = config.max_position_embeddings
     if sequence_length <= limit:

@@ -1,4 +1,4 @@
-"""Configuration of the Compass models."""
+"""Configuration of the Compass models: every option, its range, and which values are published."""
 
 from typing import Any
 
@@ -11,43 +11,47 @@ from transformers.modeling_rope_utils import RopeParameters
 class CompassConfig(PreTrainedConfig):
     """A Mixture-of-Experts decoder with few and large experts.
 
-    Of Compass-v3 (arXiv 2509.09121) public are 245B parameters, 71B of them active, 16 experts of which a token takes
-    4, and multi-token prediction (MTP) that shares embeddings and head. Of Compass-v2 (arXiv 2504.15527): 2 shared and
-    4 routed experts a token, grouped-query attention, rotary positions, a vocabulary of 180k, and the loss
-    `L_LM + alpha * L_aux + beta * L_z`. Everything else here (widths, depths, QK-norm, softmax router, coefficients,
-    MTP's loss weight) is our choice. [`moe_backbone.preset`] has whole models.
+    The Compass-v3 paper (arXiv 2509.09121) publishes 245B parameters, 71B of them active, 16 experts of which a token
+    takes 4, and multi-token prediction (MTP) that shares embeddings and head. The Compass-v2 paper (arXiv 2504.15527)
+    publishes 2 shared and 4 routed experts a token, grouped-query attention, rotary positions, a vocabulary of 180k,
+    and the loss `L_LM + alpha * L_aux + beta * L_z`. We chose everything else: widths, depths, QK-norm, the softmax
+    router, coefficients, and the weight of MTP's loss. [`moe_backbone.preset`] makes whole configurations.
 
     Args:
-        vocab_size: Tokens of the vocabulary.
-        hidden_size: Width of the residual stream.
-        num_hidden_layers: Decoder layers, >= 1; each has its experts.
-        num_attention_heads: Query heads.
-        num_key_value_heads: Key and value heads; divides `num_attention_heads`.
+        vocab_size: Number of tokens in the vocabulary, >= 1.
+        hidden_size: Width of the residual stream, >= 1.
+        num_hidden_layers: Number of decoder layers, >= 1. Each has experts of its own.
+        num_attention_heads: Number of query heads, >= 1.
+        num_key_value_heads: Number of key and value heads; it divides `num_attention_heads`.
         head_dim: Width of a head, even.
-        moe_intermediate_size: Width of an expert.
-        num_experts: Routed experts, >= 1.
-        num_experts_per_tok: Routed experts that a token takes, 1 to `num_experts`.
-        num_shared_experts: Experts that every token takes beside them, of width `moe_intermediate_size` each; they
-            are stored as one. Compass-v2 has 2; not known of Compass-v3.
-        norm_topk_prob: Whether the probabilities of the chosen experts are scaled to sum to one.
+        moe_intermediate_size: Width of an expert, >= 1.
+        num_experts: Number of routed experts in a layer, >= 1.
+        num_experts_per_tok: Number of routed experts that a token takes, 1 to `num_experts`.
+        num_shared_experts: Number of experts that every token takes beside the routed ones, >= 0. Each has width
+            `moe_intermediate_size`, and the model stores them as one expert of their whole width. Compass-v2 has 2;
+            Compass-v3's number is not published.
+        norm_topk_prob: Whether the router scales the probabilities of a token's experts to sum to one.
         router_aux_loss_coef: Weight of the load-balancing loss (arXiv 2101.03961), the alpha above.
         router_z_loss_coef: Weight of the router's z-loss (arXiv 2202.08906, eq. 5), the beta above.
-        router_bias_update_speed: Step of the biases that balance the load without a loss (arXiv 2408.15664); 0 for
-            none. They are added for the choice of experts alone and moved after each step of the optimizer by
-            [`moe_backbone.model.router.update_router_biases`], which our pretraining calls.
-        output_router_logits: Whether outputs carry the router's logits and the loss its terms in evaluation too.
-            In training with `labels` the loss has them either way.
-        num_mtp_layers: MTP layers: the first predicts the token after the next, and so on.
-        mtp_loss_coef: Weight of the mean of their losses; None for 0.1, or 0 without such layers. At 0 they are
-            frozen, and the training of everything else leaves them alone.
-        mtp_detach_trunk: Whether MTP's gradient stops before the decoder layers. Compass-v3 "decouples parameter
-            updates"; where exactly is not published, hence this and the next option.
+        router_bias_update_speed: Step of the biases that balance the load without a loss (arXiv 2408.15664); at 0
+            routers have no biases. The router adds the biases to probabilities to choose experts, not to weigh them.
+            [`moe_backbone.model.router.update_router_biases`] moves them; our pretraining calls it after each step of
+            the optimizer.
+        output_router_logits: Whether outputs carry the router's logits, and whether the loss has the router's terms in
+            evaluation. In training with `labels` the loss always has them.
+        num_mtp_layers: Number of MTP layers, >= 0. The first predicts the token after the next, the second the token
+            after that, and so on.
+        mtp_loss_coef: Weight of the mean of the MTP layers' losses, >= 0. None stands for 0.1, or for 0 in a model
+            without MTP layers. At 0 the MTP layers are frozen, and training never runs them.
+        mtp_detach_trunk: Whether MTP's gradient stops before the decoder layers. The Compass-v3 paper says that it
+            "decouples parameter updates" but not where; this option and the next offer both places.
         mtp_detach_head: Whether MTP's gradient stops before the shared embeddings and head.
-        rope_parameters: As in transformers; YaRN (arXiv 2309.00071) for long contexts is `{"rope_type": "yarn",
-            "rope_theta": ..., "factor": ..., "original_max_position_embeddings": ...}`.
+        rope_parameters: Rotary positions as in transformers. `{"rope_type": "yarn", "rope_theta": ..., "factor": ...,
+            "original_max_position_embeddings": ...}` is YaRN (arXiv 2309.00071), which serves long contexts.
 
     Raises:
-        ValueError: The sizes do not fit together; the message names the option and what to set.
+        ValueError: An option is out of its range, or sizes do not fit together. The message names the option and what
+            to set.
     """
 
     model_type = "compass"
@@ -93,28 +97,30 @@ class CompassConfig(PreTrainedConfig):
 
     def __post_init__(self, auto_map: dict[str, str] | None = None, **kwargs):
         super().__post_init__(**kwargs)
-        # TRL reads it of classes that transformers lacks. To a class that did not come with the checkpoint it is of
-        # no use, and would be saved next without the code that it names.
+        # TRL reads `auto_map` from configurations of models that transformers lacks, so there always is one. It keeps
+        # a checkpoint's entries only if this class came with the checkpoint's code, or if they name code on the Hub:
+        # the next `save_pretrained` would write the others without the code that they name.
         with_code = type(self)._auto_class is not None
         self.auto_map = {name: of for name, of in (auto_map or {}).items() if with_code or "--" in str(of)}
         self.check()
 
     @property
     def effective_mtp_loss_coef(self) -> float:
-        """`mtp_loss_coef`, or what None stands for."""
+        """Weight of the MTP loss: `mtp_loss_coef`, or the value that None stands for."""
         if self.mtp_loss_coef is None:
             return 0.1 if self.num_mtp_layers else 0.0
         return self.mtp_loss_coef
 
     def to_dict(self) -> dict[str, Any]:
-        """As in transformers, without an `auto_map` of nothing."""
+        """All options, as in transformers, but no `auto_map` where it is empty."""
         options = super().to_dict()
         if not options.get("auto_map"):
             options.pop("auto_map", None)
         return options
 
     def check(self) -> None:
-        """Raises a `ValueError` for sizes that do not fit together."""
+        """Raises a `ValueError` for options out of their range and for sizes that do not fit together."""
+        # Ranges first, so that the comparisons below meet numbers that they can divide by.
         positive = (
             "vocab_size",
             "hidden_size",
@@ -137,6 +143,8 @@ class CompassConfig(PreTrainedConfig):
             for name in names:
                 if getattr(self, name) < least:
                     raise ValueError(f"`{name}` must be at least {least}, got {getattr(self, name)}.")
+
+        # Sizes that a layer's tensors would not fit: experts of a token, heads of a group, pairs of a head.
         if self.num_experts_per_tok > self.num_experts:
             raise ValueError(
                 f"`num_experts_per_tok={self.num_experts_per_tok}` is above `num_experts={self.num_experts}`: a token "
@@ -152,6 +160,8 @@ class CompassConfig(PreTrainedConfig):
             raise ValueError(
                 f"`head_dim={self.head_dim}` must be even and at least 2, since rotary positions turn pairs."
             )
+
+        # A weight for losses that nothing computes is a mistake, not a model without MTP.
         if self.mtp_loss_coef is not None and self.mtp_loss_coef < 0:
             raise ValueError(f"`mtp_loss_coef` must be at least 0, got {self.mtp_loss_coef}.")
         if self.mtp_loss_coef and not self.num_mtp_layers:

@@ -1,35 +1,40 @@
-"""Multi-token prediction (MTP): what its layers are trained on, and drafting with them in `generate`.
+"""Multi-token prediction (MTP): the labels and the head of its layers in training, and drafts by them in `generate`.
 
-MTP layer d, from 1 on, reads at position t the state that predicts token t + d and the embedding of that token, and
-predicts token t + d + 1 with the model's own head. The layout is that of DeepSeek-V3 (arXiv 2412.19437, section 2.2),
-which transformers follows; Compass-v3 publishes that its layers share embeddings and head, not more.
+MTP layer d counts from 1. At position t it reads the state that predicts token t + d and the embedding of that token,
+and it predicts token t + d + 1 with the model's own head. This is DeepSeek-V3's design (arXiv 2412.19437, section
+2.2), and transformers' too. Of Compass-v3's MTP only this much is published: its layers share embeddings and head.
+
+Shapes: B rows, L tokens of a row, H hidden size, V vocabulary.
 """
 
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import transformers
 from packaging.version import Version
 from torch import Tensor, nn
+from torch.func import functional_call
 from transformers import PreTrainedModel
 from transformers.cache_utils import MtpCache
 from transformers.generation.candidate_generator import MTPCandidateGenerator
 from transformers.initialization import no_init_weights
 from transformers.modeling_layers import MtpModel
 
-# How a model is asked for its last state alone; asked the other way, it returns all or none.
+# From 5.23 on `output_hidden_states=-1` asks a model for its last state alone, before that a list of layers does. A
+# version that gets the other form returns all states or none.
 _COUNTS_FROM_THE_END = Version(transformers.__version__) >= Version("5.23")
 IGNORED = -100
 """Label of a token that no loss is computed on, as in transformers."""
 
 
 def shift_left(values: Tensor, steps: int, fill: float) -> Tensor:
-    """`values[:, t + steps]` at place t, and `fill` where that is past the end.
+    """Values moved to the left: place t gets `values[:, t + steps]`, or `fill` where that is past the end.
 
     Args:
         values: `[B, L, ...]`.
         steps: >= 0.
-        fill: What stands at the last `steps` places.
+        fill: Value of the last `steps` places.
     """
     shifted = torch.full_like(values, fill)
     shifted[:, : max(0, values.size(1) - steps)] = values[:, steps:]
@@ -37,35 +42,60 @@ def shift_left(values: Tensor, steps: int, fill: float) -> Tensor:
 
 
 def mtp_labels(labels: Tensor, position_ids: Tensor, depth: int) -> Tensor:
-    """What MTP layer `depth` is to predict at each position, without reaching into the next document.
+    """Labels of MTP layer `depth`, which never reach into the next document.
 
     Args:
         labels: Token ids, or -100, `[B, L]`.
-        position_ids: Positions, from 0 on in each document of a row, `[B, L]` or `[1, L]`.
-        depth: From 1 on.
+        position_ids: Positions, which start at 0 in each document of a row, `[B, L]` or `[1, L]`.
+        depth: Number of the MTP layer, >= 1.
 
     Returns:
         Labels `[B, L]`: the token `depth + 1` places on, -100 where there is none in the same document.
     """
-    other_document = position_ids <= depth  # of a token: its document began after the place that would predict it
-    return shift_left(labels.masked_fill(other_document, IGNORED), depth + 1, IGNORED)
+    # The place `depth + 1` before such a token belongs to another document.
+    early = position_ids <= depth
+    return shift_left(labels.masked_fill(early, IGNORED), depth + 1, IGNORED)
+
+
+def run_shared_head(head: nn.Module, state: Tensor, detach: bool) -> Tensor:
+    """Logits of an MTP layer by the model's own head.
+
+    The head is called as a module, so that hooks on it and modules around it run for MTP layers too.
+
+    Args:
+        head: The model's `lm_head`.
+        state: State of an MTP layer, `[B, L, H]`.
+        detach: Whether the gradient stops before the head's parameters.
+
+    Returns:
+        Logits `[B, L, V]`.
+    """
+    if not detach:
+        return head(state)
+    weight: Any = head.weight
+    if hasattr(weight, "ds_id"):  # ZeRO-3's hooks gather the module's own parameters alone, not detached ones
+        return F.linear(state, weight.detach())
+    detached = {name: parameter.detach() for name, parameter in head.named_parameters()}
+    return functional_call(head, detached, (state,))
 
 
 class LiveMtpModel(MtpModel):
-    """transformers' drafting loop over the MTP layers that the model holds, in place of layers read from its files."""
+    """transformers' drafting loop over the MTP layers in memory; the parent class reads them from a checkpoint."""
 
     def __init__(self, main_model: PreTrainedModel):
         decoder: Any = main_model.get_decoder()
-        with no_init_weights():  # of the embeddings and the head, which are the model's
-            super().__init__(main_model, num_mtp_layers=0)  # makes no layers of its own
+        # The parent makes no layers of its own, and does not initialise embeddings and head, which are the model's.
+        with no_init_weights():
+            super().__init__(main_model, num_mtp_layers=0)
         self.layers = nn.ModuleList(decoder.mtp_layers)
         self.num_mtp_layers = len(self.layers)
 
 
 class LiveMtpCandidateGenerator(MTPCandidateGenerator):
-    """Drafts tokens with the model's own MTP layers, so that unsaved and adapted models can draft too.
+    """Drafts tokens with the MTP layers in memory, so that unsaved and adapted models can draft too.
 
-    The parent's `__init__` reads layers from the checkpoint's files; what else it sets is set here, as a test proves.
+    The parent's `__init__` reads the layers from the checkpoint's files, so it is not called. This `__init__` sets
+    every attribute that the parent's sets, as a test proves.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Whole configurations by name."""
+"""Whole configurations by name: Compass-v3 and -v2 as far as published, and two small models."""
 
 from typing import Any
 
@@ -67,19 +67,23 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 """Options of each preset.
 
-Published of `compass-v3` (arXiv 2509.09121): 245B parameters, 71B active, 16 experts, top-4, MTP, and a context of
-128K after a stage at 8K. Published of `compass-v2` (arXiv 2504.15527): 30B parameters, 5B active, 2 shared and 4
-routed experts a token, a vocabulary of 180k. All other numbers are ours, chosen so that the counts, MTP layers left
-out, come within 1% of the published ones; v3's one MTP layer adds 5.2B here, and its vocabulary is v2's.
-`compass-small` (1B, for one GPU) and `compass-tiny` (for tests and the demo) are ours altogether.
+The paper of `compass-v3` (arXiv 2509.09121) publishes 245B parameters, 71B active, 16 experts, top-4, MTP, and a
+context of 128K after a stage at 8K. The paper of `compass-v2` (arXiv 2504.15527) publishes 30B parameters, 5B active,
+2 shared and 4 routed experts a token, and a vocabulary of 180k. We chose all other numbers so that the counts without
+MTP layers come within 1% of the published ones. The one MTP layer of our v3 adds 5.2B, and its vocabulary is v2's.
+`compass-small` (1B, for one GPU) and `compass-tiny` (for tests and the demo) are our own models.
 """
 
 
 def preset(name: str, **changes: Any) -> CompassConfig:
-    """The configuration of that name, with `changes` to its options.
+    """Makes the preset's configuration.
+
+    Args:
+        name: One of [`PRESETS`].
+        changes: Options that replace the preset's.
 
     Raises:
-        ValueError: There is no such preset, or the sizes do not fit together.
+        ValueError: No preset has this name, or the sizes do not fit together.
     """
     if name not in PRESETS:
         raise ValueError(f"`{name}` is no preset. There are: {', '.join(PRESETS)}.")

@@ -1,6 +1,7 @@
-"""The router: which experts a token takes, the losses that keep the load even, and how even it is.
+"""The router: it chooses each token's experts; losses and biases keep the experts' load even; metrics say how even.
 
-Shapes: T tokens, E experts, K experts that a token takes, L layers.
+Shapes: T tokens, E experts, K experts that a token takes, H hidden size, L layers. A suffix such as `logits_TE` names
+a tensor's dimensions.
 """
 
 import math
@@ -15,10 +16,10 @@ from .configuration_compass import CompassConfig
 
 
 class CompassRouter(nn.Module):
-    """Softmax router in float32 over all experts, then the K most probable ones.
+    """Takes a softmax over all experts in float32, then the K most probable experts.
 
-    With `router_bias_update_speed > 0` a bias for each expert is added to the probabilities for the choice alone; the
-    weights stay those of the router (arXiv 2408.15664).
+    With `router_bias_update_speed > 0` each expert has a bias. The router adds the biases to the probabilities to
+    choose experts, and weighs the chosen experts by the probabilities without them (arXiv 2408.15664).
     """
 
     e_score_correction_bias: Tensor | None
@@ -32,7 +33,7 @@ class CompassRouter(nn.Module):
         self.register_buffer("e_score_correction_bias", bias)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "CompassRouter":
-        """Leaves the biases in float32 where the model is cast: bfloat16 would lose their small steps."""
+        """Casts and moves the router, but keeps the biases in float32: bfloat16 would lose their small steps."""
         bias = self.e_score_correction_bias
         super()._apply(fn, recurse)
         moved = self.e_score_correction_bias
@@ -41,32 +42,33 @@ class CompassRouter(nn.Module):
         return self
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Chooses experts.
+        """Chooses each token's experts and weighs them.
 
         Args:
-            hidden_states: `[T, hidden]`.
+            hidden_states: `[T, H]`.
 
         Returns:
             Logits `[T, E]` in float32, weights `[T, K]` in the dtype of `hidden_states`, experts `[T, K]` in int64.
         """
         with torch.autocast(hidden_states.device.type, enabled=False):
-            logits = F.linear(hidden_states.float(), self.weight.float())
-            probabilities = logits.softmax(dim=-1)
+            logits_TE = F.linear(hidden_states.float(), self.weight.float())
+            probabilities_TE = logits_TE.softmax(dim=-1)
         if self.e_score_correction_bias is None:
-            weights, experts = probabilities.topk(self.top_k, dim=-1)
+            weights_TK, experts_TK = probabilities_TE.topk(self.top_k, dim=-1)
         else:
-            experts = (probabilities + self.e_score_correction_bias).topk(self.top_k, dim=-1).indices
-            weights = probabilities.gather(-1, experts)
+            experts_TK = (probabilities_TE + self.e_score_correction_bias).topk(self.top_k, dim=-1).indices
+            weights_TK = probabilities_TE.gather(-1, experts_TK)
         if self.norm_topk_prob:
-            weights = weights / weights.sum(dim=-1, keepdim=True)
-        return logits, weights.to(hidden_states.dtype), experts
+            weights_TK = weights_TK / weights_TK.sum(dim=-1, keepdim=True)
+        return logits_TE, weights_TK.to(hidden_states.dtype), experts_TK
 
 
 def load_balancing_loss(logits: Sequence[Tensor], experts: Sequence[Tensor], mask: Tensor | None = None) -> Tensor:
     """Mean over layers of `E * sum_e f_e p_e` (arXiv 2101.03961, eq. 4 to 6), which is K at an even load.
 
-    `f_e` is how many of the layer's tokens took expert e, over their number; `p_e` its mean probability. transformers'
-    own function takes both over all layers together, where uneven layers can even each other out.
+    `f_e` is the share of the layer's tokens that took expert e, and `p_e` the mean of expert e's probability.
+    transformers' own function pools all layers before it takes the product, so that uneven layers can even each other
+    out.
 
     Args:
         logits: A tensor `[T, E]` for each layer.
@@ -74,14 +76,14 @@ def load_balancing_loss(logits: Sequence[Tensor], experts: Sequence[Tensor], mas
         mask: `[T]`, nonzero for the tokens that count; None for all.
     """
     losses = []
-    for layer_logits, layer_experts in zip(logits, experts, strict=True):
-        share, probability = layer_logits.new_ones(len(layer_logits)), layer_logits.softmax(dim=-1)
+    for logits_TE, experts_TK in zip(logits, experts, strict=True):
+        counts_T, probabilities_TE = logits_TE.new_ones(len(logits_TE)), logits_TE.softmax(dim=-1)
         if mask is not None:
-            share = mask.reshape(-1).to(share)
-        taken = torch.zeros_like(probability).scatter_(1, layer_experts, 1.0)
-        tokens = share.sum().clamp(min=1)
-        fraction, mean = share @ taken / tokens, share @ probability / tokens
-        losses.append(probability.size(-1) * (fraction * mean).sum())
+            counts_T = mask.reshape(-1).to(counts_T)
+        taken_TE = torch.zeros_like(probabilities_TE).scatter_(1, experts_TK, 1.0)
+        tokens = counts_T.sum().clamp(min=1)
+        fractions_E, means_E = counts_T @ taken_TE / tokens, counts_T @ probabilities_TE / tokens
+        losses.append(probabilities_TE.size(-1) * (fractions_E * means_E).sum())
     return torch.stack(losses).mean()
 
 
@@ -92,41 +94,41 @@ def router_z_loss(logits: Sequence[Tensor], mask: Tensor | None = None) -> Tenso
         logits: A tensor `[T, E]` for each layer.
         mask: `[T]`, nonzero for the tokens that count; None for all.
     """
-    squares = torch.stack([layer.logsumexp(dim=-1).square() for layer in logits])
+    squares_LT = torch.stack([logits_TE.logsumexp(dim=-1).square() for logits_TE in logits])
     if mask is None:
-        return squares.mean()
-    share = mask.reshape(-1).to(squares)
-    return (squares * share).mean(dim=0).sum() / share.sum().clamp(min=1)
+        return squares_LT.mean()
+    counts_T = mask.reshape(-1).to(squares_LT)
+    return (squares_LT * counts_T).mean(dim=0).sum() / counts_T.sum().clamp(min=1)
 
 
 def expert_load(experts: Sequence[Tensor], num_experts: int, mask: Tensor | None = None) -> Tensor:
-    """How many tokens each expert of each layer takes, `[L, E]` in int64.
+    """Number of tokens that each expert of each layer takes, `[L, E]` in int64.
 
     Args:
         experts: A tensor `[T, K]` for each layer.
         num_experts: E.
         mask: `[T]`, nonzero for the tokens that count; None for all.
     """
-    stacked = torch.stack(tuple(experts))
-    ones = torch.ones_like(stacked)
+    experts_LTK = torch.stack(tuple(experts))
+    counts_LTK = torch.ones_like(experts_LTK)
     if mask is not None:
-        ones = ones * (mask.reshape(-1, 1) != 0)
-    load = stacked.new_zeros(len(experts), num_experts)
-    return load.scatter_add_(1, stacked.flatten(1), ones.flatten(1))
+        counts_LTK = counts_LTK * (mask.reshape(-1, 1) != 0)
+    load_LE = experts_LTK.new_zeros(len(experts), num_experts)
+    return load_LE.scatter_add_(1, experts_LTK.flatten(1), counts_LTK.flatten(1))
 
 
 def router_health(load: Tensor) -> dict[str, float]:
-    """How even the load is.
+    """Metrics of how even the experts' load is.
 
     Args:
-        load: Tokens of each expert, `[L, E]`.
+        load: Number of tokens that each expert took, `[L, E]`.
 
     Returns:
-        `load_entropy`: entropy of an expert's share of its layer's load over that of an even load, mean over layers,
-        0 to 1. `max_load`: the busiest expert's load over its layer's mean, the worst layer's, 1 to E.
-        `dead_experts`: how many experts took no token.
+        `load_entropy`: the entropy of the experts' shares of their layer's load, divided by the entropy of an even
+        load, mean over layers, 0 to 1. `max_load`: the busiest expert's load divided by its layer's mean load, in the
+        worst layer, 1 to E. `dead_experts`: the number of experts that took no token.
     """
-    load = load.cpu().double()  # not every device has float64, and the numbers are read on the host
+    load = load.cpu().double()  # not every device has float64, and the host reads the numbers anyway
     share = load / load.sum(dim=-1, keepdim=True).clamp(min=1)
     entropy = torch.special.entr(share).sum(dim=-1).mean()
     return {
@@ -138,16 +140,16 @@ def router_health(load: Tensor) -> dict[str, float]:
 
 @torch.no_grad()
 def update_router_biases(routers: Iterable[CompassRouter], load: Tensor, speed: float) -> None:
-    """Raises the biases of experts with less than their layer's mean load by `speed`, and lowers the others'.
+    """Raises the bias of each expert below its layer's mean load by `speed`, and lowers it above the mean.
 
     Args:
         routers: The routers, layer by layer, MTP layers last.
-        load: Tokens of each expert since the last update, over all processes, `[L, E]`. Routers past the L-th one,
-            those of MTP layers that did not run, stay as they are.
+        load: Number of tokens that each expert took since the last update, over all processes, `[L, E]`. Routers past
+            the L-th one stay as they are; they belong to MTP layers that did not run.
         speed: The step, arXiv 2408.15664's u.
 
     Raises:
-        ValueError: There are fewer than L routers, or they have no biases.
+        ValueError: `routers` has fewer than L routers, or they have no biases.
     """
     routers = list(routers)
     if len(load) > len(routers):

@@ -1,7 +1,8 @@
-"""Code in a checkpoint, so that it loads where this package is not installed, with `trust_remote_code=True`.
+"""Copies the models' code into a checkpoint, so that the checkpoint loads where this package is not installed.
 
-transformers copies such code itself for classes with `register_for_auto_class`, and `config.json` then names the one
-Auto class that was saved. Here it names all of them, whatever wraps the model while it trains.
+Users load such a checkpoint with `trust_remote_code=True`. transformers can copy code too, by
+`register_for_auto_class`, but its `config.json` names only the Auto class of the model that was saved. `save_code`
+names all Auto classes, and works on a folder, whatever wraps the model while it trains.
 """
 
 import json
@@ -25,19 +26,19 @@ AUTO_MAP = {
     "AutoModelForTokenClassification": "modeling_compass.CompassForTokenClassification",
     "AutoModelForQuestionAnswering": "modeling_compass.CompassForQuestionAnswering",
 }
-"""Which class of the saved code each Auto class takes."""
+"""Class of the saved code that each Auto class loads."""
 
 
 def save_code(folder: str | Path) -> None:
-    """Puts the models' code beside a Compass checkpoint and names it in `config.json`.
+    """Copies the models' code beside a Compass checkpoint and names it in `config.json`.
 
-    The code needs torch and transformers alone; experts run by transformers' own implementations.
+    The code imports torch and transformers alone, so transformers' own implementations run the experts.
 
     Args:
-        folder: What `save_pretrained` wrote.
+        folder: The folder that `save_pretrained` wrote.
 
     Raises:
-        ValueError: There is no Compass model in the folder.
+        ValueError: The folder holds no Compass model.
     """
     path = Path(folder) / CONFIG_NAME
     config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
@@ -56,7 +57,7 @@ def save_code(folder: str | Path) -> None:
 
 @cache
 def with_saved_code(trainer_class: type) -> type:
-    """A subclass of a trainer that saves the code with every model that it saves, checkpoints included.
+    """Makes a subclass of a trainer that saves the code with every model that it saves, checkpoints included.
 
     Args:
         trainer_class: transformers' Trainer or a subclass.

@@ -1,4 +1,4 @@
-"""A training run on paper: parameters, operations, memory, communication, time."""
+"""Plans of training runs: parameters, operations, memory, communication and time, computed before a run starts."""
 
 from .hardware import find_gpu as find_gpu
 from .plan import Plan as Plan

@@ -1,4 +1,4 @@
-"""Parameters and floating-point operations of a Compass model, by arithmetic: no tensor is made."""
+"""Parameters and floating-point operations of a Compass model, by arithmetic on its configuration."""
 
 from dataclasses import dataclass
 
@@ -7,18 +7,18 @@ from moe_backbone.model.configuration_compass import CompassConfig
 
 @dataclass(frozen=True)
 class ParameterCounts:
-    """Parameters of a causal language model by part.
+    """Number of parameters of a causal language model, by part.
 
     Attributes:
         embeddings: Embedding table.
-        head: Output head; 0 when it is the embedding table.
+        head: Output head; 0 where the embedding table is the head.
         attention: Projections of the decoder layers, biases included.
         routers: Routers of the decoder layers.
         experts: Routed experts of the decoder layers.
         shared_experts: Shared experts of the decoder layers.
-        norms: Norms of the decoder layers, of queries and keys too, and the last norm.
-        mtp: All of the MTP layers. Published sizes leave them out, and so do `total` and `active`.
-        active_experts: Of `experts`, those that a token takes.
+        norms: Norms of the decoder layers, also of queries and keys, and the last norm.
+        mtp: Whole MTP layers. Published sizes leave them out, and so do `total` and `active`.
+        active_experts: The routed experts that one token takes, a part of `experts`.
     """
 
     embeddings: int
@@ -38,12 +38,12 @@ class ParameterCounts:
 
     @property
     def active(self) -> int:
-        """Parameters that a token meets, embeddings included, without MTP layers."""
+        """Parameters that take part in one token's forward, embeddings included, without MTP layers."""
         return self.embeddings + self.head + self.active_experts + self._dense
 
     @property
     def trained(self) -> int:
-        """Parameters with MTP layers: what the model holds. At `mtp_loss_coef=0` the latter are frozen."""
+        """All parameters of the model, MTP layers included, which are frozen at `mtp_loss_coef=0`."""
         return self.total + self.mtp
 
     @property
@@ -53,7 +53,7 @@ class ParameterCounts:
 
 @dataclass(frozen=True)
 class LayerCounts:
-    """Parameters of one decoder layer, by part as in [`ParameterCounts`]."""
+    """Number of parameters of one decoder layer, by part as in [`ParameterCounts`]."""
 
     attention: int
     router: int
@@ -63,12 +63,12 @@ class LayerCounts:
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """Parameters of all parts."""
         return self.attention + self.router + self.experts + self.shared_experts + self.norms
 
 
 def count_layer(config: CompassConfig) -> LayerCounts:
-    """Parameters of one decoder layer."""
+    """Counts the parameters of one decoder layer."""
     hidden, width = config.hidden_size, config.moe_intermediate_size
     queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     biases = queries + 2 * keys + hidden if config.attention_bias else 0
@@ -82,10 +82,10 @@ def count_layer(config: CompassConfig) -> LayerCounts:
 
 
 def count_parameters(config: CompassConfig) -> ParameterCounts:
-    """Parameters of `CompassForCausalLM(config)`."""
+    """Counts the parameters of `CompassForCausalLM(config)`."""
     layer, layers, hidden = count_layer(config), config.num_hidden_layers, config.hidden_size
     table = config.vocab_size * hidden
-    joining = 2 * hidden * hidden + 3 * hidden  # of an MTP layer: its projection and three more norms
+    joining = 2 * hidden * hidden + 3 * hidden  # an MTP layer adds a projection and three norms
     return ParameterCounts(
         embeddings=table,
         head=0 if config.tie_word_embeddings else table,
@@ -101,12 +101,12 @@ def count_parameters(config: CompassConfig) -> ParameterCounts:
 
 @dataclass(frozen=True)
 class FlopCounts:
-    """Floating-point operations for a token by part, a multiply-add counted as two.
+    """Floating-point operations for one token, by part. A multiply-add counts as two.
 
     Attributes:
         dense: Projections of attention and of MTP layers, routers, shared experts.
         experts: Routed experts.
-        scores: Attention scores and their product with the values, the masked half left out.
+        scores: Attention scores and their product with the values, without the half that the causal mask hides.
         head: Output head, once for the next token and once for each MTP layer that learns.
     """
 
@@ -117,23 +117,23 @@ class FlopCounts:
 
     @property
     def total(self) -> float:
-        """All of them."""
+        """Operations of all parts."""
         return self.dense + self.experts + self.scores + self.head
 
 
 def count_flops(config: CompassConfig, sequence_length: int, training: bool = True) -> FlopCounts:
-    """FLOPs for a token by part, as PaLM's appendix B counts them (arXiv 2204.02311).
+    """Counts FLOPs for one token by part, as PaLM's appendix B does (arXiv 2204.02311).
 
-    Each parameter that a token is multiplied with costs 2 forward and 4 backward. Queries times keys and
-    probabilities times values cost `4 * heads * head_dim * sequence_length` a layer and token forward, twice that
-    backward; PaLM counts all of it, we count half, since the mask is causal and attention kernels skip what it hides.
-    MTP layers count in training when their loss weighs something; `mtp_detach_head` saves them the gradient of the
-    head's weights. Norms, activations, softmax and the embedding lookup are left out, and so is what gradient
-    checkpointing computes again: these are the model's FLOPs, which model FLOPs utilisation (MFU) is about.
+    Each parameter of a matrix product costs a token 2 FLOPs forward and 4 backward. In each layer, queries times keys
+    and probabilities times values cost a token `4 * heads * head_dim * sequence_length` forward, and twice as much
+    backward. PaLM counts all of this; we count half, since attention kernels skip the half that the causal mask hides.
+    MTP layers count in training where their loss has a weight; `mtp_detach_head` saves them the gradient of the head's
+    weights. The count leaves out norms, activations, softmax, the embedding lookup, and the second forward of gradient
+    checkpointing. The rest is the model's FLOPs, by which model FLOPs utilisation (MFU) is defined.
 
     Args:
         config: The model.
-        sequence_length: Tokens that attend to each other, L. In packed rows that is a document's length.
+        sequence_length: Number of tokens that attend to each other, L. In packed rows this is a document's length.
         training: Whether to count the backward pass and the MTP layers.
     """
     layer, hidden = count_layer(config), config.hidden_size
@@ -155,11 +155,11 @@ def count_flops(config: CompassConfig, sequence_length: int, training: bool = Tr
 
 
 def flops_per_token(config: CompassConfig, sequence_length: int, training: bool = True) -> float:
-    """FLOPs for a token; see [`count_flops`].
+    """Counts FLOPs for one token; see [`count_flops`].
 
     Args:
         config: The model.
-        sequence_length: Tokens that attend to each other.
+        sequence_length: Number of tokens that attend to each other.
         training: Whether to count the backward pass and the MTP layers.
     """
     return count_flops(config, sequence_length, training).total

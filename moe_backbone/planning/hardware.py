@@ -1,4 +1,4 @@
-"""GPUs by name: numbers of their makers' data sheets, none of them measured here."""
+"""GPUs by name, with numbers from their makers' data sheets; we measured none of them."""
 
 from dataclasses import dataclass
 
@@ -10,14 +10,14 @@ class GPU:
     """One GPU and its links.
 
     Attributes:
-        title: Its full name.
-        memory: Bytes; a data sheet's GB are read as GiB, of which drivers keep up to a GiB.
+        title: Full name.
+        memory: Bytes of memory. We read a data sheet's GB as GiB; drivers keep up to one GiB of them.
         tflops: Dense bfloat16 TFLOP/s with float32 accumulation.
         float32_tflops: Float32 TFLOP/s outside of tensor cores.
-        bandwidth: Of its memory, GB/s.
-        intra_node: GB/s to the other GPUs of a node, one direction.
-        inter_node: GB/s to other nodes, one direction, for each GPU.
-        source: Where the numbers stand.
+        bandwidth: GB/s of the memory.
+        intra_node: GB/s from one GPU to the others of its node, in one direction.
+        inter_node: GB/s from one GPU to other nodes, in one direction.
+        source: Data sheets that have the numbers, and what we assume beside them.
     """
 
     title: str
@@ -60,14 +60,14 @@ GPUS = {
         "datasheet: L40S (PCIe 4.0 x16); a 100 Gb/s port a GPU is our assumption",
     ),
 }  # fmt: skip
-"""GPUs that plans know."""
+"""GPUs that a plan can be made for."""
 
 
 def find_gpu(name: str) -> GPU:
-    """The GPU of that name.
+    """Finds a GPU by its name in [`GPUS`], in any case.
 
     Raises:
-        ValueError: There is none.
+        ValueError: No GPU has this name.
     """
     if name.lower() not in GPUS:
         raise ValueError(f"`gpu={name}` is not known. Set one of: {', '.join(GPUS)}.")
@@ -75,7 +75,7 @@ def find_gpu(name: str) -> GPU:
 
 
 def recognise_gpu(device_name: str) -> GPU | None:
-    """The GPU that a driver calls so, such as `"NVIDIA H100 80GB HBM3"`; None if it is not in [`GPUS`]."""
+    """Finds the GPU by the driver's name for it, such as `"NVIDIA H100 80GB HBM3"`; None if [`GPUS`] lacks it."""
     words = device_name.upper().replace("-", " ").split()
     names = {"L40S": "l40s", "B200": "b200", "H200": "h200", "H100": "h100", "A100": "a100"}
     found = next((name for word, name in names.items() if word in words), None)

@@ -1,6 +1,6 @@
-"""A training run on paper, before it is started: does it fit, what does it send, how long does a step take.
+"""The plan of a training run: whether it fits the GPUs, what they send each other, and how long a step takes.
 
-`otpo plan` prints what stands here. Memory is checked against PyTorch's; time is an estimate.
+`otpo plan` prints these plans. Tests compare the memory with PyTorch's own count; the time is an estimate.
 """
 
 import json
@@ -19,7 +19,7 @@ from .setup import TrainingSetup
 from .step_time import AllToAll, Rates, StepTime, all_to_all, estimate_step
 
 TIGHT = 0.9
-"""Share of a GPU's memory from which on a plan is called tight: the allocator's gaps and uneven loads come on top."""
+"""Share of a GPU's memory above which a plan is tight: the allocator's gaps and uneven loads need memory too."""
 
 _DIVIDE = "set `strategy` to a higher stage of ZeRO, or `expert_parallel_size` to more GPUs, or take more nodes"
 _SHRINK = "set `micro_batch_size` or `sequence_length` to less"
@@ -31,22 +31,22 @@ REMEDIES = {
     "loss": _SHRINK,
     "temporary": _SHRINK,
 }
-"""What makes each part smaller."""
+"""Options that make each part of the memory smaller."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A run on paper.
+    """The plan of a run.
 
     Attributes:
         config: The model.
-        setup: How it is trained.
-        gpu: On what.
-        rates: Shares of its rates that are assumed.
-        parameters: Parameters by part.
-        memory: Bytes on a GPU at its peak.
-        exchange: All-to-all bytes of a GPU, layer and micro-batch.
-        time: Seconds of a step.
+        setup: The options of the run.
+        gpu: The GPUs that it runs on.
+        rates: Shares of the GPU's rates that the plan assumes.
+        parameters: Number of parameters by part.
+        memory: Bytes on one GPU at the peak of a step.
+        exchange: Bytes that one GPU sends for one layer and micro-batch to reach the experts of others.
+        time: Seconds of a step by part.
         flops: Model FLOPs for a token.
     """
 
@@ -68,7 +68,7 @@ class Plan:
 
     @property
     def remedy(self) -> str | None:
-        """What to set if the plan does not fit, by its largest part."""
+        """Sentence on the largest part of the memory and the options that make it smaller; None if the plan fits."""
         if self.fit != "does not fit":
             return None
         parts = {name: value for name, value in self.memory.parts.items() if name in REMEDIES}
@@ -77,21 +77,21 @@ class Plan:
 
     @property
     def tokens_per_second(self) -> float:
-        """Over all GPUs."""
+        """Tokens a second over all GPUs."""
         return self.setup.tokens_per_step / self.time.total
 
     @property
     def mfu(self) -> float:
-        """Model FLOPs over what the GPUs' dense bfloat16 rate would allow, 0 to 1."""
+        """Model FLOPs a second, divided by the GPUs' dense bfloat16 rate, 0 to 1."""
         return self.flops * self.tokens_per_second / (self.setup.world * self.gpu.tflops * 1e12)
 
     def days(self, tokens: float) -> float:
-        """Days that so many tokens take."""
+        """Days that training on so many tokens takes."""
         return tokens / self.tokens_per_second / 86_400
 
     @property
     def assumptions(self) -> list[str]:
-        """What the numbers take for granted."""
+        """Sentences on what the numbers assume."""
         rates, lines = self.rates, []
         lines.append(
             f"Time is an estimate. Rates are shares of the data sheet's: {rates.matmul:.0%} in matrix products "
@@ -115,7 +115,7 @@ class Plan:
         return lines
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything as JSON values; bytes, seconds and FLOPs."""
+        """The whole plan as JSON values, in bytes, seconds and FLOPs."""
         counts = self.parameters
         return {
             "setup": {**asdict(self.setup), "world": self.setup.world, "tokens_per_step": self.setup.tokens_per_step},
@@ -145,16 +145,16 @@ class Plan:
 
 
 def make_plan(config: CompassConfig, gpu: GPU, setup: TrainingSetup, rates: Rates | None = None) -> Plan:
-    """The plan of a run.
+    """Makes the plan of a run.
 
     Args:
         config: The model.
-        gpu: On what; see [`find_gpu`].
-        setup: How it is trained.
-        rates: Shares of the GPU's rates that are reached; None for [`Rates`]' own.
+        gpu: The GPUs that it runs on; see [`find_gpu`].
+        setup: The options of the run.
+        rates: Shares of the GPU's rates that the run reaches; None for the defaults of [`Rates`].
 
     Raises:
-        ValueError: The model cannot be trained so; the message names the option and what to set.
+        ValueError: This setup cannot train the model; the message names the option and what to set.
     """
     rates = rates or Rates()
     return Plan(
@@ -171,11 +171,15 @@ def make_plan(config: CompassConfig, gpu: GPU, setup: TrainingSetup, rates: Rate
 
 
 def load_config(model: str) -> CompassConfig:
-    """The configuration that a preset's name, a folder with a `config.json` or such a file stands for.
+    """Loads a configuration.
+
+    Args:
+        model: A preset's name, a folder with a `config.json`, or such a file.
 
     Raises:
-        ValueError: It is none of them, or not a Compass model's, or a value in it can't be.
+        ValueError: `model` is none of these, or the file is not of a Compass model, or a value in it is invalid.
     """
+    # A preset's name comes first, so that a folder of the same name cannot change what a recipe means.
     if model in PRESETS:
         return preset(model)
     path = Path(model).expanduser()
@@ -185,6 +189,8 @@ def load_config(model: str) -> CompassConfig:
             f"`model={model}` is neither a preset ({', '.join(PRESETS)}) nor a folder with a `config.json` nor such "
             "a file. Name one of them."
         )
+
+    # The file has to be JSON and a Compass model's, before its values mean anything.
     try:
         values = json.loads(path.read_text())
     except ValueError as error:
@@ -194,6 +200,8 @@ def load_config(model: str) -> CompassConfig:
         raise ValueError(
             f"`model={model}`: its `model_type` is {found!r}; plans are made for {CompassConfig.model_type!r} alone."
         )
+
+    # transformers raises errors of many lines, `otpo plan` prints one.
     try:
         with one_line_refusals():
             config = CompassConfig.from_dict(values)

@@ -1,4 +1,4 @@
-"""On what and how a model is trained: the options of a plan, checked."""
+"""The options of a run that its plan depends on, and their checks."""
 
 from dataclasses import dataclass
 
@@ -7,17 +7,17 @@ from moe_backbone.model.configuration_compass import CompassConfig
 from .activations import PRECISIONS, Batch, Precision
 
 STRATEGIES = {"ddp": 0, "zero1": 1, "zero2": 2, "zero3": 3}
-"""Data parallelism and DeepSpeed's ZeRO stage: from 1 on optimizer states are divided among the GPUs, from 2 on
-gradients too, at 3 weights too (arXiv 1910.02054)."""
+"""DeepSpeed's ZeRO stage of each strategy; plain data parallelism has 0. GPUs divide optimizer states from stage 1 on,
+gradients from 2 on, and weights at 3 (arXiv 1910.02054)."""
 
 
 @dataclass(frozen=True)
 class Optimizer:
-    """What an optimizer keeps and needs.
+    """Memory that an optimizer takes.
 
     Attributes:
-        moment: Bytes of each of Adam's two moments of a parameter; None for the precision's.
-        temporaries: Copies of a moment that its step makes.
+        moment: Bytes of each of Adam's two moments for a parameter; None for the precision's own.
+        temporaries: Number of copies of a moment that exist during its step.
     """
 
     moment: float | None = None
@@ -29,8 +29,8 @@ OPTIMIZERS = {
     "adamw_foreach": Optimizer(temporaries=1),
     "adamw_8bit": Optimizer(moment=1 + 4 / 256),
 }
-"""`adamw`: fused, the Trainer's default. `adamw_foreach`: `torch.optim.AdamW`'s default. `adamw_8bit`: bitsandbytes',
-a byte a number and a float32 scale a block of 256 (arXiv 2110.02861)."""
+"""`adamw` is the fused one, the Trainer's default; `adamw_foreach` is `torch.optim.AdamW`'s default. `adamw_8bit` is
+bitsandbytes', which stores a byte for each number and a float32 scale for each block of 256 (arXiv 2110.02861)."""
 
 
 @dataclass(frozen=True)
@@ -38,15 +38,15 @@ class TrainingSetup:
     """The options of a run that its memory and time depend on.
 
     Attributes:
-        nodes: Machines.
-        gpus_per_node: GPUs of each.
+        nodes: Number of machines.
+        gpus_per_node: Number of GPUs in each machine.
         strategy: One of [`STRATEGIES`].
-        expert_parallel_size: GPUs of a node that share the experts; each holds its part of all of them.
-        micro_batch_size: Rows on a GPU at a time.
+        expert_parallel_size: Number of GPUs in a node that share the experts; each GPU holds an equal part of them.
+        micro_batch_size: Rows that a GPU takes at a time.
         sequence_length: Tokens of a row.
         packed: Whether rows hold several documents; see [`Batch`].
-        gradient_accumulation_steps: Micro-batches of a step.
-        gradient_checkpointing: Whether layers keep their inputs alone and run twice.
+        gradient_accumulation_steps: Number of micro-batches in a step.
+        gradient_checkpointing: Whether each layer keeps only its input, and runs again in the backward.
         precision: One of [`PRECISIONS`].
         optimizer: One of [`OPTIMIZERS`].
 
@@ -89,7 +89,7 @@ class TrainingSetup:
 
     @property
     def world(self) -> int:
-        """All GPUs."""
+        """Number of all GPUs."""
         return self.nodes * self.gpus_per_node
 
     @property
@@ -99,12 +99,12 @@ class TrainingSetup:
 
     @property
     def expert_replicas(self) -> int:
-        """GPUs that hold the same experts."""
+        """Number of GPUs that hold the same experts."""
         return self.world // self.expert_parallel_size
 
     @property
     def batch(self) -> Batch:
-        """What a GPU sees at a time."""
+        """Rows that a GPU takes at a time."""
         return Batch(self.micro_batch_size, self.sequence_length, self.packed)
 
     @property
@@ -114,17 +114,17 @@ class TrainingSetup:
 
     @property
     def bytes_of(self) -> Precision:
-        """The precision's sizes."""
+        """Bytes of a number in each role, as the precision has them."""
         return PRECISIONS[self.precision]
 
     @property
     def moment(self) -> float:
-        """Bytes of one of Adam's moments."""
+        """Bytes of each of Adam's two moments for a parameter."""
         own = OPTIMIZERS[self.optimizer].moment
         return self.bytes_of.moments if own is None else own
 
     def check(self, config: CompassConfig) -> None:
-        """Raises a `ValueError` if the model cannot be trained so."""
+        """Raises a `ValueError` if this setup cannot train the model."""
         if config.num_experts % self.expert_parallel_size:
             both = [n for n in _divisors(self.gpus_per_node) if config.num_experts % n == 0]
             raise ValueError(

@@ -1,6 +1,8 @@
-"""Time of a training step, estimated: operations over the device's rate, bytes over its bandwidths, one after another.
+"""Estimated time of a training step: operations over the device's rate plus bytes over its bandwidths.
 
-Legend: T tokens of a micro-batch, K experts that a token takes, H hidden size, R = T rows of H numbers, N = K * R.
+The estimate adds up all parts, as if none ran beside another.
+Legend: T tokens of a micro-batch, K experts that a token takes, H hidden size, R bytes of T rows of H numbers, and
+N = K R.
 """
 
 from dataclasses import dataclass
@@ -16,15 +18,18 @@ from .setup import TrainingSetup
 
 @dataclass(frozen=True)
 class Rates:
-    """Shares of the data sheet's rates that a run is assumed to reach.
+    """Shares of the data sheet's rates that a plan assumes a run to reach.
 
     Attributes:
-        matmul: Of the dense bfloat16 rate in matrix products. Measured: grouped_mm of 65536 x 4096 x 14336 at 713 of
-            989 TFLOP/s on an H100; smaller products reach less.
-        attention: Of the same in attention's kernel. Not measured: half of the above, since its backward computes the
-            scores again.
-        bandwidth: Of memory's. Measured: 3.0 of 3.35 TB/s, copies on an H100.
-        links: Of the links between GPUs. Not measured.
+        matmul: Share of the dense bfloat16 rate that matrix products reach. We measured grouped_mm of 65536 x 4096 x
+            14336 at 713 of 989 TFLOP/s on an H100; smaller products reach less.
+        attention: Share of the same rate that attention's kernel reaches. We did not measure it; it is half of the
+            above, since the kernel's backward computes the scores again.
+        bandwidth: Share of the memory's bandwidth. We measured copies at 3.0 of 3.35 TB/s on an H100.
+        links: Share of the bandwidth between GPUs. We did not measure it.
+
+    Raises:
+        ValueError: A share is not above 0 and at most 1.
     """
 
     matmul: float = 0.72
@@ -40,11 +45,11 @@ class Rates:
 
 @dataclass(frozen=True)
 class AllToAll:
-    """Bytes that a GPU sends in one layer and micro-batch, what stays on it left out.
+    """Bytes that one GPU sends to others in one layer and micro-batch.
 
     Attributes:
-        forward: Dispatch and combine.
-        backward: Their gradients; gradient checkpointing repeats the forward beside it.
+        forward: Rows on their way to the experts and back.
+        backward: Gradients of these rows. Gradient checkpointing repeats the forward beside it.
     """
 
     forward: int
@@ -53,16 +58,16 @@ class AllToAll:
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of a step by part, none of which is assumed to hide behind another.
+    """Seconds of a step by part.
 
     Attributes:
-        matmul: Matrix products, gradient checkpointing's second forward included.
-        attention: Scores and their product with the values, likewise.
-        row_moves: To the experts' order and back, at the floor: rows read once and written once.
-        elementwise: Norms, activations, casts, loss, by the bytes that they write and read.
-        all_to_all: Rows to the GPUs that hold their experts and back.
+        matmul: Matrix products, the second forward of gradient checkpointing included.
+        attention: Scores and their product with the values, the second forward included.
+        row_moves: Moves of rows to the experts' order and back, if each row is read once and written once.
+        elementwise: Norms, activations, casts and the loss, by the bytes that they write and read.
+        all_to_all: Moves of rows to the GPUs that hold their experts and back.
         gradients: Collectives of data parallelism and ZeRO.
-        optimizer: Its reads and writes.
+        optimizer: Reads and writes of the optimizer.
     """
 
     matmul: float
@@ -75,12 +80,16 @@ class StepTime:
 
     @property
     def total(self) -> float:
-        """All of them."""
+        """Seconds of all parts."""
         return sum(vars(self).values())
 
 
 def all_to_all(config: CompassConfig, setup: TrainingSetup) -> AllToAll:
-    """Bytes between the GPUs that share the experts, at an even load: `2 N (1 - 1 / expert_parallel_size)` a pass."""
+    """Bytes that one GPU sends to those that share its experts.
+
+    At an even load each pass sends `2 N (1 - 1 / expert_parallel_size)`: the rows of other GPUs' experts, there and
+    back.
+    """
     rows = setup.batch.tokens * config.num_experts_per_tok
     leaving = rows - rows // setup.expert_parallel_size
     one_pass = 2 * leaving * config.hidden_size * setup.bytes_of.compute
@@ -88,10 +97,10 @@ def all_to_all(config: CompassConfig, setup: TrainingSetup) -> AllToAll:
 
 
 def row_move_bytes(config: CompassConfig, setup: TrainingSetup) -> int:
-    """Bytes that permute and unpermute move at least in one layer and micro-batch, forward and backward.
+    """Least bytes that permute and unpermute move in one layer and micro-batch, forward and backward.
 
-    Forward `2 (R + N)`. Backward `(R + N) + (R + 2 N)`, since the weights' gradient reads the experts' rows again.
-    Expert parallelism orders the rows that arrive once more, and back: `4 N` a pass.
+    The forward moves `2 (R + N)`. The backward moves `(R + N) + (R + 2 N)`, since the weights' gradient reads the
+    experts' rows again. Under expert parallelism each pass also reorders the rows that arrive, and back: `4 N`.
     """
     row = setup.batch.tokens * config.hidden_size * setup.bytes_of.compute
     rows = row * config.num_experts_per_tok
@@ -101,13 +110,13 @@ def row_move_bytes(config: CompassConfig, setup: TrainingSetup) -> int:
 
 
 def estimate_step(config: CompassConfig, setup: TrainingSetup, gpu: GPU, rates: Rates) -> StepTime:
-    """Time of a step of the optimizer.
+    """Estimates the time of one step: all micro-batches and the optimizer.
 
     Args:
         config: The model.
-        setup: How it is trained.
-        gpu: On what.
-        rates: Shares of its rates.
+        setup: The options of the run.
+        gpu: The GPUs that it runs on.
+        rates: Shares of the GPU's rates that the run reaches.
     """
     ahead = config.num_mtp_layers if config.effective_mtp_loss_coef else 0
     layers, micro_batches = config.num_hidden_layers + ahead, setup.gradient_accumulation_steps
@@ -115,7 +124,7 @@ def estimate_step(config: CompassConfig, setup: TrainingSetup, gpu: GPU, rates: 
     again = 4 / 3 if setup.gradient_checkpointing else 1.0
     flops = count_flops(config, setup.sequence_length)
     peak = 1e12 * (gpu.float32_tflops if setup.bytes_of.compute == FLOAT else gpu.tflops)
-    scores = flops.scores * (2 if setup.packed else 1)  # a mask of numbers lets a kernel skip nothing
+    scores = flops.scores * (2 if setup.packed else 1)  # kernels skip nothing under a mask of numbers
     bandwidth = gpu.bandwidth * 1e9 * rates.bandwidth
     exchange = all_to_all(config, setup)
     forwards = 2 if setup.gradient_checkpointing else 1
@@ -132,17 +141,23 @@ def estimate_step(config: CompassConfig, setup: TrainingSetup, gpu: GPU, rates: 
 
 
 def _elementwise_bytes(config: CompassConfig, setup: TrainingSetup, forwards: int) -> float:
-    """What autograd keeps is written and read in each forward, and so are its gradients; a head's loss ten times."""
+    """Bytes that elementwise operations move in one micro-batch.
+
+    Each pass writes and reads every tensor that autograd keeps, or its gradient. A head's loss takes ten such moves.
+    """
     kept = saved_activations(config, setup.batch, setup.bytes_of, expert_parallel_size=setup.expert_parallel_size)
     ahead = config.num_mtp_layers if config.effective_mtp_loss_coef else 0
     copies = config.num_hidden_layers * kept.layer.copies + ahead * kept.mtp_layer.copies
     layers = config.num_hidden_layers * kept.layer.total + ahead * kept.mtp_layer.total - copies
-    casts = 3 * copies * (forwards + 1)  # a cast reads 4 bytes for 2 that it writes, a gradient's the other way round
+    casts = 3 * copies * (forwards + 1)  # 2 bytes beside 4: a cast writes 2, its gradient writes 4
     return 2 * layers * (forwards + 1) + casts + 10 * (1 + ahead) * kept.head
 
 
 def _collectives(config: CompassConfig, setup: TrainingSetup, gpu: GPU) -> float:
-    """Seconds at full rate. Rings between nodes use the ports of all GPUs of a node that are in the same ring."""
+    """Seconds of the collectives at full rate.
+
+    A ring over several nodes uses the ports of all its GPUs in a node.
+    """
     size, micro_batches = setup.bytes_of, setup.gradient_accumulation_steps
     groups = [
         (dense_parameters(config), setup.world, setup.gpus_per_node),
@@ -163,7 +178,10 @@ def _collectives(config: CompassConfig, setup: TrainingSetup, gpu: GPU) -> float
 
 
 def _optimizer_bytes(config: CompassConfig, setup: TrainingSetup) -> float:
-    """Moments and float32 weights are read and written; gradients read twice, for their norm and for the step."""
+    """Bytes that one optimizer step moves on a GPU.
+
+    The step reads and writes moments and float32 weights, and reads gradients twice: for their norm and to apply them.
+    """
     size = setup.bytes_of
     experts = routed_experts(config)
     if setup.stage:

@@ -1,7 +1,7 @@
 """Packed rows: several documents in a row of fixed length, none of which sees another.
 
-Which documents share a row is TRL's best-fit packing. A document longer than a row is cut, and its parts count as
-documents of their own. In a part of one token there is nothing to predict.
+TRL's best-fit packing chooses which documents share a row. It cuts a document longer than a row, and each part counts
+as a document of its own. A part of one token has no label.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from moe_backbone.model.mtp import IGNORED
 
 
 def pack_documents(documents: Dataset | IterableDataset, sequence_length: int) -> Dataset | IterableDataset:
-    """Rows of `input_ids` and `seq_lengths`, from documents with `input_ids`, by best-fit-decreasing packing."""
+    """Packs documents, which have `input_ids`, into rows of `input_ids` and `seq_lengths`; best-fit-decreasing."""
     ids: Any = documents.select_columns(["input_ids"])
     return pack_dataset(ids, sequence_length, strategy="bfd_split")
 
@@ -25,9 +25,9 @@ class PackedCollator:
     """Makes a batch of packed rows.
 
     Args:
-        pad_token_id: What stands behind a row's last document. Padding is a document of its own.
+        pad_token_id: Token that fills a row behind its last document. Padding is a document of its own.
         sequence_length: Tokens of a row, L.
-        flatten: Whether the rows follow each other in a single one, as flash attention wants packed documents.
+        flatten: Whether to join the rows to a single one, which flash attention needs for packed documents.
     """
 
     def __init__(self, pad_token_id: int, sequence_length: int, *, flatten: bool = False):
@@ -36,15 +36,15 @@ class PackedCollator:
         self.flatten = flatten
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-        """A batch of B rows.
+        """Makes a batch of B rows.
 
         Args:
-            rows: `input_ids` and `seq_lengths`, the lengths of the documents in them.
+            rows: Rows with `input_ids` and `seq_lengths`, the lengths of their documents.
 
         Returns:
             `input_ids`, `position_ids`, `labels` and `router_mask`, `[B, L]` each, `[1, B * L]` when flattened.
-            Positions start at 0 in each document. Labels are -100 at padding and at each document's first token.
-            There is no attention mask: transformers finds the documents by their positions.
+            Positions start at 0 in each document. Labels are -100 at padding and at each document's first token. The
+            batch has no attention mask, since transformers finds the documents by their positions.
         """
         size = (len(rows), self.sequence_length)
         input_ids = torch.full(size, self.pad_token_id)

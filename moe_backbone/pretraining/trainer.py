@@ -1,4 +1,4 @@
-"""Pretraining through transformers' Trainer: packed rows, the loss by part, the routers' health, tokens a second."""
+"""Pretraining by transformers' Trainer on packed rows; it logs the loss by part, the routers' load and the speed."""
 
 import time
 from dataclasses import dataclass, field
@@ -19,15 +19,17 @@ from .packing import PackedCollator
 
 @dataclass
 class PretrainingConfig(TrainingArguments):
-    """transformers' options with defaults for pretraining, and a row's length.
+    """transformers' options with defaults for pretraining, and the length of a row.
 
-    The learning rate, the decay and Adam's betas are common choices for pretraining, not Compass-v3's, which are not
-    published.
+    Compass-v3's learning rate, decay and betas of Adam are not published; the defaults are common choices.
 
     Args:
-        sequence_length: Tokens of a packed row.
-        peak_tflops: Dense 16-bit TFLOP/s of a device, to log the share of it that the model's operations take (MFU).
-            None for those of `moe_backbone.planning.hardware.GPUS` where the GPU is one of them; no MFU elsewhere.
+        sequence_length: Tokens of a packed row, >= 2.
+        peak_tflops: Dense 16-bit TFLOP/s of a device. The log's MFU is the share of it that the model's operations
+            take. None takes the rate of a GPU in `moe_backbone.planning.hardware.GPUS`, and logs no MFU on others.
+
+    Raises:
+        ValueError: An option is out of its range, or does not work with packed rows or the model's own loss.
     """
 
     sequence_length: int = field(default=4096, metadata={"help": "Tokens of a packed row."})
@@ -68,17 +70,21 @@ class PretrainingConfig(TrainingArguments):
 class PretrainingTrainer(Trainer):
     """Trains a [`CompassForCausalLM`] on packed rows.
 
-    Beside transformers' metrics it logs, over the steps since the last entry: `lm_loss`, `mtp_loss`, `aux_loss` and
-    `z_loss`; `router/load_entropy`, `router/max_load`, `router/dead_experts` (see [`router_health`]) and
-    `router/dropped`, tokens times experts that were asked for and not computed, 0 by design; `tokens_per_second` over
-    all processes, padding left out; and `mfu`. Evaluation's loss is that of the next token alone.
+    Beside transformers' metrics, each entry of the log has these over the steps since the last entry:
+
+    - `lm_loss`, `mtp_loss`, `aux_loss` and `z_loss`.
+    - `router/load_entropy`, `router/max_load` and `router/dead_experts`; see [`router_health`].
+    - `router/dropped`: the number of experts that tokens chose and nobody computed, 0 by design.
+    - `tokens_per_second` over all processes, without padding, and `mfu`.
+
+    The loss of an evaluation is that of the next token alone.
 
     Args:
         model: The model.
         args: Options.
         train_dataset: Rows of [`pack_documents`], `args.sequence_length` long.
-        eval_dataset: The same, or several by name.
-        processing_class: The tokenizer; saved with the model.
+        eval_dataset: Such rows, or several datasets of them by name.
+        processing_class: The tokenizer, which is saved with the model.
         kwargs: Other arguments of transformers' Trainer.
     """
 
@@ -126,9 +132,9 @@ class PretrainingTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The model's own loss; in training its parts are kept for the log.
+        """Computes the model's own loss, and in training keeps its parts for the log.
 
-        It is 0 where there is nothing to predict: a step, or rows to evaluate on, of documents of one token each.
+        The loss is 0 for a step or an evaluation's rows without a label, as documents of one token have.
         """
         if num_items_in_batch is not None:
             num_items_in_batch = torch.as_tensor(num_items_in_batch).clamp(min=1)
@@ -144,12 +150,12 @@ class PretrainingTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """As in transformers; starts the clock of the log's window."""
+        """Trains on a micro-batch as transformers does; the first one since an entry of the log starts the clock."""
         self._window.start(self.state.global_step)
         return super().training_step(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the window's metrics to the training's entries."""
+        """Adds the metrics since the last entry to training's entries."""
         if "loss" in logs and self._window.micro_batches:
             logs = {**logs, **self._window_metrics()}
         super().log(logs, start_time)
@@ -157,7 +163,7 @@ class PretrainingTrainer(Trainer):
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         norm: Any = super()._get_grad_norm(model, grad_norm=grad_norm)
         finite = norm is None or bool(torch.as_tensor(norm).isfinite())
-        if not finite and not self.args.fp16:  # the scaler of fp16 skips such steps itself
+        if not finite and not self.args.fp16:  # fp16's scaler skips such steps itself
             raise FloatingPointError(
                 f"The gradient's norm is {norm} after {self.state.global_step} step(s). No update was made "
                 "from it and nothing was saved. Resume from the last checkpoint with a lower `learning_rate`."
@@ -165,6 +171,7 @@ class PretrainingTrainer(Trainer):
         return norm
 
     def _window_metrics(self) -> dict[str, float]:
+        """Metrics of all processes since the last entry; starts a new window."""
         window, self._window = self._window, _Window()
         steps = self.state.global_step - window.first_step
         sums: dict[str, Any] = {name: self.accelerator.reduce(value, "sum") for name, value in window.sums.items()}
@@ -188,7 +195,7 @@ class PretrainingTrainer(Trainer):
         return metrics
 
     def take_load_of_step(self) -> Tensor | None:
-        """Tokens of each expert since the last call, over all processes, `[layers, E]`."""
+        """Number of tokens that each expert took since the last call, over all processes, `[layers, E]`."""
         load: Any = self._load_of_step
         self._load_of_step = None
         return None if load is None else self.accelerator.reduce(load, "sum")  # pyright: ignore

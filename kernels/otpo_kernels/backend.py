@@ -1,4 +1,4 @@
-"""Which engine runs an op: Triton or its torch reference. No Triton here, so that machines without it can ask."""
+"""Which backend runs an op: Triton or its torch reference. No Triton here, so that machines without it can ask."""
 
 import os
 
