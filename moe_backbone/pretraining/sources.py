@@ -1,7 +1,8 @@
 """The plain reader of a mixture's sources: what `datasets` reads by a file's ending, a saved folder, a Hub name.
 
 [`moe_backbone.pretraining.documents.load_mixture`] takes any other reader in its place. `otpo pretrain` hands in the
-one of `otpo`, which reads the same and tells more of a broken file; neither library imports the other.
+one of `otpo`, since neither library imports the other: it reads the same sources, tells more of a broken file, and
+takes all columns of a CSV file as text, while numbers and missing values stay such here.
 """
 
 from pathlib import Path
@@ -36,8 +37,9 @@ def read_source(source: Source, streaming: bool) -> Documents:
         if source.split not in tables:
             raise SplitError(f"it has the split(s) {sorted(map(str, tables))}")
         return tables[source.split].to_iterable_dataset() if streaming else tables[source.split]
-    text = path.with_suffix("") if path.suffix in _COMPRESSED else path
-    builder = _BUILDERS.get(text.suffix) if path == text or text.suffix != ".parquet" else None
+    name = Path(source.path.lower())
+    text = name.with_suffix("") if name.suffix in _COMPRESSED else name
+    builder = _BUILDERS.get(text.suffix) if name == text or text.suffix != ".parquet" else None
     if path.is_file() or (builder and not path.is_dir()):
         if builder is None:
             raise ValueError(

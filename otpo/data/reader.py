@@ -99,8 +99,9 @@ def select_split(splits: Splits, split: str) -> Rows:
     if not all(isinstance(table, Dataset) for table in tables.values()):
         raise SourceError(f"a stream has no parts such as {split!r}. Name a whole split, or read without streaming")
     lengths = {name: len(tables.get(name, ())) for name in splits}
+    spec = "+".join(map(str, splits)) if split == _ALL else split
     try:
-        parts = ReadInstruction.from_spec(split).to_absolute(lengths)
+        parts = ReadInstruction.from_spec(spec).to_absolute(lengths)
     except (ValueError, AssertionError) as error:
         raise SourceError(f"{split!r} is no part of a split: {fault(error)}") from error
     taken = [tables[part.splitname].select(range(part.from_, part.to)) for part in parts]

@@ -93,8 +93,6 @@ NEEDS_COLUMNS = {by_align: "lacks the column", by_sft: "Instructions need", by_e
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("read", READERS, ids=lambda read: read.__name__)
 def test_every_command_reads_every_kind(read, kind, sources):
-    if read is by_the_backbones_own_reader and kind in ("A.JSONL", "a.csv", "a.csv.xz"):
-        pytest.skip("the plain reader knows lower-case endings, and takes numbers of a CSV file as such")
     for streaming in (False, True):
         if ".txt" in kind and read in NEEDS_COLUMNS:
             with pytest.raises(ValueError, match=rf"{NEEDS_COLUMNS[read]}.*|\['text'\]"):
@@ -102,7 +100,9 @@ def test_every_command_reads_every_kind(read, kind, sources):
             continue
         rows = read(sources[kind], streaming)
         assert isinstance(rows, IterableDataset if streaming and read is not by_explain else Dataset)
-        assert [row["text"] for row in rows] == TEXTS
+        # The plain reader takes the numbers and missing values of a CSV file as such.
+        expected = [*TEXTS[:3], None] if read is by_the_backbones_own_reader and ".csv" in kind else TEXTS
+        assert [row["text"] for row in rows] == expected
 
 
 @pytest.mark.parametrize("read", READERS, ids=lambda read: read.__name__)
