@@ -1,14 +1,15 @@
-"""Documents of a mixture: read from their sources, tokenized, and drawn by weight."""
+"""Documents of a mixture: tokenized, and drawn by weight from sources that a reader reads."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict, IterableDataset, interleave_datasets, load_dataset, load_from_disk
+from datasets import Dataset, interleave_datasets
 from datasets.exceptions import DatasetsError
 from transformers.utils import logging
 
-from .mixture import WHOLE, Mixture, Source, Stage, read_mixture
+from .mixture import Mixture, Source, Stage, read_mixture
+from .sources import Documents, SplitError, read_source
 
 __all__ = [
     "DocumentEncoder",
@@ -19,18 +20,14 @@ __all__ = [
     "load_mixture",
     "load_source",
     "read_mixture",
+    "read_source",
 ]
 
 logger = logging.get_logger(__name__)
 
-Documents = Dataset | IterableDataset
-_BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text"}
-_COMPRESSED = (".jsonl.gz", ".json.gz", ".csv.gz", ".txt.gz")
+Reader = Callable[[Source, bool], Documents]
+"""Reads the split of a source, all of it, as a stream if asked for; a [`SplitError`] where there is no such split."""
 _SHUFFLE_ROWS = 10_000
-
-
-class SplitError(ValueError):
-    """A source has no such split."""
 
 
 def load_mixture(
@@ -41,6 +38,7 @@ def load_mixture(
     streaming: bool,
     seed: int,
     bundled: Mapping[str, Callable[[Source], Documents]] | None = None,
+    read: Reader = read_source,
 ) -> Documents:
     """Documents of all sources, tokenized and drawn by weight until each source has been read once.
 
@@ -53,13 +51,15 @@ def load_mixture(
         streaming: Whether documents are read as they are needed.
         seed: Of the draws.
         bundled: Sources that are known by name, and how to load them.
+        read: Reads all other sources.
 
     Raises:
         ValueError: A source can't be read, has no such column or split, or no document of two tokens. An empty
             document or a token beyond the vocabulary is found when its row is read, which is later for streams.
     """
     loaded: list[Any] = [
-        _tokenized(source, tokenizer, vocab_size, streaming, bundled or {}, seed) for source in sources
+        _tokenized(source, load_source(source, streaming, bundled, seed, read), tokenizer, vocab_size)
+        for source in sources
     ]
     if len(loaded) == 1:
         return loaded[0]
@@ -73,71 +73,46 @@ def load_mixture(
 
 
 def load_source(
-    source: Source, streaming: bool, bundled: Mapping[str, Callable[[Source], Documents]], seed: int = 0
+    source: Source,
+    streaming: bool,
+    bundled: Mapping[str, Callable[[Source], Documents]] | None = None,
+    seed: int = 0,
+    read: Reader = read_source,
 ) -> Documents:
-    """The documents of a source as they are.
+    """The documents of a source as they are: the first ones, or the first of a shuffle by the seed, if not all.
 
     Raises:
         ValueError: It can't be read; a [`SplitError`] where its split is what is missing.
     """
     try:
-        documents = _open(source, streaming, bundled)
+        if source.path in (bundled or {}):
+            documents = _make_bundled(source, streaming, bundled or {})
+        else:
+            documents = read(source, streaming)
     except (OSError, ValueError, DatasetsError) as error:
-        reason = error.__cause__ or error  # `datasets` wraps what went wrong in a file
-        theirs = isinstance(error, ValueError) and str(error).startswith(("Unknown split", "Bad split"))
-        kind = SplitError if theirs or isinstance(error, SplitError) else ValueError
+        # `datasets` wraps what went wrong in a file.
+        reason = error if isinstance(error, SplitError) else error.__cause__ or error
+        kind = SplitError if isinstance(error, SplitError) else ValueError
         raise kind(f"Source {source.path} (split {source.split}) can't be read: {reason}") from error
+    if source.shuffle and source.max_documents is not None:
+        options: Any = {} if isinstance(documents, Dataset) else {"buffer_size": _SHUFFLE_ROWS}
+        documents = documents.shuffle(seed=seed, **options)
     if source.max_documents is None:
         return documents
     if isinstance(documents, Dataset):
-        documents = documents.shuffle(seed=seed) if source.shuffle else documents
         return documents.select(range(min(source.max_documents, len(documents))))
-    documents = documents.shuffle(seed=seed, buffer_size=_SHUFFLE_ROWS) if source.shuffle else documents
     return documents.take(source.max_documents)
 
 
-def _open(source: Source, streaming: bool, bundled: Mapping[str, Callable[[Source], Documents]]) -> Documents:
+def _make_bundled(source: Source, streaming: bool, bundled: Mapping[str, Callable[[Source], Documents]]) -> Documents:
     path = Path(source.path)
-    if source.path in bundled:
-        if path.exists():
-            raise ValueError(f"it is bundled, and there is a local {path} too. Name that one ./{path}")
-        documents = bundled[source.path](source)
-        return documents.to_iterable_dataset() if streaming and isinstance(documents, Dataset) else documents
-    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-        _refuse_config(source, "a saved dataset")
-        saved = load_from_disk(source.path)
-        tables: Any = saved if isinstance(saved, DatasetDict) else {WHOLE: saved}
-        if source.split not in tables:
-            raise SplitError(f"it has the split(s) {sorted(map(str, tables))}")
-        return tables[source.split].to_iterable_dataset() if streaming else tables[source.split]
-    ending = source.path.removesuffix(".gz") if source.path.endswith(_COMPRESSED) else source.path
-    builder = _BUILDERS.get(Path(ending).suffix)
-    if path.is_file() or (builder and not path.is_dir()):
-        if builder is None:
-            raise ValueError(f"it is of no kind that is read here: {', '.join((*_BUILDERS, *_COMPRESSED))}")
-        if not path.is_file():
-            raise FileNotFoundError("there is no such file")
-        _refuse_config(source, "a file")
-        files = {WHOLE: source.path}
-        return load_dataset(builder, data_files=files, split=source.split, streaming=streaming)  # pyright: ignore
-    config = None if source.config is None else str(source.config)
-    return load_dataset(source.path, config, split=source.split, streaming=streaming)  # pyright: ignore
+    if path.exists():
+        raise ValueError(f"it is bundled, and there is a local {path} too. Name that one ./{path}")
+    documents = bundled[source.path](source)
+    return documents.to_iterable_dataset() if streaming and isinstance(documents, Dataset) else documents
 
 
-def _refuse_config(source: Source, kind: str) -> None:
-    if source.config is not None:
-        raise ValueError(f"{kind} has no configurations, and `config` is {source.config!r}. Leave it out.")
-
-
-def _tokenized(
-    source: Source,
-    tokenizer: Any,
-    vocab_size: int,
-    streaming: bool,
-    bundled: Mapping[str, Callable[[Source], Documents]],
-    seed: int,
-) -> Documents:
-    documents = load_source(source, streaming, bundled, seed)
+def _tokenized(source: Source, documents: Documents, tokenizer: Any, vocab_size: int) -> Documents:
     where = f"Source {source.path} (split {source.split})"
     try:
         columns = documents.column_names or list(next(iter(documents), {}))

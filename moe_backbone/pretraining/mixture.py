@@ -26,8 +26,8 @@ class Source:
     """Documents from one place.
 
     Attributes:
-        path: A .jsonl, .json, .csv or .txt file, compressed by gzip or not, a .parquet file, a folder written by
-            `save_to_disk`, or a name on the Hub.
+        path: A .jsonl, .json, .csv or .txt file, compressed (.gz, .bz2, .xz, .zst) or not, a .parquet file, a folder
+            written by `save_to_disk`, or a name on the Hub.
         weight: Share of the stage's documents that are drawn from it, relative to the other sources' weights, > 0.
         split: Split to read. A file has `train` alone, of which `train[:10%]` takes a part.
         config: Configuration on the Hub, or of a bundled source, such as its number of documents.

@@ -21,7 +21,7 @@ from trl import (
 )
 
 from otpo import OTPOConfig, OTPOTrainer
-from otpo.data.loading import DataArguments, load_pairs
+from otpo.data.loading import DataArguments, RowArguments, load_pairs
 
 from .launching.engine import count_rows, describe_run, rows_in_step
 from .models.loading import (
@@ -76,7 +76,7 @@ def make_parser() -> TrlParser:
         (AlignArguments, OTPOConfig, ModelConfig, DatasetMixtureConfig),
         [
             ("token weights (otpo)", [OTPOConfig]),
-            ("data and run", [RunArguments, DataArguments, ScriptArguments, DatasetMixtureConfig]),
+            ("data and run", [RunArguments, RowArguments, DataArguments, ScriptArguments, DatasetMixtureConfig]),
             ("model and adapters", [ModelConfig]),
             ("preference loss (TRL)", [DPOConfig]),
             ("training (transformers)", OTPOConfig.__mro__[2:-1]),
@@ -100,7 +100,7 @@ def make_trainer(
         reference = find_origin("ref_model_name_or_path", data.ref_model_name_or_path, data.ref_model_revision)
         reference_config = load_config(reference, trusted)
         require_same_vocabulary("ref_model_name_or_path", config, reference_config)
-    set_seed(args.seed)  # a mixture's cut draws from the global generators, and must agree across processes
+    set_seed(args.seed)  # what is drawn before the trainer is made must agree across processes
     train, evaluation = load_pairs(data, mixture, seed=args.seed, evaluate=args.do_eval)
     of_class = trainer_class(OTPOTrainer, data, config)
     chosen = with_model_options(args.model_init_kwargs, model, origin.revision)

@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from otpo.data.source_kinds import HELP, WHOLE
 from otpo.registry import Option
 from otpo.weighting.registry import registered_options, weightings_help
 
@@ -62,13 +63,9 @@ def make_parser() -> argparse.ArgumentParser:
 
     group = parser.add_argument_group("pairs")
     add = group.add_argument
-    add(
-        "--dataset_name",
-        metavar="NAME",
-        help="a name on the Hub, a folder written by `save_to_disk`, a .jsonl, .json or .parquet file, or 'otpo/demo'",
-    )
-    add("--dataset_config", metavar="NAME", help="configuration of the dataset")
-    add("--dataset_train_split", default="train", metavar="NAME", help="split that the rows are of (train)")
+    add("--dataset_name", metavar="NAME", help=HELP["dataset_name"])
+    add("--dataset_config", metavar="NAME", help=HELP["dataset_config"])
+    add("--dataset_train_split", default=WHOLE, metavar="NAME", help=HELP["dataset_train_split"])
     add("--rows", type=int, nargs="+", metavar="N", help="rows of the split, numbered from 0 (0)")
     add(
         "--prompt",
@@ -287,7 +284,7 @@ def _load_rows(options: argparse.Namespace) -> tuple[list[int], "Dataset"]:
     from trl import DatasetMixtureConfig
 
     from otpo.data.loading import DataArguments, load_pairs, unchecked
-    from otpo.data.rows import check_pairs
+    from otpo.data.row_checks import check_pairs
 
     source = DataArguments(
         dataset_name=options.dataset_name,

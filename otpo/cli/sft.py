@@ -24,7 +24,7 @@ from trl import (
 )
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
-from otpo.data.instructions import check_instructions, instruction_form, is_conversational
+from otpo.data.instruction_checks import check_instructions, instruction_form, is_conversational
 from otpo.data.loading import RowArguments, load_rows
 
 from .launching.engine import count_rows, describe_run, rows_in_step
@@ -100,9 +100,8 @@ def make_trainer(data: SftArguments, args: SFTConfig, model: ModelConfig, mixtur
         )
 
     # The rows, and the chat template that conversations among them need.
-    set_seed(args.seed)  # a mixture's cut draws from the global generators, and must agree across processes
-    limits = data.max_train_rows, data.max_eval_rows
-    train, evaluation = load_rows(data, mixture, limits, seed=args.seed, evaluate=args.do_eval, check=_checked)
+    set_seed(args.seed)  # what is drawn before the trainer is made must agree across processes
+    train, evaluation = load_rows(data, mixture, seed=args.seed, evaluate=args.do_eval, check=_checked)
     form = instruction_form(train, "training")
     processor = load_processor(origin, args.trust_remote_code)
     if is_conversational(next(iter(train)), form):

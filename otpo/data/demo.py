@@ -4,17 +4,18 @@ from collections.abc import Iterator, Sequence
 from itertools import islice, pairwise
 from typing import TYPE_CHECKING, Any, overload
 
-from .ecommerce import documents
+from .ecommerce import new_documents
 from .ecommerce.bundled import read_rows
-from .ecommerce.instructions import new_instruction
 from .ecommerce.lexicon import LANGUAGES
-from .ecommerce.more_pairs import new_pairs
-from .ecommerce.pairs import KINDS
+from .ecommerce.make_pairs import KINDS
+from .ecommerce.new_instructions import new_instruction
+from .ecommerce.new_pairs import new_pairs
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
 SPLITS = ("train", "test", "test_templates")
+CORPUS_SPLITS = new_documents.SPLITS
 _SHARDS = 64
 
 
@@ -129,7 +130,7 @@ def load_demo_corpus(
     from datasets import Dataset, IterableDataset
 
     chosen = tuple(LANGUAGES if languages is None else languages)
-    _check(("split", [split], documents.SPLITS), ("languages", chosen, LANGUAGES))
+    _check(("split", [split], CORPUS_SPLITS), ("languages", chosen, LANGUAGES))
     if count < 1:
         raise ValueError(f"`count` must be at least 1, got {count}.")
     shards = min(count, _SHARDS)
@@ -148,7 +149,7 @@ def load_demo_corpus(
 def _documents(ranges: list[range], split: str, languages: tuple[str, ...], seed: int) -> Iterator[dict[str, str]]:
     for places in ranges:
         for index in places:
-            yield documents.make_document(index, split, languages, seed)
+            yield new_documents.make_document(index, split, languages, seed)
 
 
 def _bundled(split: str, languages: Sequence[str] | None, kinds: Sequence[str]) -> list[dict[str, Any]]:

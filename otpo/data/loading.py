@@ -1,94 +1,105 @@
-"""Data for the training commands: from the Hub, a saved folder, a local file, a mixture or what comes with otpo."""
+"""The data options of the commands, and the rows that they name: read, looked at, shuffled and cut by one rule.
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+A number of rows is always the first of a shuffle by the run's seed, and so is a test split that is cut. What a source
+is and how it is read is in [`otpo.data.reader`].
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
-from trl import DatasetMixtureConfig, ScriptArguments, get_dataset
+from datasets import Dataset, concatenate_datasets, load_dataset
+from trl import DatasetMixtureConfig, ScriptArguments
 
-from otpo.data import load_demo_corpus, load_demo_instructions, load_demo_preferences
-from otpo.data.demo import SPLITS
-from otpo.data.rows import check_pairs
+from .files import SourceError, reading
+from .reader import Rows, SplitError, Splits, has_split, read_splits, select_split
+from .row_checks import check_pairs
+from .source_kinds import BUNDLED, HELP, KINDS, WHOLE
 
-from .files import BUILDERS, builder_options, reading
-
-DEMO = "otpo/demo"
-DEMO_INSTRUCTIONS = "otpo/demo-instructions"
-DEMO_CORPUS = "otpo/demo-corpus"
-BUNDLED = (DEMO, DEMO_INSTRUCTIONS, DEMO_CORPUS)
-_CORPUS_TRAIN, _CORPUS_TEST = 10_000, 500  # documents
-_STREAM_SHUFFLE_BUFFER = 10_000
-
-Rows = Dataset | IterableDataset
-Splits = Mapping[Any, Any]
 Check = Callable[[Rows, str, Sequence[int] | None], Rows]
 """Looks at each row of a dataset that is called so, whose rows have these numbers; hands the dataset on."""
-_SOURCES = f"a name on the Hub, a folder written by `save_to_disk`, a {', '.join(BUILDERS)} file"
+Limits = tuple[int | None, int | None]
+"""How many rows to train on and to evaluate on; None for all."""
+_STREAM_SHUFFLE_BUFFER = 10_000
+_OF_A_NAME = {
+    "dataset_config": "`name` of its sources",
+    "dataset_train_split": "`split` of its sources",
+    "dataset_test_split": "`test_split_size`",
+    "dataset_streaming": "`streaming`",
+}
+"""Options that go with `dataset_name`, and what a mixture has in their place."""
 
 
 @dataclass
 class RowArguments(ScriptArguments):
-    """Where the data comes from, beyond [`trl.ScriptArguments`], and how much of it is used.
+    """Where the data comes from and how much of it is used: the same options in every command.
 
     Parameters:
-        dataset_name: Name on the Hub, folder written by `save_to_disk`, local file, `"otpo/demo-instructions"` or
-            `"otpo/demo-corpus"`; `dataset_config` is of these the number of rows to train on.
+        dataset_name: Name on the Hub, folder written by `save_to_disk`, local file, `"otpo/demo"`,
+            `"otpo/demo-instructions"` or `"otpo/demo-corpus"`.
+        dataset_config: Configuration on the Hub; of a bundled set the number of rows of the training split.
+        dataset_train_split: Split to train on, or a part of one.
+        dataset_test_split: Split to evaluate on, or a part of one. A bundled set's is read whole, also of a stream.
+        dataset_streaming: Whether rows are read as they are needed.
         max_train_rows: Rows to train on, the first of a shuffle with `seed`, >= 1. None: all.
         max_eval_rows: The same for evaluation.
     """
 
-    dataset_name: str | None = field(
-        default=None,
-        metadata={
-            "help": f"The data: {_SOURCES}, or '{DEMO_INSTRUCTIONS}' or '{DEMO_CORPUS}', which come with otpo and of "
-            "which `dataset_config` is the number of rows to train on."
-        },
-    )
-    max_train_rows: int | None = field(
-        default=None, metadata={"help": "Rows to train on: the first of a shuffle with `seed`. Unset: all."}
-    )
-    max_eval_rows: int | None = field(
-        default=None, metadata={"help": "Rows to evaluate on: the first of a shuffle with `seed`. Unset: all."}
-    )
+    dataset_name: str | None = field(default=None, metadata={"help": HELP["dataset_name"]})
+    dataset_config: str | None = field(default=None, metadata={"help": HELP["dataset_config"]})
+    dataset_train_split: str = field(default=WHOLE, metadata={"help": HELP["dataset_train_split"]})
+    dataset_test_split: str = field(default="test", metadata={"help": HELP["dataset_test_split"]})
+    dataset_streaming: bool = field(default=False, metadata={"help": HELP["dataset_streaming"]})
+    max_train_rows: int | None = field(default=None, metadata={"help": HELP["max_train_rows"]})
+    max_eval_rows: int | None = field(default=None, metadata={"help": HELP["max_eval_rows"]})
 
     def __post_init__(self) -> None:
-        _check_counts(max_train_rows=self.max_train_rows, max_eval_rows=self.max_eval_rows)
+        for name in (entry.name for entry in fields(self) if entry.name.startswith(("max_train_", "max_eval_"))):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {value}. Leave it out for all of them.")
+
+    @property
+    def limits(self) -> Limits:
+        """How many rows to train on and to evaluate on."""
+        return self.max_train_rows, self.max_eval_rows
 
 
 @dataclass
-class DataArguments(ScriptArguments):
-    """Where the pairs come from, beyond [`trl.ScriptArguments`], and how many of them are used.
+class DataArguments(RowArguments):
+    """[`RowArguments`] of preference pairs, with the older names of two of them.
 
     Parameters:
-        dataset_name: Name on the Hub, folder written by `save_to_disk`, local file or `"otpo/demo"`.
-        max_train_pairs: Pairs to train on, the first of a shuffle with `seed`, >= 1. None: all.
-        max_eval_pairs: The same for evaluation.
+        max_train_pairs: The older name of `max_train_rows`.
+        max_eval_pairs: The older name of `max_eval_rows`.
     """
 
-    dataset_name: str | None = field(
-        default=None,
-        metadata={"help": f"Preference pairs: {_SOURCES}, or '{DEMO}' for the set that comes with otpo."},
-    )
-    max_train_pairs: int | None = field(
-        default=None, metadata={"help": "Pairs to train on: the first of a shuffle with `seed`. Unset: all."}
-    )
-    max_eval_pairs: int | None = field(
-        default=None, metadata={"help": "Pairs to evaluate on: the first of a shuffle with `seed`. Unset: all."}
-    )
+    max_train_pairs: int | None = field(default=None, metadata={"help": "The older name of `max_train_rows`."})
+    max_eval_pairs: int | None = field(default=None, metadata={"help": "The older name of `max_eval_rows`."})
 
     def __post_init__(self) -> None:
-        _check_counts(max_train_pairs=self.max_train_pairs, max_eval_pairs=self.max_eval_pairs)
+        super().__post_init__()
+        for use in ("train", "eval"):
+            rows, pairs = getattr(self, f"max_{use}_rows"), getattr(self, f"max_{use}_pairs")
+            if rows is not None and pairs is not None:
+                raise ValueError(
+                    f"Both `max_{use}_rows={rows}` and `max_{use}_pairs={pairs}`, its older name, are set. Remove "
+                    "the latter."
+                )
+
+    @property
+    def limits(self) -> Limits:
+        """How many pairs to train on and to evaluate on."""
+        return self.max_train_rows or self.max_train_pairs, self.max_eval_rows or self.max_eval_pairs
 
 
 def load_pairs(
-    data: DataArguments, mixture: DatasetMixtureConfig, *, seed: int, evaluate: bool, check: Check = check_pairs
+    data: RowArguments, mixture: DatasetMixtureConfig, *, seed: int, evaluate: bool, check: Check = check_pairs
 ) -> tuple[Rows, Rows | None]:
-    """[`load_rows`] with the numbers of pairs that `data` asks for, each pair looked at."""
-    limits = data.max_train_pairs, data.max_eval_pairs
-    return load_rows(data, mixture, limits, seed=seed, evaluate=evaluate, check=check)
+    """[`load_rows`] of preference pairs, each of which is looked at."""
+    return load_rows(data, mixture, seed=seed, evaluate=evaluate, check=check)
 
 
 def unchecked(rows: Rows, name: str, numbers: Sequence[int] | None) -> Rows:
@@ -97,9 +108,9 @@ def unchecked(rows: Rows, name: str, numbers: Sequence[int] | None) -> Rows:
 
 
 def load_rows(
-    data: ScriptArguments,
+    data: RowArguments,
     mixture: DatasetMixtureConfig,
-    limits: tuple[int | None, int | None] = (None, None),
+    limits: Limits | None = None,
     *,
     seed: int,
     evaluate: bool,
@@ -108,130 +119,46 @@ def load_rows(
     """The rows to train on, and those for evaluation when `evaluate` is set.
 
     Args:
-        data: Name and splits.
+        data: Name, splits and numbers of rows.
         mixture: TRL's mixture of datasets, in place of a name. Its `test_split_size` also cuts a test split from a
             named dataset that has none.
-        limits: How many rows of each are used, the first of a shuffle; None for all.
+        limits: Numbers of rows in place of those of `data`.
         seed: Seed of the shuffle and of the cut.
         evaluate: Whether a test split is needed.
         check: Looks at the rows that are used.
 
     Raises:
-        ValueError: No dataset is named or it can't be read, a split is missing, two sources are named, or `check`
-            refuses a row.
+        ValueError: No dataset is named or it can't be read, a split is missing, two sources are named, an option
+            means nothing to the source, or `check` refuses a row.
     """
-    if mixture.test_split_size is not None and mixture.test_split_size >= 1:
-        mixture = replace(mixture, test_split_size=int(mixture.test_split_size))  # `datasets` takes 4 but not 4.0
-    splits = _load_splits(data, mixture)
-    train = _split(splits, data.dataset_train_split, "dataset_train_split")
+    limits = data.limits if limits is None else limits
+    size = mixture.test_split_size
+    if size is not None and size >= 1:
+        size = int(size)  # `datasets` takes 4 but not 4.0
+    # A bundled set's `dataset_config` is the number of its rows to train on, so the test split is read without it.
+    splits = _read(data, mixture)
+    held_out = _read_named(data.dataset_name, None, False) if data.dataset_name in BUNDLED else splits
+    train = _select(splits, data, "dataset_train_split")
+    # The cut comes after the check, whose messages number the rows as the user does. A mixture is cut as TRL cuts it,
+    # also where nothing is evaluated.
+    cut = not has_split(held_out, data.dataset_test_split) and size is not None and (evaluate or mixture.datasets)
     test = None
-    if evaluate:
-        if data.dataset_test_split not in splits and mixture.test_split_size is not None:
-            if not isinstance(train, Dataset):
-                raise ValueError(
-                    f"`test_split_size={mixture.test_split_size}` can't cut a stream. Set `dataset_streaming=False`, "
-                    "or name a split of the dataset with `dataset_test_split`."
-                )
-            train = check(train, "training", None)  # before the cut, which moves the rows
-            cut = train.train_test_split(test_size=mixture.test_split_size, seed=seed)  # pyright: ignore
-            train, test = cut["train"], cut["test"]
-            check = unchecked
-        else:
-            test = _split(splits, data.dataset_test_split, "dataset_test_split")
-    train = _first(train, limits[0], seed, "training", check)
-    return train, None if test is None else _first(test, limits[1], seed, "evaluation", check)
+    if cut:
+        if not isinstance(train, Dataset):
+            raise ValueError(
+                f"`test_split_size={size}` can't cut a stream. Read without streaming, or name a split of the dataset "
+                "with `dataset_test_split`."
+            )
+        parts = check(train, "training", None).train_test_split(test_size=size, seed=seed)  # pyright: ignore
+        train, test, check = parts["train"], parts["test"] if evaluate else None, unchecked
+    elif evaluate:
+        test = _select(held_out, data, "dataset_test_split")
+    train = first_rows(train, limits[0], seed, "training", check)
+    return train, None if test is None else first_rows(test, limits[1], seed, "evaluation", check)
 
 
-def _load_splits(data: ScriptArguments, mixture: DatasetMixtureConfig) -> Splits:
-    name = data.dataset_name
-    if name and mixture.datasets:
-        raise ValueError(f"Both `dataset_name={name!r}` and `datasets` name the data. Remove one of them.")
-    if mixture.datasets:
-        named = [dataset.data_files for dataset in mixture.datasets]
-        groups = [files.values() if isinstance(files, dict) else files for files in named]
-        files = [file for group in groups for file in ([group] if isinstance(group, str) else group or ())]
-        with reading("datasets", ", ".join(dataset.path for dataset in mixture.datasets), files):
-            return get_dataset(mixture)
-    if not name:
-        raise ValueError(
-            "No dataset is named. Set `dataset_name` to a name on the Hub, a folder written by `save_to_disk`, a "
-            f"local {', '.join(BUILDERS)} file, '{DEMO}', '{DEMO_INSTRUCTIONS}' or '{DEMO_CORPUS}', or list a "
-            "mixture under `datasets` in the recipe."
-        )
-    require_unambiguous("dataset_name", name)
-    if name in BUNDLED:
-        return _load_demo(name, data)
-    path = Path(name)
-    options = builder_options(name)
-    if path.is_file() or (options and not path.is_dir()):
-        if options is None or not path.is_file():
-            fault = "does not exist" if options else "is of no kind that is read here"
-            raise ValueError(f"`dataset_name`: the file {name} {fault}. Name a {', '.join(BUILDERS)} file.")
-        with reading("dataset_name", name):
-            files = {data.dataset_train_split: name}
-            splits: Any = load_dataset(**options, data_files=files, streaming=data.dataset_streaming)
-            rows = splits[data.dataset_train_split]
-            next(iter(rows))  # a stream's file is opened here; one without rows ends
-            if isinstance(rows, Dataset):
-                rows.data.validate(full=True)  # which finds text that is no UTF-8
-        return splits
-    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-        with reading("dataset_name", name):
-            saved = load_from_disk(name)
-        splits = saved if isinstance(saved, DatasetDict) else {data.dataset_train_split: saved}
-        return _streamed(splits, data.dataset_streaming)
-    try:
-        return load_dataset(name, name=data.dataset_config, streaming=data.dataset_streaming)  # pyright: ignore
-    except OSError as error:
-        raise ValueError(
-            f"`dataset_name={name!r}` is no local file or folder and was not found on the Hub: {error}"
-        ) from error
-
-
-def require_unambiguous(option: str, name: str) -> None:
-    """Raises a `ValueError` when both a bundled dataset and a local file or folder are called so."""
-    if name in BUNDLED and Path(name).exists():
-        raise ValueError(
-            f"`{option}={name}` is both the set that comes with otpo and something in this folder. Write `./{name}` "
-            "for yours, or rename it."
-        )
-
-
-def _streamed(splits: Splits, streaming: bool) -> Splits:
-    """The splits as streams, if asked for; those that are streams stay as they are."""
-    if not streaming:
-        return splits
-    return {name: rows.to_iterable_dataset() if isinstance(rows, Dataset) else rows for name, rows in splits.items()}
-
-
-def _load_demo(name: str, data: ScriptArguments) -> Splits:
-    if name == DEMO:
-        return _streamed({split: load_demo_preferences(split) for split in SPLITS}, data.dataset_streaming)
-    asked = data.dataset_config
-    if asked is not None and not (str(asked).isdecimal() and int(asked)):
-        raise ValueError(
-            f"`dataset_config={asked!r}`: of `{name}` it is the number of rows to train on, at least 1, such as 20000."
-        )
-    count = None if asked is None else int(asked)
-    if name == DEMO_INSTRUCTIONS:
-        rows = {split: load_demo_instructions(split, count=count if split == "train" else None) for split in SPLITS}
-        return _streamed(rows, data.dataset_streaming)
-    return {
-        "train": load_demo_corpus("train", count or _CORPUS_TRAIN, streaming=data.dataset_streaming),
-        "test": load_demo_corpus("test", _CORPUS_TEST),
-    }
-
-
-def _split(splits: Splits, name: str, option: str) -> Rows:
-    if name in splits:
-        return splits[name]
-    remedy = "" if option == "dataset_train_split" else ", cut one with `test_split_size`, or leave evaluation out"
-    found = sorted(map(str, splits))
-    raise ValueError(f"`{option}={name!r}`: the dataset has the split(s) {found}. Set `{option}`{remedy}.")
-
-
-def _first(rows: Rows, count: int | None, seed: int, name: str, check: Check) -> Rows:
-    """The first rows of a shuffle, each looked at."""
+def first_rows(rows: Rows, count: int | None, seed: int, name: str, check: Check = unchecked) -> Rows:
+    """The first rows of a shuffle, of a stream of one within its next 10,000, each looked at; None for all rows."""
     if count is None:
         return check(rows, name, None)
     if isinstance(rows, Dataset):
@@ -241,7 +168,93 @@ def _first(rows: Rows, count: int | None, seed: int, name: str, check: Check) ->
     return check(rows, name, None).shuffle(seed=seed, buffer_size=_STREAM_SHUFFLE_BUFFER).take(count)  # pyright: ignore
 
 
-def _check_counts(**counts: int | None) -> None:
-    for name, value in counts.items():
-        if value is not None and value < 1:
-            raise ValueError(f"`{name}` must be at least 1, got {value}. Leave it out for all of them.")
+def _read(data: RowArguments, mixture: DatasetMixtureConfig) -> Splits:
+    """The splits of what is named, be it a dataset or a mixture."""
+    name = data.dataset_name
+    if not mixture.datasets:
+        if not name:
+            raise ValueError(
+                "No dataset is named. Set `dataset_name` to a name on the Hub, a folder written by `save_to_disk`, a "
+                f"local file ({KINDS}) or one of {', '.join(map(repr, BUNDLED))}, or list a mixture under `datasets` "
+                "in the recipe."
+            )
+        if mixture.streaming:
+            raise ValueError("`streaming` goes with a mixture under `datasets`. Set `dataset_streaming` of a name.")
+        return _read_named(name, data.dataset_config, data.dataset_streaming)
+    if name:
+        raise ValueError(f"Both `dataset_name={name!r}` and `datasets` name the data. Remove one of them.")
+    usual = RowArguments()
+    for option, instead in _OF_A_NAME.items():
+        value = getattr(data, option)
+        if value != getattr(usual, option):
+            raise ValueError(f"`{option}={value}` goes with `dataset_name`. Of a mixture set {instead}.")
+    return {WHOLE: _mix(mixture)}
+
+
+def _read_named(name: str | None, config: str | None, streaming: bool) -> Splits:
+    with _naming("dataset_name", str(name)):
+        return read_splits(str(name), config=config, streaming=streaming)
+
+
+def _mix(mixture: DatasetMixtureConfig) -> Rows:
+    """The rows of TRL's mixture: all, or the first of each source by its `fraction`, as `trl.get_dataset` does.
+
+    Here a source may be anything that `dataset_name` may be.
+    """
+    rows = [_read_part(source, mixture.streaming) for source in mixture.datasets]
+    shares = [source.fraction for source in mixture.datasets]
+    if shares != [None] * len(shares):
+        if None in shares:
+            raise ValueError("`fraction` is set of some of the `datasets`. Set it of all of them, or of none.")
+        if mixture.streaming:
+            raise ValueError("`fraction` can't be taken of streams. Leave it out, or set `streaming` to false.")
+        weights = [share / sum(shares) for share in shares]  # pyright: ignore
+        total = min(len(part) / weight for part, weight in zip(rows, weights, strict=True) if weight > 0)  # pyright: ignore
+        rows = [part.select(range(round(w * total))) for part, w in zip(rows, weights, strict=True)]  # pyright: ignore
+    return concatenate_datasets(rows)  # pyright: ignore
+
+
+def _read_part(source: Any, streaming: bool) -> Rows:
+    """The rows of a source of TRL's mixture. One with `data_files` or `data_dir` is for `datasets` alone."""
+    with _naming("datasets", source.path):
+        if source.data_files is None and source.data_dir is None:
+            splits = read_splits(source.path, config=source.name, streaming=streaming, config_option="name")
+            rows = select_split(splits, source.split)
+        else:
+            named = source.data_files.values() if isinstance(source.data_files, dict) else [source.data_files]
+            files = [file for group in named for file in ([group] if isinstance(group, str) else group or ())]
+            with reading(source.path, files):
+                rows = load_dataset(
+                    source.path,
+                    source.name,
+                    data_dir=source.data_dir,
+                    data_files=source.data_files,
+                    split=source.split,
+                    streaming=streaming,
+                )
+    return rows if source.columns is None else rows.select_columns(source.columns)  # pyright: ignore
+
+
+def _select(splits: Splits, data: RowArguments, option: str) -> Rows:
+    split = getattr(data, option)
+    try:
+        return select_split(splits, split)
+    except SplitError as error:
+        remedy = [] if data.dataset_name is None else [f"set `{option}`"]
+        if option == "dataset_test_split":
+            remedy += ["cut one with `test_split_size`", "or leave evaluation out"]
+        told = ", ".join(remedy)
+        raise ValueError(
+            f"`{option}={split!r}`: the dataset has the split(s) {error.found}. {told[:1].upper()}{told[1:]}."
+        ) from error
+    except SourceError as error:
+        raise ValueError(error.told("dataset_name", str(data.dataset_name))) from error
+
+
+@contextmanager
+def _naming(option: str, name: str) -> Iterator[None]:
+    """Says by which option the user named a source that can't be read."""
+    try:
+        yield
+    except SourceError as error:
+        raise ValueError(error.told(option, name)) from error

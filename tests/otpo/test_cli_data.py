@@ -12,7 +12,7 @@ from trl import DatasetMixtureConfig
 
 from otpo.cli import align, explain, sft
 from otpo.data.loading import DataArguments, RowArguments, load_pairs, load_rows
-from otpo.data.rows import pair_problem
+from otpo.data.row_checks import pair_problem
 
 pytestmark = pytest.mark.usefixtures("own_process")
 GOOD = [json.dumps({"prompt": "a", "chosen": "b", "rejected": text}) for text in "cde"]

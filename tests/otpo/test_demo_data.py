@@ -11,7 +11,7 @@ from otpo.data.ecommerce import formats
 from otpo.data.ecommerce.answers import check_answer, likely_languages
 from otpo.data.ecommerce.generate import BUNDLED, main, make_rows, to_bytes
 from otpo.data.ecommerce.lexicon import LANGUAGES, lexicon
-from otpo.data.ecommerce.pairs import KINDS, LENGTHS
+from otpo.data.ecommerce.make_pairs import KINDS, LENGTHS
 
 SPLITS = {"train": 1512, "test": 252, "test_templates": 252}
 

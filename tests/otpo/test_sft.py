@@ -15,7 +15,7 @@ from trl.chat_template_utils import qwen3_chat_template
 from otpo import __version__
 from otpo.cli import sft
 from otpo.cli.running.model_card import Origin, make_card
-from otpo.data.instructions import check_instructions, instruction_form, row_problem
+from otpo.data.instruction_checks import check_instructions, instruction_form, row_problem
 
 pytestmark = pytest.mark.usefixtures("own_process")
 LORA = {

@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import option_dict, options
-from otpo.cli.runs.identity import run_identity
 from trl import DPOConfig
 
 from otpo import OTPOConfig
 from otpo.cli import explain
+from otpo.cli.running.identity import run_identity
 from otpo.registry import Option, zero_to_one_or_none
 from otpo.transport import TransportOptions
 from otpo.weighting import WEIGHTINGS, PairBatch, TokenWeights, budget, d2po, ld, length, otpo, sampo, uniform

@@ -10,13 +10,14 @@ from moe_backbone import CompassConfig
 from moe_backbone.pretraining.documents import Source, SplitError, Stage, load_mixture, read_mixture
 from moe_backbone.pretraining.packing import pack_documents
 from moe_backbone.pretraining.trainer import PretrainingConfig
-from otpo.data import load_demo_corpus
-from otpo.data.loading import DEMO, DEMO_CORPUS, DEMO_INSTRUCTIONS
+from otpo.data import reader
+from otpo.data.files import SourceError
+from otpo.data.reader import read_splits, select_split
+from otpo.data.source_kinds import BUNDLED, DEMO, DEMO_CORPUS, DEMO_INSTRUCTIONS, KINDS
 
 from .options import PretrainArguments
 
 _STREAM_SHUFFLE_ROWS = 1_000
-_DEMO_DOCUMENTS = {"train": 20_000, "test": 500}
 
 
 def find_sources(data: PretrainArguments) -> tuple[list[Source], list[Source], Stage | None]:
@@ -31,11 +32,11 @@ def find_sources(data: PretrainArguments) -> tuple[list[Source], list[Source], S
         return stage.sources, mixture.evaluation, stage
     if not data.dataset_name:
         raise ValueError(
-            "No data is named. Set `dataset_name` to a file, a folder written by `save_to_disk`, a name on the Hub or "
-            f"'{DEMO_CORPUS}', or `mixture` to a YAML file with stages."
+            "No data is named. Set `dataset_name` to a name on the Hub, a folder written by `save_to_disk`, a local "
+            f"file ({KINDS}) or '{DEMO_CORPUS}', or `mixture` to a YAML file with stages."
         )
     whole = Source(path=data.dataset_name, config=data.dataset_config, text_column=data.text_column, shuffle=True)
-    evaluated = None if data.dataset_name == DEMO_CORPUS else data.dataset_config
+    evaluated = None if data.dataset_name in BUNDLED else data.dataset_config
     train = replace(whole, split=data.dataset_train_split, max_documents=data.max_train_rows)
     test = replace(whole, split=data.dataset_test_split, max_documents=data.max_eval_rows, config=evaluated)
     return [train], [test], None
@@ -63,10 +64,9 @@ def load_rows(
     Raises:
         ValueError: A source can't be read.
     """
-    bundled = {DEMO_CORPUS: _demo_corpus, DEMO: _no_documents, DEMO_INSTRUCTIONS: _no_documents}
     try:
         documents = load_mixture(
-            sources, tokenizer, config.vocab_size, streaming=streaming, seed=args.seed, bundled=bundled
+            sources, tokenizer, config.vocab_size, streaming=streaming, seed=args.seed, read=read_documents
         )
     except SplitError as error:
         text = str(error).rstrip(".")
@@ -82,14 +82,19 @@ def load_rows(
     return rows.shuffle(seed=args.seed, buffer_size=_STREAM_SHUFFLE_ROWS)  # best-fit packing sorts rows by length
 
 
-def _demo_corpus(source: Source) -> Any:
-    if source.split not in _DEMO_DOCUMENTS:
-        raise SplitError(f"it has the split(s) {sorted(_DEMO_DOCUMENTS)}")
-    asked = str(_DEMO_DOCUMENTS[source.split] if source.config is None else source.config)
-    if not asked.isdecimal() or not int(asked):
-        raise ValueError(f"its `config` is the number of documents to generate, at least 1; got {asked!r}")
-    return load_demo_corpus(source.split, int(asked))
+def read_documents(source: Source, streaming: bool) -> Any:
+    """A mixture's source by otpo's reader, which all commands share; see [`otpo.data.reader`].
 
-
-def _no_documents(source: Source) -> Any:
-    raise ValueError(f"it holds no documents. `{DEMO_CORPUS}` does")
+    Raises:
+        SplitError: It has no such split.
+        ValueError: It can't be read, or is a bundled set that holds no documents.
+    """
+    if source.path in (DEMO, DEMO_INSTRUCTIONS):
+        raise ValueError(f"it holds no documents. `{DEMO_CORPUS}` does")
+    try:
+        splits = read_splits(source.path, config=source.config, streaming=streaming, config_option="config")
+        return select_split(splits, source.split)
+    except reader.SplitError as error:
+        raise SplitError(error.problem) from None
+    except SourceError as error:
+        raise ValueError(error.problem) from None

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from moe_backbone import PRESETS
 from otpo.cli.options.run_options import Given, RunArguments
-from otpo.data.loading import DEMO_CORPUS, RowArguments
+from otpo.data.loading import RowArguments
 
 _IN_A_SOURCE = {
     "dataset_config": "config",
@@ -22,6 +22,9 @@ _IN_A_SOURCE = {
 class PretrainArguments(RunArguments, RowArguments):
     """Which model is made, and of what it learns.
 
+    The rows of [`RowArguments`] are documents here, before they are packed, and a mixture's `streaming` holds where
+    `dataset_streaming` is not set.
+
     Parameters:
         preset: Name of a preset, for a new model.
         config_overrides: Options of its configuration, `name=value,name=value`; also of a checkpoint's.
@@ -30,15 +33,6 @@ class PretrainArguments(RunArguments, RowArguments):
         mixture: YAML file with stages, in place of `dataset_name`.
         stage: The one stage of the mixture to run.
         text_column: Column of the dataset with the text, or `input_ids`.
-        dataset_name: A file, a folder written by `save_to_disk`, a name on the Hub or `"otpo/demo-corpus"`. This and
-            what follows it are as in [`RowArguments`], for documents.
-        dataset_config: Configuration on the Hub, or the number of documents of `"otpo/demo-corpus"` to train on.
-        dataset_train_split: Split to train on.
-        dataset_test_split: Split to evaluate on.
-        dataset_streaming: Whether documents are read as they are needed; a mixture's own setting holds where it is not
-            set.
-        max_train_rows: Documents to train on, before they are packed.
-        max_eval_rows: The same for evaluation.
         previous_stage: Folder of the model that the stage before has left, for a stage among several. The command sets
             it itself.
         notes: Lines for the header, found while the model was made.
@@ -67,30 +61,6 @@ class PretrainArguments(RunArguments, RowArguments):
     text_column: str | None = field(
         default=None,
         metadata={"help": "Column of the dataset with the text. Unset: `input_ids` where there is one, else `text`."},
-    )
-    dataset_name: str | None = field(
-        default=None,
-        metadata={
-            "help": "The documents: a .jsonl, .json, .csv or .txt file, compressed or not, a .parquet file, a folder "
-            f"written by `save_to_disk`, a name on the Hub, or '{DEMO_CORPUS}', which comes with otpo and of which "
-            "`dataset_config` is the number of documents to train on."
-        },
-    )
-    dataset_config: str | None = field(
-        default=None, metadata={"help": "Configuration of a dataset on the Hub, or the bundled corpus's documents."}
-    )
-    dataset_train_split: str = field(default="train", metadata={"help": "Split of the dataset to train on."})
-    dataset_test_split: str = field(
-        default="test", metadata={"help": "Split of the dataset to evaluate on. A file has no other than train."}
-    )
-    dataset_streaming: bool = field(
-        default=False, metadata={"help": "Read documents as they are needed. Unset: as the mixture says."}
-    )
-    max_train_rows: int | None = field(
-        default=None, metadata={"help": "Documents to train on: the first of a shuffle with `seed`. Unset: all."}
-    )
-    max_eval_rows: int | None = field(
-        default=None, metadata={"help": "Documents to evaluate on: the first of a shuffle with `seed`. Unset: all."}
     )
     previous_stage: str | None = field(default=None, metadata={"help": argparse.SUPPRESS})
     notes: dict[str, str] = field(default_factory=dict, init=False)

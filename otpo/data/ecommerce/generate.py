@@ -16,7 +16,7 @@ from typing import Any
 
 from .bundled import BUNDLED
 from .lexicon import LANGUAGES, lexicon
-from .pairs import HELD_OUT_TEMPLATE, KINDS, LENGTHS, Balance, make_pair
+from .make_pairs import HELD_OUT_TEMPLATE, KINDS, LENGTHS, Balance, make_pair
 from .products import draw_product
 
 _SPLITS = ["train"] * 18 + ["test"] * 3 + ["test_templates"] * 3

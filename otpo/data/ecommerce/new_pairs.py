@@ -8,7 +8,7 @@ from typing import Any
 
 from .bundled import draw_new_product
 from .lexicon import lexicon
-from .pairs import HELD_OUT_TEMPLATE, LENGTHS, Balance, make_pair
+from .make_pairs import HELD_OUT_TEMPLATE, LENGTHS, Balance, make_pair
 
 
 def new_pairs(split: str, languages: Sequence[str], kinds: Sequence[str], seed: int) -> Iterator[dict[str, Any]]:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from . import formats
 from .bundled import draw_new_product
 from .lexicon import WORD_ATTRIBUTES, Lexicon, lexicon
-from .pairs import HELD_OUT_TEMPLATE
+from .make_pairs import HELD_OUT_TEMPLATE
 from .products import ATTRIBUTES, Product
 
 SPLITS = ("train", "test")

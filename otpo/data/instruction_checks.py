@@ -7,7 +7,7 @@ from typing import Any, Literal
 from datasets import Dataset, IterableDataset
 
 from .preferences import column_names
-from .rows import check_rows, text_problem
+from .row_checks import check_rows, text_problem
 
 Form = Literal["messages", "prompt-completion"]
 _NO_ANSWER = "has no assistant turn, so there is no answer to learn"

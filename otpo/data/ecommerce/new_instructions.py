@@ -7,7 +7,7 @@ from typing import Any
 
 from .bundled import draw_new_product
 from .lexicon import lexicon
-from .pairs import HELD_OUT_TEMPLATE, KINDS, LENGTHS, make_instruction
+from .make_pairs import HELD_OUT_TEMPLATE, KINDS, LENGTHS, make_instruction
 
 
 def new_instruction(index: int, languages: Sequence[str], seed: int) -> dict[str, Any]:
