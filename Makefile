@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint data ablation-quick clean
+.PHONY: demo test test-fast test-latest lint fix data ablation-quick clean
 
 demo: $(VENV)/installed
 	$(BIN)/python examples/demo.py
@@ -11,6 +11,19 @@ demo: $(VENV)/installed
 # Small models gain nothing from threads, so each worker gets one.
 test: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q
+
+# While working: no processes, no compiling, nothing over two seconds. What has grown longer than that is printed.
+test-fast: $(VENV)/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q -m "not slow and not gpu and not lengthy" \
+		--durations 10 --durations-min 2
+
+# The seams to TRL and DeepSpeed with the newest releases, past the upper bounds of pyproject.toml.
+test-latest:
+	PYTHON=$(PYTHON) tests/latest.sh
+
+fix: $(VENV)/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
@@ -30,4 +43,4 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs dist build
+	rm -rf $(VENV) .venv-latest runs dist build

@@ -158,17 +158,6 @@ def vision_folder(tmp_path_factory):
     return str(folder)
 
 
-def pytest_configure(config):
-    # Upstream's own deprecations, from code that is not ours to change.
-    for message in (
-        "`gradient_checkpointing",
-        "`is_gradient_checkpointing` is deprecated",
-        "`return_outputs=True`, and the logits",
-        "The `'keep_end'` truncation mode is deprecated",
-    ):
-        config.addinivalue_line("filterwarnings", f"ignore:{message}:FutureWarning")
-
-
 def pytest_collection_finish(session):
     # Every `train()` collects garbage, half of a tiny run's time while all imported modules are looked through.
     gc.collect()

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .engine import runs_in_triton
+from .backend import runs_in_triton
 from .routing import Routing as Routing
 from .routing import route as route
 from .routing import route_by_counts as route_by_counts

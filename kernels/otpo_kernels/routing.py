@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .engine import runs_in_triton
+from .backend import runs_in_triton
 
 DEBUG = os.environ.get("OTPO_KERNELS_DEBUG", "0") == "1"
 """Whether `route` looks for experts out of range; it waits for the device to do so. OTPO_KERNELS_DEBUG=1 sets it."""

@@ -212,6 +212,7 @@ def test_a_batch_without_rows_is_refused(model_folder, tmp_path):
         trainer.train()
 
 
+@pytest.mark.lengthy
 def test_the_key_is_the_same_in_every_process(model_folder, tmp_path):
     """Sets in an adapter's configuration have another order under another PYTHONHASHSEED."""
     program = (

@@ -88,6 +88,7 @@ def test_one_layer_of_hidden_states_is_kept(model_folder, tmp_path):
     assert count_states(8, batch["input_ids"].size(1), 32) == len(outputs.hidden_states) == 3
 
 
+@pytest.mark.lengthy
 def test_compiled_models(model_folder, tmp_path):
     """Compiled graphs must still hand out each step's own hidden states, of the policy and not of the reference."""
     torch._dynamo.reset()

@@ -32,7 +32,7 @@ CASES = st.fixed_dictionaries(
 
 
 @pytest.fixture(params=["triton", "torch"])
-def engine(request, monkeypatch):
+def backend(request, monkeypatch):
     """The kernels, and the plain torch that runs where Triton does not."""
     if request.param == "torch":
         monkeypatch.setattr(routing, "runs_in_triton", lambda tensor: False)
@@ -156,31 +156,31 @@ def test_kernels_are_the_definition(case, dtype):
         (5, 2, 3, 0),
     ],
 )
-def test_ends_of_the_range(engine, tokens, slots, experts, hidden, alignment, dtype):
+def test_ends_of_the_range(backend, tokens, slots, experts, hidden, alignment, dtype):
     check_moves(choose(tokens, slots, experts), experts, hidden, dtype, alignment)
 
 
-def test_one_expert_takes_all(engine):
+def test_one_expert_takes_all(backend):
     check_moves(torch.full((70, 2), 3), 5, 16, torch.float32)
     check_moves(torch.full((600, 1), 0, dtype=torch.int32), 1, 4, torch.float32, alignment=128)
 
 
-def test_all_slots_dropped(engine):
+def test_all_slots_dropped(backend):
     check_moves(torch.full((9, 2), 4), 4, 16, torch.float32)
 
 
-def test_weights_of_another_dtype(engine):
+def test_weights_of_another_dtype(backend):
     check_moves(choose(20, 3, 6), 6, 24, torch.bfloat16, weights_dtype=torch.float32)
 
 
-def test_indices_outside_are_dropped(engine):
+def test_indices_outside_are_dropped(backend):
     index = torch.tensor([[0, -1], [2**32, 1], [7, 2]])
     got = route(index.to(DEVICE), 3)
     assert got.destinations.tolist() == [[0, -1], [-1, 1], [-1, 2]]
     assert got.counts.tolist() == [1, 1, 1]
 
 
-def test_strided_rows_move_as_they_are(engine):
+def test_strided_rows_move_as_they_are(backend):
     index = choose(11, 2, 4).to(DEVICE)
     wide = torch.randn(11, 64, device=DEVICE)
     for x in (wide[:, :24], wide[:, ::2], wide[:, :11].T, wide[:, :1].expand(-1, 24)):
@@ -189,14 +189,14 @@ def test_strided_rows_move_as_they_are(engine):
     assert torch.equal(route(index.T.contiguous().T, 4).destinations, route(index, 4).destinations)
 
 
-def test_a_broadcast_gradient_is_taken(engine):
+def test_a_broadcast_gradient_is_taken(backend):
     x = torch.randn(6, 10, device=DEVICE, requires_grad=True)
     index = choose(6, 2, 4).to(DEVICE)
     permute(x, route(index, 4)).sum().backward()
     assert x.grad.eq(2).all()
 
 
-def test_gradcheck(engine):
+def test_gradcheck(backend):
     routing_ = route(choose(5, 2, 3, dropped=0.3).to(DEVICE), 3, alignment=8)
     x = torch.randn(5, 3, dtype=torch.float64, device=DEVICE, requires_grad=True)
     weights = torch.rand(5, 2, dtype=torch.float64, device=DEVICE, requires_grad=True)
@@ -205,7 +205,7 @@ def test_gradcheck(engine):
 
 @pytest.mark.parametrize("alignment", [1, 8])
 @pytest.mark.parametrize("counts", [[[3, 0, 2], [1, 4, 0]], [[0]], [[0, 0], [0, 0], [0, 0]], [[7]], [[1, 2, 3, 4, 5]]])
-def test_reorder_brings_chunks_by_expert(engine, counts, alignment):
+def test_reorder_brings_chunks_by_expert(backend, counts, alignment):
     counts = torch.tensor(counts, device=DEVICE)
     labels = [(e, s) for s, of_source in enumerate(counts.tolist()) for e, n in enumerate(of_source) for _ in range(n)]
     spare = 2  # rows beyond the counts
@@ -228,7 +228,7 @@ def test_reorder_brings_chunks_by_expert(engine, counts, alignment):
     assert back[len(labels) :].eq(0).all()
 
 
-def test_the_same_bits_every_time(engine):
+def test_the_same_bits_every_time(backend):
     index, weights = choose(64, 4, 8).to(DEVICE), torch.rand(64, 4, device=DEVICE)
     x = torch.randn(64, 96, device=DEVICE)
 
