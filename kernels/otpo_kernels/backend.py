@@ -1,4 +1,4 @@
-"""Which backend runs an operator: Triton or its torch reference. Machines without Triton can import this and ask."""
+"""Which backend runs an op: Triton or its torch reference. No Triton here, so that machines without it can ask."""
 
 import os
 

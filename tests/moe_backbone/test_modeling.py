@@ -202,7 +202,6 @@ def split(folder, kind):
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-@pytest.mark.lengthy
 @pytest.mark.parametrize("kind", ["one key a file", "a matrix a file", "seven keys a file", "20KB"])
 def test_experts_split_over_files(tmp_path, kind):
     model = compass_model(**FULL).eval()
@@ -436,7 +435,6 @@ def test_every_parameter_learns():
 # One computation, several ways
 
 
-@pytest.mark.lengthy
 @pytest.mark.parametrize("other", IMPLEMENTATIONS)
 def test_experts_implementations_agree(other):
     reference = compass_model(implementation="eager", **FULL)
@@ -610,7 +608,6 @@ def greedy(model, ids, **options):
     return model.generate(ids, do_sample=False, max_new_tokens=10, pad_token_id=0, **options)
 
 
-@pytest.mark.lengthy
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @torch.no_grad()
 def test_the_cache_changes_nothing(implementation):
@@ -799,7 +796,6 @@ def test_bfloat16_is_near_float32():
     assert out.loss.item() == pytest.approx(exact(ids, labels=ids).loss.item(), rel=0.02)
 
 
-@pytest.mark.lengthy
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_autocast_trains_float32_weights(implementation):
     options = {"initializer_range": 0.05, "implementation": implementation, **FULL}

@@ -1,4 +1,7 @@
-"""The memcpy operator against plain loops in float64: on the CPU by Triton's interpreter, on a GPU compiled."""
+"""The memcpy operator against plain loops in float64: on the CPU by Triton's interpreter, on a GPU compiled.
+
+Longer than 350 lines, since every test here leans on the definitions by loops at the top.
+"""
 
 import pytest
 import torch
