@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from trl import DPOConfig, DPOTrainer
 
 from otpo import OTPOConfig, OTPOTrainer
-from otpo.weighting.methods import WEIGHTINGS
+from otpo.weighting import WEIGHTINGS
 
 
 @pytest.mark.parametrize("value", [0.0, -0.5, math.nan, math.inf, -math.inf])
