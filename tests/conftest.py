@@ -164,8 +164,18 @@ def pytest_collection_finish(session):
     gc.freeze()
 
 
-def pytest_collection_modifyitems(items):
+def pytest_addoption(parser):
+    parser.addoption("--first-cases", action="store_true", help="of a parametrized test, run its first case alone")
+
+
+@pytest.hookimpl(trylast=True)  # when -m and -k have chosen
+def pytest_collection_modifyitems(config, items):
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+    if config.getoption("first_cases"):
+        first = {(item.path, item.originalname): item for item in reversed(items)}
+        left_out = [item for item in items if first[item.path, item.originalname] is not item]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if first[item.path, item.originalname] is item]

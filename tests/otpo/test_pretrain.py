@@ -133,6 +133,7 @@ def test_the_code_and_a_card_are_saved(tokenizer_folder, documents, tmp_path, ca
     assert not list((tmp_path / "second").glob("*.py"))
 
 
+@pytest.mark.lengthy
 def test_going_on_from_a_checkpoint_with_the_bundled_corpus(tokenizer_folder, tmp_path):
     first = arguments(tokenizer_folder, tmp_path / "a", dataset_name="otpo/demo-corpus", dataset_config=40)
     assert pretrain.main(first) == 0
