@@ -3,14 +3,28 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint data ablation-quick clean
+.PHONY: demo test test-fast test-latest lint fix data ablation-quick clean
 
 demo: $(VENV)/installed
 	$(BIN)/python examples/demo.py
 
-# Small models gain nothing from threads, so each worker gets one.
+# Small models gain nothing from threads, so each worker gets one. Workers take neighbouring tests, which share what is
+# costly to set up, and the one that is done first takes over half of what is left.
 test: $(VENV)/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -q
+
+# While working: the first case of each test that is not marked lengthy. What has grown over two seconds is printed.
+test-fast: $(VENV)/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -q --first-cases \
+		-m "not slow and not gpu and not lengthy" --durations 10 --durations-min 2
+
+# The seams to TRL and DeepSpeed with the newest releases, past the upper bounds of pyproject.toml.
+test-latest:
+	PYTHON=$(PYTHON) tests/latest.sh
+
+fix: $(VENV)/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
@@ -30,4 +44,4 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs dist build
+	rm -rf $(VENV) .venv-latest runs dist build

@@ -29,7 +29,7 @@ class Browser:
         requests: Addresses that were asked for, those of pages included, data in the page itself not.
     """
 
-    def __init__(self, path: str, seconds: float = 30.0) -> None:
+    def __init__(self, path: str, seconds: float = 300.0) -> None:
         self.faults: list[str] = []
         self.requests: list[str] = []
         self._seconds = seconds

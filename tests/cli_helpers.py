@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
+HANG = 600
+"""Seconds after which a process is taken to hang: over ten times what the longest one needs on two idle cores."""
 
 
-def python(*arguments: str, timeout: float = 180, **variables: str) -> subprocess.CompletedProcess[str]:
+def python(*arguments: str, timeout: float = HANG, **variables: str) -> subprocess.CompletedProcess[str]:
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
     return subprocess.run(
         [sys.executable, *arguments],

@@ -158,25 +158,24 @@ def vision_folder(tmp_path_factory):
     return str(folder)
 
 
-def pytest_configure(config):
-    # Upstream's own deprecations, from code that is not ours to change.
-    for message in (
-        "`gradient_checkpointing",
-        "`is_gradient_checkpointing` is deprecated",
-        "`return_outputs=True`, and the logits",
-        "The `'keep_end'` truncation mode is deprecated",
-    ):
-        config.addinivalue_line("filterwarnings", f"ignore:{message}:FutureWarning")
-
-
 def pytest_collection_finish(session):
     # Every `train()` collects garbage, half of a tiny run's time while all imported modules are looked through.
     gc.collect()
     gc.freeze()
 
 
-def pytest_collection_modifyitems(items):
+def pytest_addoption(parser):
+    parser.addoption("--first-cases", action="store_true", help="of a parametrized test, run its first case alone")
+
+
+@pytest.hookimpl(trylast=True)  # when -m and -k have chosen
+def pytest_collection_modifyitems(config, items):
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+    if config.getoption("first_cases"):
+        first = {(item.path, item.originalname): item for item in reversed(items)}
+        left_out = [item for item in items if first[item.path, item.originalname] is not item]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if first[item.path, item.originalname] is item]

@@ -13,7 +13,7 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from otpo import OTPOConfig
+from otpo import OTPOConfig, OTPOTrainer
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
@@ -27,6 +27,8 @@ MARKED_TEMPLATE = (
 )
 """`CHAT_TEMPLATE` that also tells which tokens are the assistant's."""
 WORDS = "the red blue shirt cotton costs ten twenty dollars and ships today from Jakarta to Manila in a small box"
+LONG = "red " * 100
+"""A prompt that fills every `max_length` of these tests."""
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -76,6 +78,11 @@ def options(folder: Path, **changes: Any) -> OTPOConfig:
     return OTPOConfig(**option_dict(folder, **changes))
 
 
+def make_trainer(model: Any, folder: Path, data: Any, **changes: Any) -> OTPOTrainer:
+    """A trainer of the data with a few of `options` changed."""
+    return OTPOTrainer(model, args=options(folder, **changes), train_dataset=data)
+
+
 def option_dict(folder: Path, **changes: Any) -> dict[str, Any]:
     defaults: dict[str, Any] = {
         "output_dir": str(folder),
@@ -99,6 +106,11 @@ def option_dict(folder: Path, **changes: Any) -> dict[str, Any]:
 
 def parameters(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: value.detach().clone() for name, value in model.named_parameters()}
+
+
+def bits(values: dict[str, torch.Tensor]) -> dict[str, bytes]:
+    """Bytes of parameters, which compare NaN with NaN."""
+    return {name: value.numpy().tobytes() for name, value in values.items()}
 
 
 def assert_same_parameters(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:

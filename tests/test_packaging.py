@@ -64,6 +64,7 @@ def installed(request, tmp_path) -> tuple[Path, Path]:
     return python, site
 
 
+@pytest.mark.lengthy
 def test_wheel_holds_the_three_packages_and_nothing_else(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {
@@ -71,11 +72,13 @@ def test_wheel_holds_the_three_packages_and_nothing_else(wheel):
         "moe_backbone",
         "otpo_kernels",
     }
-    assert {"otpo/py.typed", "otpo/data/ecommerce_preferences.jsonl.gz"} <= set(names)
+    assert {f"{package}/py.typed" for package in ("otpo", "moe_backbone", "otpo_kernels")} <= set(names)
+    assert "otpo/data/ecommerce_preferences.jsonl.gz" in names
     assert any(name.endswith("lexicon/th.yaml") for name in names)
     assert any(name.startswith("otpo/cli/accelerate_configs/") for name in names)
 
 
+@pytest.mark.lengthy
 def test_imports_from_any_folder(installed, tmp_path):
     python, site = installed
     for cwd in (tmp_path, ROOT, ROOT / "kernels"):
@@ -94,12 +97,14 @@ def test_nothing_of_ours_is_importable_as_kernels():
     assert not list((ROOT / "kernels").glob("*.py"))
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("heavy", ["torch", "trl", "transformers", "triton", "deepspeed", "datasets"])
 def test_import_is_light(heavy):
     code = f"import otpo, otpo.data, sys; sys.exit({heavy!r} in sys.modules)"
     run(sys.executable, "-c", code, cwd=ROOT)
 
 
+@pytest.mark.lengthy
 def test_the_lightness_check_can_fail():
     code = "from otpo import OTPOConfig; import sys; print('torch' in sys.modules)"
     assert run(sys.executable, "-c", code, cwd=ROOT).strip() == "True"

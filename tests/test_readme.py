@@ -31,6 +31,7 @@ def test_python_blocks_run_in_order(model_folder, tmp_path, monkeypatch):
     session["trainer"].train()
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands_run(command, model_folder, tmp_path):
     words = shlex.split(command.replace(PLACEHOLDER, model_folder))

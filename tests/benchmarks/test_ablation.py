@@ -70,6 +70,7 @@ def without_costs(record):
     return {**record, "training": training}
 
 
+@pytest.mark.lengthy
 def test_table_and_figures(finished):
     with (finished / "table.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -98,6 +99,7 @@ def test_cells_of_a_seed_share_batches_and_start(finished):
     assert cells["dpo__demo__seed0"]["held_out"] != cells["otpo-reg0.02__demo__seed0"]["held_out"]
 
 
+@pytest.mark.lengthy
 def test_killed_matrix_goes_on_and_agrees(finished, model_folder, tmp_path, monkeypatch):
     trained = []
 
@@ -122,6 +124,7 @@ def test_killed_matrix_goes_on_and_agrees(finished, model_folder, tmp_path, monk
     assert {n: without_costs(r) for n, r in ours.items()} == {n: without_costs(r) for n, r in theirs.items()}
 
 
+@pytest.mark.lengthy
 def test_parts_make_the_whole(finished, small_file, model_folder, tmp_path):
     command = ["--matrix", small_file, "--checkpoint", model_folder, "--output", str(tmp_path)]
     assert __main__.main([*command, "--part", "2/2"]) == 0
@@ -141,6 +144,7 @@ def test_parts_make_the_whole(finished, small_file, model_folder, tmp_path):
     assert evaluate(kept.eval(), tokenizer, rows, matrix()) == records(tmp_path)["dpo__demo__seed1"]["held_out"]
 
 
+@pytest.mark.lengthy
 def test_rivals_are_cells_like_others(model_folder, tmp_path):
     rivals = matrix(weightings=["dpo", "tdpo2", "tis", "d2po", "otpo-cosine"], seeds=[0])
     results = run.run_matrix(rivals, model_folder, tmp_path, checkers)
@@ -150,6 +154,7 @@ def test_rivals_are_cells_like_others(model_folder, tmp_path):
     assert len(margins) == 5
 
 
+@pytest.mark.lengthy
 def test_held_out_files_and_reward_models(model_folder, tmp_path):
     pairs, judge_folder = tmp_path / "pairs.jsonl", tmp_path / "reward"
     make_pairs(5).to_json(pairs)
@@ -182,6 +187,7 @@ def test_more_prompts_than_are_bundled_are_drawn():
     assert len({row["product_id"] for row in rows}) > 40 and len(rows) == 300
 
 
+@pytest.mark.lengthy
 def test_failing_judges_cost_their_cells_alone(model_folder, tmp_path, monkeypatch):
     asked = []
 

@@ -89,6 +89,7 @@ def test_experts_agree_with_float32(implementation, mode):
     assert loss.item() == pytest.approx(reference(ids, labels=ids).loss.item(), rel=1e-2)
 
 
+@pytest.mark.lengthy
 def test_checkpointing_changes_nothing():
     ids = token_ids(2, 64).cuda()
     results = []

@@ -106,6 +106,7 @@ def assert_saved(folder, found):
     torch.testing.assert_close(logits.flatten()[:50], torch.tensor(found["logits"]), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.lengthy
 def test_the_layer_is_the_whole_experts(tmp_path):
     """Uneven tokens, none, an expert without any, all of them in one process or expert; every gradient."""
     errors = result("layers", tmp_path)
@@ -113,6 +114,7 @@ def test_the_layer_is_the_whole_experts(tmp_path):
     assert max(errors.values()) < 1e-5, max(errors, key=errors.__getitem__)
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize(
     ("name", "stage"),
     [("compass", 1), ("compass", 2), ("compass", 3), ("compass_detached", 3), ("qwen3_moe", 2), ("mixtral", 3)],
@@ -124,6 +126,7 @@ def test_five_steps_are_those_of_the_whole_model(models, tmp_path, name, stage):
     assert max(errors.values()) < 1e-3, max(errors, key=errors.__getitem__)
 
 
+@pytest.mark.lengthy
 @pytest.mark.slow
 def test_sixteen_experts_over_eight_processes(tmp_path):
     """Compass-v3's own setting, two experts in each process, at a tiny size."""
@@ -143,6 +146,7 @@ def test_the_trainer_is_that_of_one_process(run, alone):
     assert not any(".w1" in name or ".experts.experts" in name for name in index)
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("stage", [1, 3])
 def test_other_stages_of_the_trainer(models, tmp_path, alone, stage):
     """And on from the middle with another size."""
@@ -154,6 +158,7 @@ def test_other_stages_of_the_trainer(models, tmp_path, alone, stage):
     assert by_step(found) == pytest.approx(alone, abs=CLOSE)
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("ep_size", [2, 1])
 def test_a_checkpoint_resumes_in_this_and_another_size(run, models, tmp_path, alone, ep_size):
     folder = tmp_path / "checkpoint-2"
@@ -163,6 +168,7 @@ def test_a_checkpoint_resumes_in_this_and_another_size(run, models, tmp_path, al
     assert_saved(tmp_path, found)
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("detach", [False, True])
 def test_tensor_parallelism_of_transformers(tmp_path, detach):
     """With MTP layers, whose head is split like the model's."""
@@ -173,6 +179,7 @@ def test_tensor_parallelism_of_transformers(tmp_path, detach):
     assert max(errors.values()) < 1e-4, max(errors, key=errors.__getitem__)
 
 
+@pytest.mark.lengthy
 def test_a_run_killed_while_saving_goes_on_from_the_last_good_checkpoint(models, tmp_path, alone):
     found, done = start("train", tmp_path, model=models["compass"], die_saving=True)
     assert found is None
@@ -192,6 +199,7 @@ def test_a_process_that_dies_ends_the_run_and_is_named(models, tmp_path):
     assert "exitcode  : 17" in done.stderr
 
 
+@pytest.mark.lengthy
 def test_the_native_backend_is_that_of_one_process(models, tmp_path, alone):
     pytest.importorskip("transformers.distributed.expert_parallel", reason="transformers 5.21 or later")
     found = result("native", tmp_path, model=models["compass"])
@@ -200,6 +208,7 @@ def test_the_native_backend_is_that_of_one_process(models, tmp_path, alone):
     assert_saved(tmp_path, found)
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("backend", ["deepspeed", "transformers"])
 def test_alignment_from_the_command_line(compass_folder, pairs_file, tmp_path, backend):
     """OTPO with its reference; the same losses whatever spreads the experts, and without spreading them."""
@@ -226,6 +235,7 @@ def test_alignment_from_the_command_line(compass_folder, pairs_file, tmp_path, b
         assert found[2][name] == pytest.approx(found[1][name], rel=1e-3, abs=1e-5), name
 
 
+@pytest.mark.lengthy
 def test_a_bfloat16_reference(compass_folder, pairs_file, tmp_path):
     """The engine of a reference trains nothing, and has spread experts."""
     options = arguments(compass_folder, pairs_file, tmp_path, expert_parallel_size=2, bf16=True)
@@ -356,6 +366,7 @@ def test_states_of_the_optimizer_are_not_lost_quietly(
     assert re.search(message, refusal(align.main, capsys, argv))
 
 
+@pytest.mark.lengthy
 def test_frozen_experts_resume_in_their_own_layout_alone(compass_folder, pairs_file, tmp_path):
     """One line from the command, before anything is trained."""
     make_checkpoint(tmp_path / "ckpt", LAYOUT_FILE, Layout(2, 4, 2))

@@ -117,6 +117,7 @@ def test_it_is_used_from_from_pretrained_and_not_saved(name, tmp_path, monkeypat
     assert len(calls) == (1 if name == "glm4_moe" else 2)
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("name", CONFIGS)
 def test_generation_is_that_of_eager_experts(name):
     ids = prompts(2, 12)
@@ -127,6 +128,7 @@ def test_generation_is_that_of_eager_experts(name):
     assert torch.equal(got, model.generate(ids, **options))
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("name", CONFIGS)
 def test_checkpointing_changes_nothing(name):
     ids, model = prompts(), make_model(name).train()
@@ -139,6 +141,7 @@ def test_checkpointing_changes_nothing(name):
         assert torch.equal(gradient, expected[parameter]), parameter
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "mixtral"])
 def test_they_compile_as_one_graph(name, dtype):

@@ -167,6 +167,7 @@ def losses(trainer):
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("shard", [None, "1KB", "20KB"])
 def test_the_trainer_trains_and_resumes(tmp_path, shard):
     """Also of files that split a layer's experts."""
@@ -215,6 +216,7 @@ def test_gradient_accumulation_is_a_larger_batch(tmp_path):
 # torch.compile
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm", "memcpy"])
 def test_it_compiles_as_one_graph(implementation):
     """In evaluation, and in training with every loss; the backend runs the traced graph as it is."""
@@ -270,6 +272,7 @@ def test_layers_offloaded_to_disk(tmp_path):
 # Flex attention
 
 
+@pytest.mark.lengthy
 def test_flex_attention_agrees_where_it_runs():
     """On CPUs it has no backward, hence evaluation alone, and its kernel takes half a minute to compile."""
     ids = token_ids(2, 9)

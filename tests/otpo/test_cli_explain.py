@@ -93,6 +93,7 @@ def test_other_models(request, tmp_path, kind):
     assert re.sub("<[^>]*>", "", text) == f"{data['chosen'][1][0]['content']}&lt;|end|&gt;"
 
 
+@pytest.mark.lengthy
 def test_help_is_light():
     code = (
         "import sys\nfrom otpo.cli.main import main\n"

@@ -185,6 +185,7 @@ def test_configurations_that_are_none(content, tmp_path, capsys, model_folder, p
     assert "mine.yaml" in refusal(align.main, capsys, argv)
 
 
+@pytest.mark.lengthy
 def test_the_package_runs_as_the_script():
     done, script = (python("-m", name, "--version") for name in ("otpo", "otpo.cli.main"))
     assert done.returncode == 0 and done.stdout == script.stdout

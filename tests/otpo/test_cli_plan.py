@@ -1,13 +1,10 @@
 """`otpo plan`: its help is light, its numbers are the plan's, and what is refused has one message."""
 
 import json
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from cli_helpers import python
 
 from moe_backbone import PRESETS, preset
 from moe_backbone.planning.counting import count_parameters
@@ -15,24 +12,16 @@ from moe_backbone.planning.hardware import GPUS
 from moe_backbone.planning.setup import OPTIMIZERS, PRECISIONS, STRATEGIES, TrainingSetup
 from otpo.cli import plan
 
-ROOT = Path(__file__).parents[2]
 
-
+@pytest.mark.lengthy
 def test_help_is_light_and_names_every_choice():
     code = (
         "import sys\nfrom otpo.cli.main import main\n"
         "try: main(['plan', '--help'])\nexcept SystemExit: pass\n"
         "print(*sorted({name.partition('.')[0] for name in sys.modules}), file=sys.stderr)"
     )
-    path = f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "PYTHONPATH": path, "COLUMNS": "80"},
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=60,
-    )
+    done = python("-c", code, COLUMNS="80")
+    assert done.returncode == 0, done.stderr
     assert not {"torch", "transformers", "numpy", "rich", "moe_backbone"} & set(done.stderr.split())
     words = set(re.findall(r"[\w-]+", done.stdout))
     assert {*PRESETS, *GPUS, *STRATEGIES, *PRECISIONS, *OPTIMIZERS} <= words

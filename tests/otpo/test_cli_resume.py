@@ -9,7 +9,7 @@ import sys
 import time
 
 import pytest
-from cli_helpers import ROOT, arguments, refusal
+from cli_helpers import HANG, ROOT, arguments, refusal
 
 from otpo.cli import align, pretrain, sft
 from otpo.cli.running.checkpoints import find_checkpoint
@@ -127,6 +127,7 @@ def test_folders_that_are_no_checkpoint(run, tmp_path):
         find_checkpoint(str(tmp_path), None)
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("processes", [None, 1, 2], ids=lambda count: f"{count}")
 def test_ctrl_c(processes, model_folder, pairs_file, tmp_path):
     argv = arguments(model_folder, pairs_file, tmp_path / "out", **{**SAVING, "max_steps": 100_000})
@@ -138,12 +139,12 @@ def test_ctrl_c(processes, model_folder, pairs_file, tmp_path):
         process = subprocess.Popen(
             words, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, **variables}, start_new_session=True
         )
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + HANG
         while not (tmp_path / "out/checkpoint-3").is_dir() and process.poll() is None:
             assert time.monotonic() < deadline
             time.sleep(0.05)
         os.killpg(process.pid, signal.SIGINT)
-        assert process.wait(60) == 130
+        assert process.wait(HANG) == 130
         log.seek(0)
         text = log.read()
     assert "Traceback" not in text and text.count("stopped by you") == 1

@@ -40,12 +40,13 @@ def test_batches_do_not_matter(pairs, model_folder, other_model_folder, tmp_path
         assert got[name] == pytest.approx(want[name], rel=1e-4, abs=1e-5), name
 
 
+@pytest.mark.lengthy
 def test_two_processes_count_no_pair_twice(model_folder, other_model_folder, tmp_path):
     """Of five pairs in batches of four, two processes see three pairs twice; and the first process saves alone."""
     want = evaluate(model_folder, other_model_folder, tmp_path, 5, 1, weighting=hashed_weights)
     launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_backend", "c10d"]
     launch += ["--rdzv_endpoint", "localhost:0", str(ROOT / "tests" / "ddp_worker.py")]
-    ended = python(*launch, model_folder, other_model_folder, str(tmp_path), timeout=600)
+    ended = python(*launch, model_folder, other_model_folder, str(tmp_path))
     assert ended.returncode == 0, ended.stderr[-2000:]
     got = json.loads((tmp_path / "metrics.json").read_text())
     for name in want:

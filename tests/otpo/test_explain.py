@@ -319,6 +319,7 @@ def test_pairs_of_any_length(sizes):
     assert "not its row and column sums" in page and "nan" not in page
 
 
+@pytest.mark.lengthy
 def test_picture_is_a_picture(pairs):
     picture = Image.open(io.BytesIO(draw_picture(pairs)))
     picture.load()

@@ -89,6 +89,7 @@ def test_training_takes_them(model_folder, tmp_path, adapter, reentrant):
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.lengthy
 def test_layers_give_other_weights_and_other_models(model_folder, tmp_path):
     losses = {}
     for layer in (-1, 0, 1, 2):
@@ -105,6 +106,7 @@ def test_layers_give_other_weights_and_other_models(model_folder, tmp_path):
     assert len(set(losses.values())) == 3
 
 
+@pytest.mark.lengthy
 def test_compiled_models_hand_out_each_steps_own(model_folder, tmp_path):
     torch._dynamo.reset()
     losses = []

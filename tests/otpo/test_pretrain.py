@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from cli_helpers import HANG
 from datasets import Dataset
 from huggingface_hub import ModelCard
 from pretraining_helpers import chain_documents
@@ -132,6 +133,7 @@ def test_the_code_and_a_card_are_saved(tokenizer_folder, documents, tmp_path, ca
     assert not list((tmp_path / "second").glob("*.py"))
 
 
+@pytest.mark.lengthy
 def test_going_on_from_a_checkpoint_with_the_bundled_corpus(tokenizer_folder, tmp_path):
     first = arguments(tokenizer_folder, tmp_path / "a", dataset_name="otpo/demo-corpus", dataset_config=40)
     assert pretrain.main(first) == 0
@@ -167,6 +169,7 @@ def make_mixture(tmp_path: Path, documents: str, second: dict | None = None) -> 
     return str(path)
 
 
+@pytest.mark.lengthy
 def test_stages(tokenizer_folder, documents, tmp_path, capsys):
     mixture = make_mixture(tmp_path, documents)
     argv = arguments(tokenizer_folder, tmp_path / "run", mixture=mixture, do_eval=True, **UNSAID)
@@ -246,12 +249,13 @@ def test_epochs_are_in_place_of_a_stages_steps(tokenizer_folder, tmp_path, capsy
     assert "num train epochs 1 (command line; the stage says 99)" in capsys.readouterr().out
 
 
+@pytest.mark.lengthy
 def test_a_stage_in_launched_processes(tokenizer_folder, documents, tmp_path):
     """Launched by us, a process for each stage."""
     mixture = make_mixture(tmp_path, documents, second={"sequence_length": 48})
     options = {**UNSAID, "num_processes": 1, "learning_rate": 0.002}
     argv = arguments(tokenizer_folder, tmp_path / "run", mixture=mixture, **options)
-    done = subprocess.run(**command(argv), capture_output=True, text=True, check=False, timeout=300)
+    done = subprocess.run(**command(argv), capture_output=True, text=True, check=False, timeout=HANG)
     assert done.returncode == 0, done.stderr
     for part in (
         "stage      general: steps 3 (of the stage), sequence length 32 (of the stage), learning rate 0.002 (command "
@@ -312,6 +316,7 @@ def test_the_documents_that_are_taken_are_drawn_by_the_seed(tmp_path, tokenizer)
     assert first_tokens(0) != first_tokens(1) and first_tokens(0) != list(range(8))
 
 
+@pytest.mark.lengthy
 def test_a_revision_of_a_checkpoint_on_the_hub(tokenizer_folder, documents, tmp_path):
     """From a cache of two revisions, of one and of two layers."""
     cache = tmp_path / "hub/models--we--ours"
@@ -328,11 +333,12 @@ def test_a_revision_of_a_checkpoint_on_the_hub(tokenizer_folder, documents, tmp_
     )  # fmt: skip
     started = command(argv)
     started["env"] |= {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(**started, capture_output=True, text=True, check=False, timeout=180)
+    done = subprocess.run(**started, capture_output=True, text=True, check=False, timeout=HANG)
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "run/config.json").read_text())["num_hidden_layers"] == 2
 
 
+@pytest.mark.lengthy
 def test_a_killed_run_goes_on_from_its_last_whole_checkpoint(tokenizer_folder, documents, tmp_path):
     options = {"dataset_name": documents, "max_steps": 40, "save_strategy": "steps", "save_steps": 5}
     whole = arguments(tokenizer_folder, tmp_path / "whole", **options)
@@ -340,7 +346,7 @@ def test_a_killed_run_goes_on_from_its_last_whole_checkpoint(tokenizer_folder, d
 
     killed = arguments(tokenizer_folder, tmp_path / "killed", **options)
     process = subprocess.Popen(**command(killed), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + HANG
     while not (tmp_path / "killed/checkpoint-10/trainer_state.json").is_file():
         assert time.monotonic() < deadline
         assert process.poll() is None
@@ -355,6 +361,7 @@ def test_a_killed_run_goes_on_from_its_last_whole_checkpoint(tokenizer_folder, d
     assert all(torch.equal(left[name], right[name]) for name in left)
 
 
+@pytest.mark.lengthy
 def test_two_processes_learn_what_one_learns(tokenizer_folder, documents, tmp_path):
     losses = []
     for processes in (1, 2):
@@ -364,7 +371,7 @@ def test_two_processes_learn_what_one_learns(tokenizer_folder, documents, tmp_pa
         )  # fmt: skip
         if processes == 1:
             del argv[argv.index("--num_processes") : argv.index("--num_processes") + 2]
-        done = subprocess.run(**command(argv), capture_output=True, text=True, check=False, timeout=180)
+        done = subprocess.run(**command(argv), capture_output=True, text=True, check=False, timeout=HANG)
         assert done.returncode == 0, done.stderr
         metrics = json.loads((tmp_path / "report.json").read_text())["metrics"]["train"]
         losses.append([metrics[name] for name in ("lm_loss", "mtp_loss", "aux_loss", "z_loss", "router/dropped")])

@@ -75,6 +75,7 @@ def write(rows, path) -> str:
 # What is learned
 
 
+@pytest.mark.lengthy
 def test_a_run_in_a_process_of_its_own(compass_folder, messages_file, tmp_path):
     report = tmp_path / "report.json"
     changes = {"max_steps": 12, "do_eval": True, "test_split_size": 4, "report": report}
@@ -247,6 +248,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(compass_folder, messages_file, t
     assert_same_parameters(*finals)
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("adapters", [False, True], ids=["full", "lora"])
 def test_two_processes_under_accelerate(compass_folder, messages_file, tmp_path, adapters):
     argv = arguments(compass_folder, messages_file, tmp_path / "out", **(LORA if adapters else {}))

@@ -69,6 +69,7 @@ def test_rows_beyond_the_kernels_are_refused():
         choose_solver(TransportOptions(solver="triton", **SETTINGS), long, long)
 
 
+@pytest.mark.lengthy
 def test_without_a_gpu_the_kernels_are_refused():
     """In a process of its own: Triton decides at import whether it interprets."""
     code = (
@@ -81,6 +82,7 @@ def test_without_a_gpu_the_kernels_are_refused():
     assert "`solver='triton'` cannot run" in run.stderr and run.returncode == 1
 
 
+@pytest.mark.lengthy
 def test_importing_the_library_does_not_import_triton():
     code = "import sys, otpo, otpo.transport.solve, otpo_kernels; assert 'otpo_kernels.sinkhorn' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, env=_environment())

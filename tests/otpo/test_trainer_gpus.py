@@ -30,7 +30,7 @@ def align(model_folder, pairs_file, folder, *launcher, **changes):
         str(folder / "report.json"),
         *launcher,
     ]
-    done = python("-m", "otpo.cli.main", "align", *argv, timeout=600, TRITON_INTERPRET="0")
+    done = python("-m", "otpo.cli.main", "align", *argv, TRITON_INTERPRET="0")
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads((folder / "report.json").read_text())["metrics"]
 

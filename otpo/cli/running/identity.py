@@ -85,7 +85,9 @@ class RunFile(TrainerCallback):
     def _write(self, state: Any, folder: Path) -> None:
         if state.is_world_process_zero:
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / RUN_FILE).write_text(json.dumps({"options": self.identity}, indent=2) + "\n", encoding="utf-8")
+            part = folder / f"{RUN_FILE}.part"
+            part.write_text(json.dumps({"options": self.identity}, indent=2) + "\n", encoding="utf-8")
+            part.replace(folder / RUN_FILE)  # a run that is killed leaves the whole file or none
 
 
 def _read(checkpoint: str) -> tuple[Path, dict[str, Any]] | None:
