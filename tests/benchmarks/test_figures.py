@@ -111,6 +111,7 @@ def test_transport(lengths, tmp_path):
             drawn(transport.draw, write(tmp_path / "transport.csv", columns, rows))
 
 
+@pytest.mark.lengthy
 def test_experts_spread_over_gpus(tmp_path):
     cases = (expert_parallel.SMALL, expert_parallel.BLOCK, expert_parallel.FITS)
     contenders = tuple(expert_parallel.contenders.CONTENDERS)

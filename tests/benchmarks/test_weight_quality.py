@@ -164,6 +164,7 @@ def finished(model_folder, other_model_folder, tmp_path_factory):
     return folder, run(folder, model_folder, "--reference", other_model_folder, "--languages", "en", "--pairs", "12")
 
 
+@pytest.mark.lengthy
 def test_rows_and_figure(finished):
     folder, rows = finished
     assert (folder / "weight_quality.png").stat().st_size > 1000
@@ -191,6 +192,7 @@ def test_what_must_hold_whatever_the_model(finished):
     assert all(by_key["unmatched", side] > 0.6 for side in ("chosen", "rejected"))
 
 
+@pytest.mark.lengthy
 def test_weights_and_contributions_are_the_trainers(model_folder, other_model_folder, tmp_path):
     """Ranked from the trainer's own weights and rewards, every number comes out the same."""
     from transformers import AutoModelForCausalLM

@@ -136,6 +136,7 @@ def test_sixteen_experts_over_eight_processes(tmp_path):
     assert max(errors.values()) < 1e-3, max(errors, key=errors.__getitem__)
 
 
+@pytest.mark.lengthy
 def test_the_trainer_is_that_of_one_process(run, alone):
     folder, found = run
     assert found["engine"] == "DeepSpeedEngine"
@@ -191,6 +192,7 @@ def test_a_run_killed_while_saving_goes_on_from_the_last_good_checkpoint(models,
     assert by_step(found) == pytest.approx(alone, abs=CLOSE)
 
 
+@pytest.mark.lengthy
 def test_a_process_that_dies_ends_the_run_and_is_named(models, tmp_path):
     found, done = start("train", tmp_path, model=models["compass"], die_at=1)
     assert found is None

@@ -90,6 +90,7 @@ def test_alike_rows_are_all_named(model_folder, tmp_path, tokenizer):
         trainer.train()
 
 
+@pytest.mark.lengthy
 def test_callbacks_of_two_datasets_log_under_two_names(model_folder, tmp_path, monkeypatch):
     callbacks = [LogTokenWeightsCallback(rows=[0], every=2, split=split) for split in ("train", "eval")]
     trainer = OTPOTrainer(
@@ -118,6 +119,7 @@ def test_rows_of_a_stream_are_those_of_the_user(model_folder, tmp_path):
             explain_rows(trainer, [row])
 
 
+@pytest.mark.lengthy
 def test_looking_counts_nothing(model_folder, tmp_path, monkeypatch):
     """A callback that looks five times, at a stream with one pair that is dropped."""
     args = options(tmp_path, max_steps=5, per_device_train_batch_size=1)
@@ -197,6 +199,7 @@ def test_a_refused_pair_of_a_shuffled_stream_is_named_by_its_text(workers, model
 # Many rows
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("mode", ["keep_start", "keep_end"])
 @pytest.mark.parametrize("max_length", [None, 1, 2, 7, 12])
 def test_many_rows_are_judged_as_one_is(max_length, mode):

@@ -35,6 +35,7 @@ def test_the_kernels_run_when_they_are_asked_for():
     torch.testing.assert_close(got.chosen, want.chosen, rtol=1e-5, atol=0)
 
 
+@pytest.mark.lengthy
 def test_the_trainer_learns_the_same_with_either_solver(model_folder, tmp_path):
     pytest.importorskip("triton", reason="triton is made for Linux")
     losses = {}
