@@ -160,7 +160,7 @@ def test_imports_are_found_wherever_they_stand():
 
 def test_names_are_followed_to_their_homes():
     assert homes_of("moe_backbone", "CompassConfig") == {"moe_backbone.model.configuration_compass"}
-    assert homes_of("otpo", "__version__") == set()
+    assert homes_of("otpo", "__version__") == {"otpo.version"}
     assert homes_of("otpo_kernels", "distance") == {"otpo_kernels.distance"}
     assert "otpo.trainer" in homes_of("otpo", None)
     assert len(graph()) > 100 and "otpo_kernels.acceleration" in graph()["otpo.transport.anderson"]

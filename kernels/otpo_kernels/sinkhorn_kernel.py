@@ -1,4 +1,4 @@
-"""The device code of the transport solver: one persistent kernel, and so a file of more than 350 lines.
+"""The device code of the transport solver. The file is over 350 lines because it is one persistent kernel.
 
 The mathematics is that of `otpo.transport.sinkhorn`, the float64 reference in plain torch: translation-invariant
 sweeps in the log domain (arXiv 2201.00730) with Anderson acceleration. What is particular to the kernel:
