@@ -116,6 +116,7 @@ def split(folder, kind):
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("kind", ["one key a file", "a matrix a file", "seven keys a file", "20KB"])
 def test_experts_split_over_files(tmp_path, kind):
     model = compass_model(**FULL).eval()

@@ -15,6 +15,7 @@ def greedy(model, ids, **options):
     return model.generate(ids, do_sample=False, max_new_tokens=10, pad_token_id=0, **options)
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @torch.no_grad()
 def test_the_cache_changes_nothing(implementation):

@@ -105,6 +105,7 @@ def test_hidden_states_and_attentions_by_layer(mode):
         assert attention.triu(1).eq(0).all()
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("other", IMPLEMENTATIONS)
 def test_experts_implementations_agree(other):
     reference = compass_model(implementation="eager", **FULL)

@@ -190,6 +190,7 @@ def test_bfloat16_is_near_float32():
     assert out.loss.item() == pytest.approx(exact(ids, labels=ids).loss.item(), rel=0.02)
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_autocast_trains_float32_weights(implementation):
     options = {"initializer_range": 0.05, "implementation": implementation, **FULL}
