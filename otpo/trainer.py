@@ -135,7 +135,7 @@ class OTPOTrainer(DPOTrainer):
         check_datasets(train_dataset, eval_dataset, precompute=args.precompute_ref_log_probs)
         check_layer_before_loading(model, args)
 
-        # What TRL's constructor calls methods of ours for has to be there before it.
+        # TRL's constructor calls our methods, which read these attributes.
         self.weighting = weighting or WEIGHTINGS[args.weighting](args)
         self.prepared_datasets = PreparedDatasets()
         self._own_names: frozenset[str] | None = None  # of its datasets, once all are prepared
@@ -326,8 +326,9 @@ class OTPOTrainer(DPOTrainer):
         """Runs policy and reference on a batch and solves for its weights.
 
         The loss is made of this, and so are the pages of `otpo explain`. It logs nothing, counts nothing and draws no
-        random numbers but the model's and the weighting's. Override it for losses that need more of the models than
-        log-probabilities.
+        random numbers but the model's and the weighting's. Precision, gradients and dropout are those of the caller:
+        outside of training open `accelerator.autocast()` and `torch.no_grad()` around it, and put the model into its
+        evaluation mode. Override it for losses that need more of the models than log-probabilities.
 
         Args:
             model: The policy as it is called, with whatever engine is around it: what `compute_loss` is given.
@@ -393,7 +394,7 @@ class OTPOTrainer(DPOTrainer):
                 f"The weighting returned weights of shape {tuple(values.shape)}, the batch's mask has "
                 f"{tuple(mask.shape)}: return one weight for each position of `batch.mask`."
             )
-        # What lies outside the mask is nobody's: a NaN there would spoil the sums, even times zero.
+        # Positions outside the mask may hold NaN, which would spoil the sums, even times zero.
         return values.detach().to(device=mask.device, dtype=dtype).masked_fill(~mask, 0.0), metrics
 
     def _reference_logps(self, model: Callable[..., Any], inputs: Mapping[str, Any], mask: Tensor) -> Tensor:
@@ -459,10 +460,13 @@ class OTPOTrainer(DPOTrainer):
         """TRL's loss of a group of loss types, and the reference's sums that it was given, `(B,)` a side."""
         weights = scored.weights_for(group.loss_types[0])
         sums = self._summed(scored.reference_logps * weights, inputs)
-        stand_in = trl_seam.ModelStandIn(model, scored.outputs_with(weights), self._policy_arguments(inputs))
         options: dict[str, Any] = {"loss_types": group.loss_types, "loss_weights": group.coefficients}
-        if self.aux_loss_enabled and not is_alone:
+        # The first call logs the routers' loss, and adds it too where it is the only one.
+        options["aux_loss_enabled"] = self.aux_loss_enabled and is_first
+        if options["aux_loss_enabled"] and not is_alone:
             options["router_aux_loss_coef"] = 0.0
+        names = trl_seam.policy_argument_names(inputs, router_logits=options["aux_loss_enabled"])
+        stand_in = trl_seam.ModelStandIn(model, scored.outputs_with(weights), names)
         loss = trl_seam.dpo_loss(
             self,
             super()._compute_loss,

@@ -65,13 +65,18 @@ renamed ends in an `ImportError`."""
 _TOLERANCE = 1e-4
 
 
+class SeamError(RuntimeError):
+    """The installed TRL does not read what it is handed, so its loss would be another one."""
+
+
 # The loss
 
 
 def policy_arguments(inputs: Mapping[str, Any], *, router_logits: bool) -> dict[str, Any]:
     """What `DPOTrainer._compute_loss` calls its model with, in its first lines.
 
-    If it changes, [`dpo_loss`] refuses the first step, since the stand-in of the model is called with other names.
+    If a name is added or taken away there, [`dpo_loss`] refuses the first step. That the values are TRL's, the tests
+    of the seam compare with the installed release.
 
     Args:
         inputs: A collated batch.
@@ -83,6 +88,12 @@ def policy_arguments(inputs: Mapping[str, Any], *, router_logits: bool) -> dict[
         arguments["output_router_logits"] = True
     labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
     return {**arguments, "labels": labels, "fused_lm_head": True}
+
+
+def policy_argument_names(inputs: Mapping[str, Any], *, router_logits: bool) -> set[str]:
+    """Names of [`policy_arguments`]."""
+    of_trl = {"use_cache", "labels", "fused_lm_head", *(["output_router_logits"] if router_logits else [])}
+    return (inputs.keys() - NOT_OF_THE_MODEL) | of_trl
 
 
 class HandedInputs(dict[str, Any]):
@@ -104,20 +115,20 @@ class ModelStandIn:
     Args:
         model: The model, for the extra pass that TRL makes for `compute_metrics`.
         outputs: The answer, a `FusedCausalLMOutput`.
-        arguments: What the model was called with for these outputs; None for made-up ones.
+        names: Of the arguments that TRL has to call it with; None for made-up outputs, whose call is not compared.
     """
 
-    def __init__(self, model: Any, outputs: Any, arguments: Mapping[str, Any] | None = None) -> None:
-        self._model, self._outputs, self._arguments = model, outputs, arguments
+    def __init__(self, model: Any, outputs: Any, names: set[str] | None = None) -> None:
+        self._model, self._outputs, self._names = model, outputs, names
         self.was_called = False
 
     def __call__(self, **arguments: Any) -> Any:
         """The outputs; the model's own where TRL wants its logits."""
         if not arguments.get("fused_lm_head"):
             return self._model(**arguments)
-        if self._arguments is not None and arguments.keys() != self._arguments.keys():
-            different = sorted(arguments.keys() ^ self._arguments.keys())
-            raise RuntimeError(
+        if self._names is not None and arguments.keys() != self._names:
+            different = sorted(arguments.keys() ^ self._names)
+            raise SeamError(
                 f"`DPOTrainer._compute_loss` calls its model with other arguments than `trl_seam.policy_arguments` "
                 f"does; they differ in {different}. {_remedy()}"
             )
@@ -156,7 +167,7 @@ def dpo_loss(
         The loss, or the loss and the model's outputs.
 
     Raises:
-        RuntimeError: TRL did not call the stand-in, or did not read the sums.
+        SeamError: TRL did not call the stand-in, or did not read the sums.
     """
     handed = HandedInputs({**inputs, **dict(zip(REFERENCE_COLUMNS, reference_sums, strict=True))})
     unseen = {} if logs else _metrics_that_nobody_sees()
@@ -165,12 +176,12 @@ def dpo_loss(
     missing = [name for name in REFERENCE_COLUMNS if name not in handed.read]
     if missing or not stand_in.was_called:
         what = f"the reference's {' and '.join(missing)}" if stand_in.was_called else "the model's stand-in"
-        raise RuntimeError(f"`DPOTrainer._compute_loss` has not used {what}, so its loss is not OTPO's. {_remedy()}")
+        raise SeamError(f"`DPOTrainer._compute_loss` has not used {what}, so its loss is not OTPO's. {_remedy()}")
     return result
 
 
 def require_known_loss(trainer: Any, compute_loss: Callable[..., Any]) -> None:
-    """Raises a `RuntimeError` unless TRL's loss of made-up log-probabilities, weighted with 2, has a doubled beta.
+    """Raises a [`SeamError`] unless TRL's loss of made-up log-probabilities, weighted with 2, has a doubled beta.
 
     The model is not asked.
 
@@ -194,14 +205,16 @@ def require_known_loss(trainer: Any, compute_loss: Callable[..., Any]) -> None:
     stand_in = ModelStandIn(None, outputs)
     try:
         found = float(dpo_loss(trainer, compute_loss, stand_in, inputs, sums, logs=False, **plain))
+    except SeamError:
+        raise
     except Exception as error:  # whatever a renamed attribute leads to
-        raise RuntimeError(
+        raise SeamError(
             f"`DPOTrainer._compute_loss` fails on what `OTPOTrainer` hands it: {error!r}. {_remedy()}"
         ) from error
     chosen, rejected = (policy - reference).sum(1).chunk(2)
     expected = float(-logsigmoid(2.0 * plain["beta"] * (chosen - rejected)).mean())
     if not abs(found - expected) < _TOLERANCE:
-        raise RuntimeError(
+        raise SeamError(
             f"`DPOTrainer._compute_loss` gives {found:.4f} for numbers whose loss is {expected:.4f}, so it does not "
             f"read what `OTPOTrainer` hands it. {_remedy()}"
         )
@@ -287,7 +300,7 @@ def collected_metrics(trainer: Any, mode: str | None = None) -> dict[str, list[f
 
 
 def pairs_without_repeats(accelerator: Any, pairs: int) -> int | None:
-    """How many of all processes' pairs of a micro-batch are no repeats; None where all of them.
+    """How many of all processes' pairs of a micro-batch are no repeats; None if no pair is a repeat.
 
     accelerate fills up the last batch on several processes with rows that were there before; `gather_for_metrics` cuts
     them off by `gradient_state`, which knows them while the loop is at its last batch. (In training the loop is ahead

@@ -8,7 +8,8 @@ cd "$(dirname "$0")/.."
 venv=.venv-latest
 [ -x "$venv/bin/python" ] || "${PYTHON:-python3}" -m venv "$venv"
 
-mapfile -t newest < <("$venv/bin/python" - <<'PYTHON'
+newest=()
+while IFS= read -r requirement; do newest+=("$requirement"); done < <("$venv/bin/python" - <<'PYTHON'
 import re
 import tomllib
 

@@ -35,7 +35,7 @@ def captured_states(causal_lm: Any, layer: int = -1) -> Iterator[list[Tensor]]:
         layers, count = _layers(backbone), _count(backbone)
         assert count is not None
         index = layer % (count + 1)
-        # What leaves a layer enters the next, whatever else layers return. Of the embeddings' states too.
+        # What leaves a layer enters the next, whatever else layers return. This also holds for the embeddings' output.
         handle = layers[index].register_forward_pre_hook(
             torch.compiler.disable(lambda _module, args, kwargs: captured.append(_states(args, kwargs).detach())),
             with_kwargs=True,

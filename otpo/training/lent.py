@@ -6,7 +6,7 @@ from otpo.weighting import PairBatch
 
 
 def tensor_versions(batch: PairBatch) -> dict[str, int]:
-    """How often each tensor was written to that a weighting is lent rather than given a copy of."""
+    """Counts the writes so far to each tensor that the weighting shares with the loss."""
     lent = {"hidden_states": batch.hidden_states}
     lent |= {f"inputs[{name!r}]": value for name, value in batch.inputs.items() if isinstance(value, Tensor)}
     return {name: value._version for name, value in lent.items() if not value.is_inference()}

@@ -57,7 +57,8 @@ def describe_model(model: Any) -> dict[str, Any]:
     return {
         "modules": repr(model),
         "config": _without_places(model.config.to_dict()),
-        "implementations": [implementations(each) for each in configs],
+        "attention": [implementations(each)[0] for each in configs],
+        "experts": [implementations(each)[1] for each in configs],
         "adapters": {name: _without_places(adapter.to_dict()) for name, adapter in adapters.items()},
         "active_adapters": list(model.active_adapters) if adapters else [],
         "dtypes": sorted({str(parameter.dtype) for parameter in model.parameters()}),

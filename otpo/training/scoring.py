@@ -49,7 +49,7 @@ class Scored:
 
     @property
     def pairs(self) -> int:
-        """B."""
+        """The number of pairs, B."""
         return self.mask.size(0) // 2
 
     def weights_for(self, loss_type: str) -> Tensor:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .solve import TransportWeights as TransportWeights
     from .solve import transport_plan as transport_plan
     from .solve import transport_weights as transport_weights
+    from .solve import warn_unsolved as warn_unsolved
 
 _HOMES = {
     "Cost": "otpo.transport.registry",
@@ -23,5 +24,6 @@ _HOMES = {
     "pairwise_cost": "otpo.transport.cost",
     "transport_plan": "otpo.transport.solve",
     "transport_weights": "otpo.transport.solve",
+    "warn_unsolved": "otpo.transport.solve",
 }
 __getattr__ = lazy_names(__name__, _HOMES)

@@ -10,7 +10,7 @@ from .options import TransportOptions
 from .solution import TransportWeights
 
 _KNOWN = {"cost": ("euclidean", "cosine"), "cost_scale": ("release", "pairwise")}
-"""What the kernels have of the registries, whatever else is registered."""
+"""The costs and scales that the kernels implement, whatever else is registered."""
 
 
 def obstacle(chosen: Tensor, rejected: Tensor, options: TransportOptions) -> str | None:

@@ -26,6 +26,7 @@ from otpo import OTPOTrainer, trl_seam
 
 # By function of the seam: what reads the thing there, and the lines that it has, in this order.
 READ_BY: dict[str, tuple[Callable, list[str]]] = {
+    "policy_argument_names": (DPOTrainer._compute_loss, ["_non_model_keys", "labels=labels, fused_lm_head=True"]),
     "policy_arguments": (
         DPOTrainer._compute_loss,
         [
@@ -195,7 +196,9 @@ def test_the_policy_is_called_as_trl_calls_it(auxiliary, model_folder, moe_folde
     class Recorded(DPOTrainer):
         def _compute_loss(self, model, inputs, return_outputs):
             def record(**arguments):
-                calls.append((arguments, trl_seam.policy_arguments(inputs, router_logits=self.aux_loss_enabled)))
+                ours = trl_seam.policy_arguments(inputs, router_logits=self.aux_loss_enabled)
+                names = trl_seam.policy_argument_names(inputs, router_logits=self.aux_loss_enabled)
+                calls.append((arguments, ours, names))
                 return model(**arguments)
 
             return super()._compute_loss(record, inputs, return_outputs)
@@ -205,8 +208,8 @@ def test_the_policy_is_called_as_trl_calls_it(auxiliary, model_folder, moe_folde
     trainer = Recorded(folder, args=args, train_dataset=make_pairs())
     assert trainer.aux_loss_enabled == auxiliary
     trainer.train()
-    (theirs, ours), *_ = calls
-    assert theirs.keys() == ours.keys(), "see `otpo.trl_seam.policy_arguments`"
+    (theirs, ours, names), *_ = calls
+    assert theirs.keys() == ours.keys() == names, "see `otpo.trl_seam.policy_arguments`"
     for key, value in theirs.items():
         assert torch.equal(value, ours[key]) if isinstance(value, torch.Tensor) else value == ours[key], key
 

@@ -1,4 +1,4 @@
-"""What of a command's options is found out before anything is loaded, and before processes are launched."""
+"""Checks of a command's options that need neither model nor data, made before processes are launched."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -175,7 +175,7 @@ def read_command_line(parser: TrlParser, argv: Sequence[str], settings: Mapping[
     values = vars(namespace)
     require_json(values, types)
 
-    # What the recipe has and no option is called is the launcher's.
+    # Recipe entries that are no option of ours go to the launcher.
     recipe_launcher = [
         word
         for name, value in recipe.items()
