@@ -1,5 +1,7 @@
 """The whole road on one machine: pretrain a Compass model, fine-tune it, align it with OTPO, and check every step.
 
+The file is over 350 lines because it is read from top to bottom, like the road.
+
 The data is a shopping assistant's, in several languages, bundled or generated; nothing is downloaded. Each step is a
 command of `otpo` that is printed before it runs. After each, the model is asked about products that no step has seen.
 

@@ -28,6 +28,9 @@ from .outputs import CompassCausalLMOutput
 from .pretrained import CompassPreTrainedModel as CompassPreTrainedModel
 from .router import expert_load, load_balancing_loss, router_z_loss
 
+# transformers looks here for the code of a model that is saved again, and for all names of its `auto_map`.
+CompassModel.__module__ = __name__
+
 
 class CompassForCausalLM(CompassPreTrainedModel, GenerationMixin):
     """The decoder with a language-modelling head.

@@ -36,6 +36,8 @@ for name in sys.argv[2].split(","):
     found[name] = {kind: sorted(info[kind]) for kind in ("missing_keys", "unexpected_keys")}
     with torch.no_grad():
         found[name]["output"] = model(ids)[0].flatten().tolist()
+    if name == "AutoModel":
+        model.save_pretrained(sys.argv[1] + "-decoder")
     if name == "AutoModelForCausalLM":
         options = {"do_sample": False, "max_new_tokens": 5, "pad_token_id": 0, "use_mtp": True}
         found["drafted"] = model.generate(ids[:1], **options).tolist()
@@ -71,6 +73,8 @@ def test_a_checkpoint_with_its_code_loads_elsewhere(tmp_path):
     assert found["drafted"] == model.generate(ids[:1], **options).tolist()
     again = elsewhere(tmp_path / "model-again", ["AutoModelForCausalLM"], ids, tmp_path / "cache")
     assert again["AutoModelForCausalLM"] == found["AutoModelForCausalLM"]
+    decoder = elsewhere(tmp_path / "model-decoder", autos, ids, tmp_path / "cache")
+    assert decoder["AutoModel"]["output"] == found["AutoModel"]["output"]
 
 
 def test_a_head_with_its_code_loads_elsewhere(tmp_path):

@@ -1,4 +1,7 @@
-"""`otpo pretrain`: a new model, stages one after the other, a run that is killed, several processes, refusals."""
+"""`otpo pretrain`: a new model, stages one after the other, a run that is killed, several processes, refusals.
+
+The file is over 350 lines because its runs build on one another: new, staged, killed, resumed.
+"""
 
 import json
 import os

@@ -1,4 +1,7 @@
-"""`otpo sft`: answers alone are learned, packed or not, with adapters or without; bad data is refused."""
+"""`otpo sft`: answers alone are learned, packed or not, with adapters or without; bad data is refused.
+
+The file is over 350 lines because its runs share their data and its written-out labels.
+"""
 
 import json
 import re

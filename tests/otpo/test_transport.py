@@ -1,3 +1,8 @@
+"""The transport problem against POT, the golden weights and formulas.
+
+The file is over 350 lines because all solvers and costs are held to the same problems.
+"""
+
 import itertools
 from dataclasses import FrozenInstanceError, fields
 from typing import get_args, get_type_hints

@@ -1,6 +1,6 @@
 """The memcpy operator against plain loops in float64: on the CPU by Triton's interpreter, on a GPU compiled.
 
-Longer than 350 lines, since every test here leans on the definitions by loops at the top.
+The file is over 350 lines because every test here leans on the definitions by loops at the top.
 """
 
 import pytest
