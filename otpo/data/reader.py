@@ -61,8 +61,8 @@ def read_splits(
         name: A name on the Hub, a folder written by `save_to_disk` or of data files, a file, or one of [`BUNDLED`].
         config: Configuration on the Hub; of a bundled set the number of rows of each split that is taken. None for
             the default.
-        streaming: Whether the rows are read as they are needed. Of saved folders and bundled sets, whose rows are
-            there at once, this makes streams.
+        streaming: Whether the rows are read, or the documents of `otpo/demo-corpus` written, as they are needed. Of
+            saved folders and the other bundled sets, whose rows are there at once, this makes streams.
         config_option: What the user calls `config`.
         validate: Whether all text of a file that is not streamed is looked at; see [`read_file`].
 
