@@ -63,9 +63,9 @@ def make_parser() -> argparse.ArgumentParser:
 
     group = parser.add_argument_group("pairs")
     add = group.add_argument
-    add("--dataset_name", metavar="NAME", help=HELP["dataset_name"])
-    add("--dataset_config", metavar="NAME", help=HELP["dataset_config"])
-    add("--dataset_train_split", default=WHOLE, metavar="NAME", help=HELP["dataset_train_split"])
+    add("--dataset_name", metavar="NAME", help=_trimmed(HELP["dataset_name"]))
+    add("--dataset_config", metavar="NAME", help=_trimmed(HELP["dataset_config"]))
+    add("--dataset_train_split", default=WHOLE, metavar="NAME", help=_trimmed(HELP["dataset_train_split"]))
     add("--rows", type=int, nargs="+", metavar="N", help="rows of the split, numbered from 0 (0)")
     add(
         "--prompt",
@@ -88,6 +88,11 @@ def make_parser() -> argparse.ArgumentParser:
     add("--output", metavar="FILE", help="file to write (explain.html or explain.png)")
     add("--format", metavar="NAME", help="html, png (by the ending of `--output`, else html)")
     return parser
+
+
+def _trimmed(text: str) -> str:
+    """A help text of all commands as the others here: without a capital and a full stop."""
+    return text[:1].lower() + text[1:].removesuffix(".")
 
 
 def _help(option: Option) -> str:

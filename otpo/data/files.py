@@ -42,11 +42,17 @@ class SourceError(ValueError):
         return self._sentence.replace("{option}", option, 1)
 
 
-def read_file(name: str, streaming: bool) -> Dataset | IterableDataset:
+def read_file(name: str, streaming: bool, validate: bool = False) -> Dataset | IterableDataset:
     """The rows of a local file, whose first one is read here also where it is streamed.
 
     All columns of a CSV file are text: an answer of "42" is no number, and one of "None" is not missing. A .txt file
     has the column `text`, a row for each line.
+
+    Args:
+        name: The file.
+        streaming: Whether its rows are read as they are needed.
+        validate: Whether all rows that are not streamed are looked at for text that is no UTF-8, which takes a read
+            of the whole table.
 
     Raises:
         SourceError: There is no such file, it is of no kind that is read, or it is broken.
@@ -72,8 +78,8 @@ def read_file(name: str, streaming: bool) -> Dataset | IterableDataset:
             columns = {"features": Features({column: Value("string") for column in header}), "keep_default_na": False}
         rows: Any = load_dataset(builder, data_files={WHOLE: name}, split=WHOLE, streaming=streaming, **columns)
         next(iter(rows))  # a stream's file is opened here; one without rows ends
-        if isinstance(rows, Dataset):
-            rows.data.validate(full=True)  # which finds text that is no UTF-8
+        if validate and isinstance(rows, Dataset):
+            rows.data.validate(full=True)
     return rows
 
 

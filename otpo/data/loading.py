@@ -39,7 +39,7 @@ class RowArguments(ScriptArguments):
     Parameters:
         dataset_name: Name on the Hub, folder written by `save_to_disk`, local file, `"otpo/demo"`,
             `"otpo/demo-instructions"` or `"otpo/demo-corpus"`.
-        dataset_config: Configuration on the Hub; of a bundled set the number of rows of the training split.
+        dataset_config: Configuration on the Hub; of a bundled set the number of rows of the split to train on.
         dataset_train_split: Split to train on, or a part of one.
         dataset_test_split: Split to evaluate on, or a part of one. A bundled set's is read whole, also of a stream.
         dataset_streaming: Whether rows are read as they are needed.
@@ -193,7 +193,7 @@ def _read(data: RowArguments, mixture: DatasetMixtureConfig) -> Splits:
 
 def _read_named(name: str | None, config: str | None, streaming: bool) -> Splits:
     with _naming("dataset_name", str(name)):
-        return read_splits(str(name), config=config, streaming=streaming)
+        return read_splits(str(name), config=config, streaming=streaming, validate=True)
 
 
 def _mix(mixture: DatasetMixtureConfig) -> Rows:

@@ -124,7 +124,7 @@ class PreparedDatasets:
 
 
 def free_name(name: str, taken: Collection[str]) -> str:
-    """What an evaluation dataset is called: its name, with as many `eval_` before it as make it another than those."""
+    """What an evaluation dataset is called: its name, prefixed with `eval_` until no other dataset has that name."""
     while name in taken:
         name = f"eval_{name}"
     return name

@@ -23,7 +23,7 @@ from datasets.exceptions import DatasetsError
 
 from .demo import CORPUS_SPLITS, SPLITS, load_demo_corpus, load_demo_instructions, load_demo_preferences
 from .files import SourceError, fault, read_file, reading
-from .source_kinds import BUNDLED, DEMO, DEMO_INSTRUCTIONS, WHOLE, file_kind
+from .source_kinds import BUNDLED, DEMO, DEMO_INSTRUCTIONS, WHOLE, names_file
 
 Rows = Dataset | IterableDataset
 Splits = Mapping[Any, Any]
@@ -48,7 +48,12 @@ class SplitError(SourceError):
 
 
 def read_splits(
-    name: str, *, config: str | int | None = None, streaming: bool = False, config_option: str = "dataset_config"
+    name: str,
+    *,
+    config: str | int | None = None,
+    streaming: bool = False,
+    config_option: str = "dataset_config",
+    validate: bool = False,
 ) -> Splits:
     """The splits of a source.
 
@@ -56,9 +61,10 @@ def read_splits(
         name: A name on the Hub, a folder written by `save_to_disk` or of data files, a file, or one of [`BUNDLED`].
         config: Configuration on the Hub; of a bundled set the number of rows of each split that is taken. None for
             the default.
-        streaming: Whether the rows are read as they are needed. Of saved folders and bundled sets, whose rows are
-            there at once, this makes streams.
+        streaming: Whether the rows are read, or the documents of `otpo/demo-corpus` written, as they are needed. Of
+            saved folders and the other bundled sets, whose rows are there at once, this makes streams.
         config_option: What the user calls `config`.
+        validate: Whether all text of a file that is not streamed is looked at; see [`read_file`].
 
     Raises:
         SourceError: The source can't be read, or `config` means nothing to it.
@@ -72,9 +78,9 @@ def read_splits(
             saved = load_from_disk(name)
         splits = saved if isinstance(saved, DatasetDict) else {WHOLE: saved}
         return {split: _streamed(rows) for split, rows in splits.items()} if streaming else splits
-    if path.is_file() or (file_kind(name) and not path.is_dir()):
+    if path.is_file() or (names_file(name) and not path.is_dir()):
         _refuse_config(config, config_option, "a file")
-        return {WHOLE: read_file(name, streaming)}
+        return {WHOLE: read_file(name, streaming, validate)}
     try:
         return load_dataset(name, None if config is None else str(config), streaming=streaming)  # pyright: ignore
     except (OSError, ValueError, DatasetsError) as error:
@@ -95,30 +101,39 @@ def select_split(splits: Splits, split: str) -> Rows:
         return splits[split]
     if not has_split(splits, split):
         raise SplitError(splits)
-    tables = {name: splits[name] for name in splits if split == _ALL or str(name) in split}
+    parts = [(name, "") for name in splits] if split == _ALL else _parts(split)
+    tables = {name: splits[name] for name, _ in parts}
     if not all(isinstance(table, Dataset) for table in tables.values()):
         raise SourceError(f"a stream has no parts such as {split!r}. Name a whole split, or read without streaming")
-    lengths = {name: len(tables.get(name, ())) for name in splits}
-    spec = "+".join(map(str, splits)) if split == _ALL else split
     try:
-        parts = ReadInstruction.from_spec(spec).to_absolute(lengths)
+        taken = [_slice(tables[name], place) for name, place in parts]
     except (ValueError, AssertionError) as error:
         raise SourceError(f"{split!r} is no part of a split: {fault(error)}") from error
-    taken = [tables[part.splitname].select(range(part.from_, part.to)) for part in parts]
     return taken[0] if len(taken) == 1 else concatenate_datasets(taken)
 
 
 def has_split(splits: Splits, split: str) -> bool:
     """Whether there is that split, or the one that a part is of.
 
-    All splits together are a word of `datasets`, for what it has split; the test splits of a bundled set are no data
-    to train on.
+    `all` is a word of `datasets`; it is refused for bundled sets, whose test splits must not be trained on.
     """
     if split == _ALL:
         return not isinstance(splits, _Bundled)
-    return split in splits or (
-        ("[" in split or "+" in split) and all(part.partition("[")[0].strip() in splits for part in split.split("+"))
-    )
+    return split in splits or (("[" in split or "+" in split) and all(name in splits for name, _ in _parts(split)))
+
+
+def _parts(split: str) -> list[tuple[str, str]]:
+    """The splits that a sum of parts names, each with its place, such as `[:10%]`; that of a whole split is empty."""
+    named = [part.partition("[") for part in split.split("+")]
+    return [(name.strip(), (bracket + place).strip()) for name, bracket, place in named]
+
+
+def _slice(table: Dataset, place: str) -> Dataset:
+    # `datasets` knows no splits with a hyphen in their names, so the place is handed to it with another name.
+    if not place:
+        return table
+    (part,) = ReadInstruction.from_spec(f"split{place}").to_absolute({"split": len(table)})
+    return table.select(range(part.from_, part.to))
 
 
 class _Bundled(Mapping[str, Rows]):
@@ -134,12 +149,20 @@ class _Bundled(Mapping[str, Rows]):
             if self.name == DEMO:
                 rows = load_demo_preferences(split, count=self.count)
             elif self.name == DEMO_INSTRUCTIONS:
-                rows = load_demo_instructions(split, count=self.count)
+                rows = self._instructions(split)
             else:
-                rows = load_demo_corpus(split, self.count or _CORPUS_ROWS[split])
+                rows = load_demo_corpus(split, self.count or _CORPUS_ROWS[split], streaming=self.streaming)
         except ValueError as error:
             raise SourceError(str(error).rstrip(".")) from error
         return _streamed(rows) if self.streaming else rows
+
+    def _instructions(self, split: str) -> Dataset:
+        if split == WHOLE or self.count is None:
+            return load_demo_instructions(split, count=self.count)
+        rows = load_demo_instructions(split)  # those of the test splits are never generated
+        if self.count > len(rows):
+            raise SourceError(f"its split {split!r} has {len(rows)} rows, fewer than {self.count}. Ask for fewer")
+        return rows.select(range(self.count))
 
     def __iter__(self) -> Iterator[str]:
         return iter(SPLITS if self.name in (DEMO, DEMO_INSTRUCTIONS) else CORPUS_SPLITS)

@@ -26,8 +26,8 @@ _SOURCES = (
 HELP = {
     "dataset_name": f"The data: {_SOURCES}.",
     "dataset_config": "Configuration of a dataset on the Hub; of what comes with otpo, the number of rows of the "
-    "training split.",
-    "dataset_train_split": f"Split to take rows from, or a part of it such as '{WHOLE}[:10%%]'. A file has "
+    "split that rows are taken from, while a split to evaluate on is whole.",
+    "dataset_train_split": f"Split to take rows from, or a part of it such as '{WHOLE}[:10%%]'; a file has "
     f"'{WHOLE}' alone.",
     "dataset_test_split": "Split to evaluate on, or a part of one.",
     "dataset_streaming": "Read rows as they are needed. Unset, the `streaming` of a mixture holds.",
@@ -39,10 +39,20 @@ HELP = {
 
 def file_kind(name: str) -> tuple[str, str | None] | None:
     """The builder of a file of that name and its compression by `fsspec`'s name; None for a kind that is not read."""
-    name = name.lower()
-    ending = next((ending for ending in COMPRESSIONS if name.endswith(ending)), None)
-    stem = name.removesuffix(ending or "")
-    builder = next((builder for kind, builder in BUILDERS.items() if stem.endswith(kind)), None)
-    if builder is None or (ending is not None and builder == "parquet"):
+    builder, compression = _endings(name)
+    if builder is None or (compression is not None and builder == "parquet"):
         return None
-    return builder, COMPRESSIONS.get(ending or "")
+    return builder, compression
+
+
+def names_file(name: str) -> bool:
+    """Whether a name is a file's by its endings, also one of a kind that is not read: a compressed .parquet file."""
+    return _endings(name)[0] is not None
+
+
+def _endings(name: str) -> tuple[str | None, str | None]:
+    name = name.lower()
+    ending = next((ending for ending in COMPRESSIONS if name.endswith(ending)), "")
+    stem = name.removesuffix(ending)
+    builder = next((builder for kind, builder in BUILDERS.items() if stem.endswith(kind)), None)
+    return builder, COMPRESSIONS.get(ending)

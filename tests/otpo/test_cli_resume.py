@@ -13,7 +13,7 @@ from cli_helpers import HANG, ROOT, arguments, refusal
 
 from otpo.cli import align, pretrain, sft
 from otpo.cli.running.checkpoints import find_checkpoint
-from otpo.cli.running.identity import RUN_FILE, run_identity
+from otpo.cli.running.identity import RUN_FILE, require_same_run, run_identity
 
 pytestmark = pytest.mark.usefixtures("own_process")
 SAVING = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1}
@@ -46,7 +46,7 @@ def test_the_run_is_written_without_secrets(run, model_folder, pairs_file):
         ({"weighting": "budget"}, '`weighting` was "otpo" and is "budget"'),
         ({"loss_type": "ipo", "beta": 0.2}, '`beta` was 0.1 and is 0.2; `loss_type` was ["sigmoid"] and is ["ipo"]'),
         ({"dataset_name": "otpo/demo"}, 'and is "otpo/demo"'),
-        ({"max_train_pairs": 4, "seed": 1}, "`max_train_pairs` was null and is 4; `seed` was 42 and is 1"),
+        ({"max_train_pairs": 4, "seed": 1}, "`max_train_rows` was null and is 4; `seed` was 42 and is 1"),
         ({"use_peft": True}, "`use_peft` was false and is true"),
     ],
 )
@@ -63,6 +63,23 @@ def test_options_that_say_nothing_do_not_make_another_run():
     assert run_identity(kinds, names) == run_identity(kinds, other)
     assert run_identity(kinds, names) != run_identity(kinds, {**names, "use_peft": True})
     assert run_identity(kinds, {"pad_token": "{end"}) == {"pad_token": "{end"}
+
+
+def test_two_names_of_one_option_make_one_run(tmp_path):
+    kinds = align.make_parser().dataclass_types
+    older, newer, neither = (
+        run_identity(kinds, {"max_train_rows": None, "max_train_pairs": None, "max_eval_pairs": 3, **names})
+        for names in ({"max_train_pairs": 4}, {"max_train_rows": 4}, {})
+    )
+    assert older == newer == {"max_train_rows": 4} and neither == {"max_train_rows": None}
+    (tmp_path / "trainer_state.json").touch()
+    for written, known in (({"max_train_pairs": 4}, True), ({"max_train_pairs": None}, False), (newer, True)):
+        (tmp_path / RUN_FILE).write_text(json.dumps({"options": written}))
+        if known:
+            assert require_same_run(older, str(tmp_path))
+        else:
+            with pytest.raises(ValueError, match="`max_train_rows` was null and is 4"):
+                require_same_run(newer, str(tmp_path))
 
 
 def test_a_checkpoint_without_states_of_the_optimizer_is_refused(capsys, run, model_folder, pairs_file, tmp_path):

@@ -131,6 +131,28 @@ def test_parts_are_those_of_datasets(sources):
         select_split(splits, "train[a:b]")
 
 
+def test_names_that_datasets_can_not_parse_have_parts(tmp_path):
+    table = Dataset.from_list(ROWS)
+    DatasetDict({"my-split": table, "my-split-2": table.select([1])}).save_to_disk(tmp_path)
+    splits = read_splits(str(tmp_path))
+    assert select_split(splits, "all")["text"] == [*TEXTS, TEXTS[1]]
+    assert select_split(splits, "my-split[1:3] + my-split-2")["text"] == [*TEXTS[1:3], TEXTS[1]]
+    assert select_split(splits, "my-split[:50%]")["text"] == TEXTS[:2]
+    with pytest.raises(SourceError, match=r"'my-split\[a:b\]' is no part of a split"):
+        select_split(splits, "my-split[a:b]")
+
+
+def test_text_is_looked_at_where_no_documents_are_read(tmp_path):
+    path = tmp_path / "a.jsonl"
+    row = b'{"prompt": "a", "chosen": "b", "rejected": "c", "text": "d"}\n'
+    path.write_bytes(row * 4 + row.replace(b'"c"', b'"\xff"'))
+    for read in (by_align, by_explain):
+        with pytest.raises(ValueError, match="line 5 is no UTF-8 text"):
+            read(str(path), False)
+    for read in (by_pretrain, by_a_mixture_of_documents, by_a_mixture_of_rows):
+        assert len(read(str(path), False)) == 5
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 def test_one_rule_draws_the_rows_of_all_commands(tmp_path, streaming):
     path = str(tmp_path / "a.jsonl")
@@ -159,7 +181,7 @@ def test_one_rule_draws_the_rows_of_all_commands(tmp_path, streaming):
         ("tables", {"dataset_train_split": "none"}, "`dataset_train_split='none'`: .* ['test', 'train']. Set"),
         ("otpo/demo", {"dataset_config": "many"}, "`dataset_config='many'`: of `otpo/demo` it is the number of pairs"),
         ("a.jsonl.7z", {}, "`dataset_name='.*/a.jsonl.7z'` is no local file or folder"),
-        ("a.parquet.gz", {}, "`dataset_name='.*/a.parquet.gz'` is no local file or folder"),
+        ("a.parquet.gz", {}, "`dataset_name`: the file .*/a.parquet.gz is of no kind that is read here"),
         ("a.csv.bz2", {}, "`dataset_name`: the file .*/a.csv.bz2 does not exist. Name one that does: .jsonl"),
     ],
 )
@@ -256,6 +278,26 @@ def test_bundled_names_are_the_same_everywhere():
     held_out = by_a_mixture_of_documents("otpo/demo-corpus", True, config=7, split="test")
     assert isinstance(held_out, IterableDataset) and len(list(held_out)) == 7
     assert len(by_a_mixture_of_documents("otpo/demo-corpus", False, config=7, split="train[:3]")) == 3
+    for name in BUNDLED:  # the number is of the split that is read, be it a test split
+        for split in ("train", "test"):
+            data = RowArguments(dataset_name=name, dataset_config="5", dataset_train_split=split)
+            assert len(load_rows(data, NONE, seed=0, evaluate=False)[0]) == 5
+    with pytest.raises(ValueError, match=r"its split 'test' has 252 rows, fewer than 300\. Ask for fewer"):
+        by_sft("otpo/demo-instructions", False, dataset_config="300", dataset_train_split="test")
+
+
+@pytest.mark.parametrize("read", [by_pretrain, by_a_mixture_of_documents, by_a_mixture_of_rows])
+def test_documents_of_a_stream_are_written_while_they_are_read(read, monkeypatch):
+    made = []
+
+    def make(index, *args):
+        made.append(index)
+        return {"text": str(index)}
+
+    monkeypatch.setattr("otpo.data.ecommerce.new_documents.make_document", make)
+    rows = read("otpo/demo-corpus", True)
+    assert isinstance(rows, IterableDataset) and rows.num_shards == 64
+    assert next(iter(rows)) and len(made) < 20  # a mixture of rows looks at five for their columns
 
 
 def test_both_names_of_a_number_of_rows():
@@ -281,7 +323,9 @@ def test_one_help_for_the_options_of_data(capsys):
         actions = {action.dest: action.help for action in module.make_parser()._actions}
         shared = [name for name in HELP if name in actions]
         assert {"dataset_name", "dataset_config", "dataset_train_split"} <= set(shared)
-        assert all(actions[name] == HELP[name] for name in shared)
+        for name in shared:
+            text = HELP[name]
+            assert actions[name] == (text if command != "explain" else text[0].lower() + text[1:].rstrip("."))
         assert command == "explain" or shared == list(HELP)
 
 

@@ -30,6 +30,7 @@ _ALSO = ("seed", "data_seed")
 _ONLY_WITH = {"lora": "use_peft", "use_dora": "use_peft", "use_rslora": "use_peft", "bnb": "load_in_4bit"}
 _ONLY_WITH |= {"use_bnb": "load_in_4bit", "ref_model_mixup": "sync_ref_model", "ref_model_sync": "sync_ref_model"}
 _PLACES = ("dataset_name", "mixture")
+_OLDER_NAMES = {"max_train_pairs": "max_train_rows"}  # that of `max_eval_rows` may change
 
 
 def run_identity(dataclasses: Iterable[Any], values: Mapping[str, Any]) -> dict[str, Any]:
@@ -41,6 +42,7 @@ def run_identity(dataclasses: Iterable[Any], values: Mapping[str, Any]) -> dict[
         dataclasses: Of the command.
         values: Value of each option.
     """
+    values = _by_newer_names(values)
     of_training = {entry.name for entry in fields(TrainingArguments)}
     names = {name for kind in dataclasses for base in kind.__mro__ for name in get_annotations(base)}
     names -= of_training | _MAY_CHANGE | set(get_annotations(RunArguments))
@@ -57,7 +59,7 @@ def require_same_run(identity: Mapping[str, Any], checkpoint: str) -> bool:
     found = _read(checkpoint)
     if found is None:
         return False
-    file, options = found
+    file, options = found[0], _by_newer_names(found[1])
     other = [name for name in identity if name in options and options[name] != identity[name]]
     if other:
         listed = "; ".join(f"`{name}` was {_shown(options[name])} and is {_shown(identity[name])}" for name in other)
@@ -104,6 +106,16 @@ def _read(checkpoint: str) -> tuple[Path, dict[str, Any]] | None:
                     "resume all the same."
                 ) from error
     return None
+
+
+def _by_newer_names(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options with one entry for each that has two names, since either may have been given."""
+    folded = dict(options)
+    for older, newer in _OLDER_NAMES.items():
+        if older in folded:
+            value = folded.pop(older)
+            folded[newer] = value if folded.get(newer) is None else folded[newer]
+    return folded
 
 
 def _says_something(name: str, values: Mapping[str, Any]) -> bool:
