@@ -309,6 +309,7 @@ def test_deepspeed_of_another_version_is_refused(monkeypatch, version, known):
     require_deepspeed()
 
 
+@pytest.mark.lengthy
 def test_deepspeed_is_patched_by_the_call_alone_and_once():
     """Imports and configurations change nothing of it; the first call does, and a second one nothing more."""
     code = """

@@ -35,6 +35,7 @@ def assert_same_trajectory(losses: list[float], expected: list[float]) -> None:
     assert abs(mean(differences)) < MEAN
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("accumulation", [1, 2, 4])
 def test_the_committed_trajectory(tmp_path, accumulation):
     trainer = trajectory_run(
@@ -49,6 +50,7 @@ def test_the_committed_trajectory(tmp_path, accumulation):
     assert math.log(SUCCESSORS) < mean(last) < math.log(SUCCESSORS) + 0.4  # it has learnt the chain
 
 
+@pytest.mark.lengthy
 def test_resume_in_the_middle_is_exact(tmp_path):
     whole = trajectory_run(tmp_path / "whole", save_strategy="steps", save_steps=100)
     whole.train()
@@ -178,6 +180,7 @@ def test_the_end_token_learns_where_it_pads_too(tmp_path):
         assert changed[[0, 5, 7]].all()
 
 
+@pytest.mark.lengthy
 def test_biases_even_the_load_without_a_loss(tmp_path):
     def final_load(speed):
         model = tiny_compass(router_bias_update_speed=speed, router_aux_loss_coef=0.0)

@@ -57,6 +57,7 @@ def elsewhere(folder, autos, ids, cache):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.lengthy
 def test_a_checkpoint_with_its_code_loads_elsewhere(tmp_path):
     model, ids = compass_model(pad_token_id=0, **FULL).eval(), token_ids(2, 9)
     model.save_pretrained(tmp_path / "model")
@@ -77,6 +78,7 @@ def test_a_checkpoint_with_its_code_loads_elsewhere(tmp_path):
     assert decoder["AutoModel"]["output"] == found["AutoModel"]["output"]
 
 
+@pytest.mark.lengthy
 def test_a_head_with_its_code_loads_elsewhere(tmp_path):
     model = compass_model(model_class=CompassForSequenceClassification, num_labels=3, pad_token_id=0, **FULL).eval()
     model.save_pretrained(tmp_path / "model")
@@ -87,6 +89,7 @@ def test_a_head_with_its_code_loads_elsewhere(tmp_path):
         assert found == {"missing_keys": [], "unexpected_keys": [], "output": model(ids).logits.flatten().tolist()}
 
 
+@pytest.mark.lengthy
 def test_transformers_own_registration_saves_code_too(tmp_path, monkeypatch):
     monkeypatch.setattr(CompassConfig, "_auto_class", None)
     monkeypatch.setattr(CompassForCausalLM, "_auto_class", None)

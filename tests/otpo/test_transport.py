@@ -288,6 +288,7 @@ def test_a_state_that_is_not_finite_spoils_its_own_pair_at_once(cost, value):
     assert got.chosen[[0, 2]].isfinite().all() and got.rejected[[0, 2]].isfinite().all()
 
 
+@pytest.mark.lengthy
 def test_chunks_of_pairs_change_nothing():
     inputs, regs, _ = golden("case01", torch.float32)
     whole = transport_weights(*inputs, **regs)

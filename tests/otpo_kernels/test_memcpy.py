@@ -139,6 +139,7 @@ def check_moves(index, experts, hidden, dtype, alignment=1, weights_dtype=None):
     assert got["rows"].cpu()[~taken].eq(0).all()
 
 
+@pytest.mark.lengthy
 @settings(max_examples=25 if DEVICE == "cpu" else 8, deadline=None)  # a GPU tunes and compiles each new shape
 @given(case=CASES, dtype=st.sampled_from(DTYPES))
 def test_kernels_are_the_definition(case, dtype):

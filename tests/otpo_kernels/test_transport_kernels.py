@@ -77,6 +77,7 @@ def test_states_with_a_large_common_part(dtype):
     assert_right(solve(*inputs, **options), inputs, rtol=3e-4, **options)
 
 
+@pytest.mark.lengthy
 @settings(max_examples=25, deadline=None)
 @given(
     seed=st.integers(0, 2**31),
@@ -180,6 +181,7 @@ def test_transposed_and_sliced_inputs():
     assert_right(solve(*inputs, reg=0.1, reg_m=0.2), inputs, reg=0.1, reg_m=0.2)
 
 
+@pytest.mark.lengthy
 def test_chunks_of_pairs_change_nothing():
     inputs = (torch.randn(5, 19, 8), torch.randn(5, 23, 8), torch.rand(5, 19) < 0.7, torch.rand(5, 23) < 0.7)
     whole = solve(*inputs, reg=0.1, reg_m=1.0)
