@@ -169,10 +169,12 @@ def dpo_loss(
     Raises:
         SeamError: TRL did not call the stand-in, or did not read the sums.
     """
+    # TRL reads options and metrics off the trainer, so they stand there for the call alone.
     handed = HandedInputs({**inputs, **dict(zip(REFERENCE_COLUMNS, reference_sums, strict=True))})
     unseen = {} if logs else _metrics_that_nobody_sees()
     with _replaced(trainer, precompute_ref_logps=True, **options, **unseen):
         result = compute_loss(stand_in, handed, return_outputs)
+    # A release that read something else would have computed another loss.
     missing = [name for name in REFERENCE_COLUMNS if name not in handed.read]
     if missing or not stand_in.was_called:
         what = f"the reference's {' and '.join(missing)}" if stand_in.was_called else "the model's stand-in"

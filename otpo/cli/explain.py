@@ -47,6 +47,7 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    # Both models, and how they are loaded.
     group = parser.add_argument_group("model")
     add = group.add_argument
     add(
@@ -61,6 +62,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--trust_remote_code", action="store_true", help="run the code that comes with a model")
     add("--use_cpu", nargs="?", const=True, default=False, type=_boolean, metavar="BOOL", help="leave GPUs alone")
 
+    # Rows of a dataset, or one pair that is typed.
     group = parser.add_argument_group("pairs")
     add = group.add_argument
     add("--dataset_name", metavar="NAME", help=_trimmed(HELP["dataset_name"]))
@@ -76,6 +78,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--rejected", metavar="TEXT", help="its worse response")
     add("--max_length", type=int, metavar="N", help="tokens kept of prompt and response together (1024)")
 
+    # Options of the weighting are made from its registry, so that a new one appears here by itself.
     group = parser.add_argument_group("token weights")
     add = group.add_argument
     add("--weighting", metavar="NAME", help=f"{weightings_help().removesuffix('.')} (otpo)")
@@ -83,6 +86,7 @@ def make_parser() -> argparse.ArgumentParser:
         add(f"--{option.field}", type=option.kind, metavar=_METAVARS[option.kind], help=_help(option))
     add("--beta", type=float, metavar="X", help="factor of the rewards (0.1)")
 
+    # What is written.
     group = parser.add_argument_group("output")
     add = group.add_argument
     add("--output", metavar="FILE", help="file to write (explain.html or explain.png)")

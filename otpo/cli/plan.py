@@ -37,6 +37,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--json", action="store_true", help="print JSON: bytes, seconds, FLOPs")
 
+    # The machines decide what fits and how fast it is.
     machine = parser.add_argument_group("machines")
     add = machine.add_argument
     add("--gpu", default="h100", metavar="NAME", help="h100, h100-pcie, h200, b200, a100, a100-40gb, l40s (h100)")
@@ -50,6 +51,7 @@ def make_parser() -> argparse.ArgumentParser:
         "grouped_mm of 65536 x 4096 x 14336 ran at 713 of 989 TFLOP/s on an H100; smaller ones reach less)",
     )
 
+    # The training decides what has to fit.
     training = parser.add_argument_group("training")
     add = training.add_argument
     add("--strategy", default="ddp", metavar="NAME", help="ddp, zero1, zero2, zero3 (ddp)")
