@@ -39,8 +39,9 @@ def read_source(source: Source, streaming: bool) -> Documents:
         return tables[source.split].to_iterable_dataset() if streaming else tables[source.split]
     name = Path(source.path.lower())
     text = name.with_suffix("") if name.suffix in _COMPRESSED else name
-    builder = _BUILDERS.get(text.suffix) if name == text or text.suffix != ".parquet" else None
-    if path.is_file() or (builder and not path.is_dir()):
+    known = _BUILDERS.get(text.suffix)
+    builder = None if known == "parquet" and name != text else known  # parquet compresses by itself
+    if path.is_file() or (known and not path.is_dir()):
         if builder is None:
             raise ValueError(
                 f"it is of no kind that is read here: {', '.join(_BUILDERS)}, or a text file with "

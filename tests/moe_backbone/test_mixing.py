@@ -273,6 +273,7 @@ def test_sources_that_cannot_be_read(tmp_path, tokenizer):
         (Source(path=str(saved), config="en"), "a saved dataset has no configurations, and `config` is 'en'"),
         (Source(path=path, config=3), "a file has no configurations, and `config` is 3"),
         (Source(path=str(tmp_path / "a.doc")), "it is of no kind that is read here: .jsonl"),
+        (Source(path=str(tmp_path / "missing.parquet.gz")), "it is of no kind that is read here: .jsonl"),
     ]:
         with pytest.raises(ValueError, match=message):
             load_mixture([source], tokenizer, 400, streaming=False, seed=0)

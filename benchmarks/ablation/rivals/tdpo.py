@@ -20,7 +20,6 @@ from torch.utils.checkpoint import checkpoint
 
 from otpo import OTPOTrainer
 from otpo.training.scoring import Scored
-from otpo.training.timing import DeviceTimer
 
 _TOKENS = 1024
 """Positions whose `V` logits are held at a time."""
@@ -62,12 +61,7 @@ class TDPOTrainer(OTPOTrainer):
             raise ValueError(f"TDPO2 can't be trained with {'; '.join(found)}.")
 
     def score_batch(
-        self,
-        model: Callable[..., Any],
-        inputs: Mapping[str, Any],
-        *,
-        reference: bool = True,
-        timer: DeviceTimer | None = None,
+        self, model: Callable[..., Any], inputs: Mapping[str, Any], *, reference: bool = True, **asked: Any
     ) -> Scored:
         """As in [`otpo.OTPOTrainer`], with the divergence in the policy's outputs."""
         if not reference:
@@ -75,7 +69,7 @@ class TDPOTrainer(OTPOTrainer):
         policy: Any = self.accelerator.unwrap_model(self.model)
         other: Any = self.accelerator.unwrap_model(self.ref_model)
         with _states(policy) as of_policy, _states(other) as of_reference:
-            scored = super().score_batch(model, inputs, timer=timer)
+            scored = super().score_batch(model, inputs, **asked)
         heads = policy.get_output_embeddings(), other.get_output_embeddings()
         divergence = torch.zeros_like(scored.policy_logps)
         rows = len(scored.mask) // 2
