@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from trl import DPOConfig
 
+from .data.token_budget import check_budget_options
 from .transport.options import TransportOptions
 from .transport.registry import Cost, CostScale, Solver
 from .weighting.registry import (
@@ -42,6 +43,13 @@ class OTPOConfig(DPOConfig):
             after truncation. It carries no preference. False: an error that names the row. True: the pair is
             dropped and counted. None: an error, but in streams, where it would end a training in its middle, the
             pair is dropped and counted, with a warning that names the first.
+        tokens_per_batch: Tokens of a process's micro-batch in training, at least 1: it has as many pairs of similar
+            length as fit, each counted as its chosen and its rejected row after truncation. It wins over
+            `per_device_train_batch_size`, which then is the batch of the reference's pass before training alone;
+            evaluations keep theirs. A step's loss and gradient are means over its pairs, however many
+            each micro-batch and process has; what TRL computes of a micro-batch as a whole, the routers' loss and
+            the mean over tokens of `loss_type="sft"`, counts by the micro-batch's pairs. None:
+            `per_device_train_batch_size` pairs. See `otpo.data.token_budget`.
 
     Raises:
         ValueError: An option is outside its range; the message names it, its value and the range.
@@ -65,10 +73,18 @@ class OTPOConfig(DPOConfig):
             "error that names the row. Unset: drop them in streams alone."
         },
     )
+    tokens_per_batch: int | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens of a micro-batch of each process: as many pairs of similar length as fit, in place of "
+            "`per_device_train_batch_size` pairs. A step's gradient is the mean over its pairs. Unset: pairs."
+        },
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_weighting(self)
+        check_budget_options(self)
 
     def transport_options(self) -> TransportOptions:
         """The options of the transport problem and its solution."""

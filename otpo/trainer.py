@@ -32,6 +32,7 @@ from .data.arguments import check_datasets
 from .data.preferences import PairRule, has_tokens_alone, no_rows, require_preference_columns
 from .data.prepared import PreparedDatasets, free_name, refuse_unread_stream
 from .data.streams import AlreadyTokenized, FirstRow
+from .data.token_budget import TokenBudget
 from .training.finite_checks import require_finite_parameters, require_finite_step, states_not_finite
 from .training.hidden_states import captured_states, check_hidden_layer, check_layer_before_loading, evaluating
 from .training.lent import require_unwritten, tensor_versions
@@ -42,6 +43,7 @@ from .training.row_layouts import unpack_rows
 from .training.scoring import LossGroup, Scored, loss_groups, model_inputs
 from .training.start_check import is_same_start, require_same_start, start_gap
 from .training.timing import DeviceTimer
+from .training.token_batches import SHARE, BatchShare, make_budget, make_loader, share_steps
 from .training.watching import TrainerWatcher
 from .transport.solve import warn_unsolved
 from .trl_seam import REFERENCE_COLUMNS
@@ -132,7 +134,12 @@ class OTPOTrainer(DPOTrainer):
             raise TypeError(f"`args` must be an `OTPOConfig`, got a `{type(args).__name__}`.")
         if isinstance(weighting, str):
             raise TypeError(f"Set `OTPOConfig(weighting={weighting!r})`: the argument `weighting` takes a callable.")
-        check_datasets(train_dataset, eval_dataset, precompute=args.precompute_ref_log_probs)
+        check_datasets(
+            train_dataset,
+            eval_dataset,
+            precompute=args.precompute_ref_log_probs,
+            tokens_per_batch=args.tokens_per_batch,
+        )
         check_layer_before_loading(model, args)
 
         # TRL's constructor calls our methods, which read these attributes.
@@ -140,7 +147,8 @@ class OTPOTrainer(DPOTrainer):
         self.prepared_datasets = PreparedDatasets()
         self._own_names: frozenset[str] | None = None  # of its datasets, once all are prepared
         self._evaluated: Any = None
-        self._pair_log = PairLog()
+        self._pair_log = PairLog(by_pairs=args.tokens_per_batch is not None)
+        self._token_budget: tuple[Any, TokenBudget] | None = None  # of a dataset
         # Checks of the first loss, made once: that TRL reads what it is handed, and that the reference is the policy.
         self._models_are_ready = False
         self._seam_is_checked = False
@@ -169,6 +177,7 @@ class OTPOTrainer(DPOTrainer):
         self._reference_is_copy = ref_model is None and not is_peft_model(self.model)
         if weighting is None and args.weighting == "ld":
             self.ld_alpha = None  # the weights carry it
+        self.token_budget()  # what it refuses is refused before training
 
     def _look_at_models(self) -> None:
         """Refuses a policy without the hidden states that are asked for; makes split models fit TRL's loss. Once."""
@@ -269,6 +278,40 @@ class OTPOTrainer(DPOTrainer):
     def collate(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         """A batch of rows of a prepared dataset, on the trainer's device, as [`score_batch`] takes it."""
         return self._prepare_inputs(self.data_collator(examples))
+
+    # Training batches by a number of tokens
+
+    def token_budget(self) -> TokenBudget | None:
+        """The micro-batches of `tokens_per_batch`; None where a number of pairs makes them.
+
+        Raises:
+            ValueError: The training dataset or the processes don't go with it.
+        """
+        if self.args.tokens_per_batch is None or self.train_dataset is None:
+            return None
+        if self._token_budget is None or self._token_budget[0] is not self.train_dataset:
+            self._token_budget = self.train_dataset, make_budget(self)
+        return self._token_budget[1]
+
+    def get_train_dataloader(self) -> DataLoader:
+        """As in transformers, or the micro-batches of `tokens_per_batch`."""
+        budget = self.token_budget()
+        if budget is None:
+            return super().get_train_dataloader()
+        return make_loader(self, budget, self._remove_unused_columns(self.train_dataset, "training"))
+
+    def get_total_train_batch_size(self, args: Any) -> int:
+        """Pairs of a step, for the times that transformers logs; with `tokens_per_batch` their mean."""
+        budget = self.token_budget()
+        if budget is None:
+            return super().get_total_train_batch_size(args)
+        return round(budget.pairs_per_batch * args.gradient_accumulation_steps * budget.processes)
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """As in transformers; batches of `tokens_per_batch` get to know their part in the step."""
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        share_steps(batches, self.accelerator.num_processes)
+        return batches, items
 
     # The reference, precomputed
 
@@ -425,6 +468,7 @@ class OTPOTrainer(DPOTrainer):
     # The loss
 
     def _compute_loss(self, model, inputs, return_outputs):
+        share: BatchShare | None = inputs.pop(SHARE, None)
         if not self._seam_is_checked:
             trl_seam.require_known_loss(self, super()._compute_loss)
             self._seam_is_checked = True
@@ -443,8 +487,8 @@ class OTPOTrainer(DPOTrainer):
             result = _added(result, self.router_aux_loss_coef * scored.outputs.aux_loss)
 
         loss = result[0] if return_outputs else result
-        self._log_pairs(mode, scored, first.loss_types[0], sums, inputs, loss)
-        return result
+        self._log_pairs(mode, scored, first.loss_types[0], sums, inputs, loss, share)
+        return result if share is None else _multiplied(result, share.factor)
 
     def _loss_of(
         self,
@@ -514,6 +558,7 @@ class OTPOTrainer(DPOTrainer):
         sums: tuple[Tensor, ...],
         inputs: Mapping[str, Any],
         loss: Tensor,
+        share: BatchShare | None,
     ) -> None:
         """Adds what is known of each pair to the log, beside TRL's numbers of the micro-batch.
 
@@ -524,9 +569,13 @@ class OTPOTrainer(DPOTrainer):
             sums: The reference's weighted sums that TRL was given, `(B,)` of chosen and of rejected.
             inputs: The batch.
             loss: The micro-batch's mean loss.
+            share: How many pairs count, in training by a number of tokens.
         """
         columns = pair_columns(scored, self.beta)
-        kept = trl_seam.pairs_without_repeats(self.accelerator, scored.pairs) if mode == "eval" else None
+        if mode == "eval":
+            kept = trl_seam.pairs_without_repeats(self.accelerator, scored.pairs)
+        else:
+            kept = share.kept(scored.pairs * self.accelerator.num_processes) if share else None
         if kept is not None:  # TRL counts the repeated pairs too, so its numbers of this batch are replaced
             weighted = scored.policy_logps.detach() * scored.weights_for(loss_type)
             columns |= trl_columns(torch.cat(self._summed(weighted, inputs)), torch.cat(sums), self.beta)
@@ -574,6 +623,11 @@ class OTPOTrainer(DPOTrainer):
         """Saves the model, unless a parameter is not finite: a bad step must not take a good checkpoint's place."""
         require_finite_parameters(self.model, self.accelerator, self.state.global_step)
         super().save_model(output_dir, _internal_call)
+
+
+def _multiplied(result: Any, factor: float) -> Any:
+    """A loss, or a loss with the model's outputs, times a number."""
+    return (result[0] * factor, result[1]) if isinstance(result, tuple) else result * factor
 
 
 def _added(result: Any, loss: Tensor) -> Any:

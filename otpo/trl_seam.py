@@ -18,9 +18,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import is_peft_model, parse_flag_from_env
 from torch import Tensor
 from torch.nn.functional import logsigmoid
+from torch.utils.data import DataLoader
+from trl import DPOTrainer
 from trl.models.utils import prepare_deepspeed
 from trl.trainer.utils import FusedCausalLMOutput, get_config_model_id
 
@@ -40,6 +43,10 @@ OVERRIDDEN = {
     "get_eval_dataloader": ("eval_dataset",),
     "evaluation_loop": ("dataloader", "description", "prediction_loss_only", "ignore_keys", "metric_key_prefix"),
     "_prepare_inputs": ("inputs",),
+    "_remove_unused_columns": ("dataset", "description"),
+    "get_train_dataloader": (),
+    "get_total_train_batch_size": ("args",),
+    "get_batch_samples": ("epoch_iterator", "num_batches", "device"),
 }
 """Methods of `DPOTrainer` that [`otpo.OTPOTrainer`] overrides or calls, with their parameters after `self`."""
 
@@ -315,6 +322,52 @@ def pairs_without_repeats(accelerator: Any, pairs: int) -> int | None:
     loop = accelerator.gradient_state
     is_filled_up = loop.end_of_dataloader and 0 < loop.remainder < pairs * accelerator.num_processes
     return loop.remainder if is_filled_up else None
+
+
+# Batches
+
+
+def loader_of_process(accelerator: Any, loader: DataLoader) -> DataLoader:
+    """A loader of accelerate's around one whose batch sampler yields the batches of this process alone.
+
+    `Accelerator.prepare` would share them among the processes again; `prepare_data_loader`, which it calls, leaves the
+    batch sampler as it is where it is told of one process. `set_epoch` reaches the batch sampler there, and in resumed
+    epochs, where `skip_first_batches` wraps it, by its attribute `sampler`.
+
+    Args:
+        accelerator: The trainer's.
+        loader: With a batch sampler that has `set_epoch` and `sampler`.
+    """
+    return prepare_data_loader(
+        loader,
+        accelerator.device,
+        num_processes=1,
+        process_index=0,
+        put_on_device=accelerator.device_placement,
+        rng_types=accelerator.rng_types.copy(),
+        dispatch_batches=False,
+        non_blocking=accelerator.non_blocking,
+    )
+
+
+def has_own_sampler(trainer: Any) -> bool:
+    """Whether a trainer's class chooses the order of training rows itself, by `Trainer._get_train_sampler`."""
+    return type(trainer)._get_train_sampler is not DPOTrainer._get_train_sampler
+
+
+def loss_factor(pairs: int, of_step: int, batches: int, processes: int) -> float:
+    """What a micro-batch's mean loss is multiplied by so that a step's loss and gradient are means over its pairs.
+
+    `Trainer.training_step` divides each micro-batch's loss by their number in the step, and the engines average
+    gradients over processes, as `Trainer._maybe_log_save_evaluate` averages what is logged.
+
+    Args:
+        pairs: Of the micro-batch.
+        of_step: Of all micro-batches and processes in the step, at least 1.
+        batches: Micro-batches of a process in the step.
+        processes: How many there are.
+    """
+    return pairs * batches * processes / of_step
 
 
 # Loading, before training

@@ -7,17 +7,20 @@ from datasets import Dataset, IterableDataset
 from .preferences import require_preference_columns
 
 
-def check_datasets(train_dataset: Any, eval_dataset: Any, *, precompute: bool) -> None:
+def check_datasets(
+    train_dataset: Any, eval_dataset: Any, *, precompute: bool, tokens_per_batch: int | None = None
+) -> None:
     """Refuses what can be seen of the datasets before anything is loaded.
 
     Args:
         train_dataset: What the user passed to train on.
         eval_dataset: What the user passed to evaluate on: a dataset, several by name, or None.
         precompute: Whether the reference's log-probabilities are precomputed.
+        tokens_per_batch: Tokens of a training batch, None where a number of pairs makes one.
 
     Raises:
         TypeError: Something is no dataset; the message says how to make one, or which split to pass.
-        ValueError: A column is missing, or a stream was to be read before training.
+        ValueError: A column is missing, or a stream was to be read before training, or batched by lengths.
     """
     if train_dataset is not None and not isinstance(train_dataset, Dataset | IterableDataset | dict):
         raise TypeError(
@@ -29,6 +32,11 @@ def check_datasets(train_dataset: Any, eval_dataset: Any, *, precompute: bool) -
         raise TypeError(
             f"`train_dataset` must be a `Dataset` or `IterableDataset`, got `{type(train_dataset).__name__}`. Pass "
             f"one of its splits, such as `train_dataset=dataset[{splits[0]!r}]`; it has {splits}."
+        )
+    if tokens_per_batch is not None and isinstance(train_dataset, IterableDataset):
+        raise ValueError(
+            f"`tokens_per_batch={tokens_per_batch}` groups pairs by their lengths, and the train dataset is a stream, "
+            "whose lengths nobody knows. Load it without streaming, or set `per_device_train_batch_size` instead."
         )
     named = eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}
     for name, dataset in {"train": train_dataset, **{f"eval_{name}": each for name, each in named.items()}}.items():

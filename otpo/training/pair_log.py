@@ -1,7 +1,7 @@
 """Numbers of pairs on their way to the log, in training and in evaluations apart.
 
 TRL averages its numbers over micro-batches. In training each micro-batch has the same share in a step's loss, so
-that is right there; an evaluation is of pairs, and its last batch is smaller.
+that is right there, unless a number of tokens makes batches; an evaluation is of pairs, and its last batch is smaller.
 
 Shapes: B pairs of this process's micro-batch.
 """
@@ -25,9 +25,13 @@ class PairLog:
 
     Attributes:
         timers: How long the weights took, in training and in evaluations.
+
+    Args:
+        by_pairs: Whether training's numbers are means over pairs too, as its loss is under `tokens_per_batch`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, by_pairs: bool = False) -> None:
+        self._by_pairs = {"train": by_pairs, "eval": True}
         self.timers = {"train": DeviceTimer(), "eval": DeviceTimer()}
         self._pairs: dict[str, list[int]] = {"train": [], "eval": []}
         self._losses: list[np.ndarray] = []
@@ -97,7 +101,7 @@ class PairLog:
         Waits for the device, off which the times are read.
         """
         pairs = self._pairs[mode]
-        collected.update(averaged_over_pairs(collected, pairs if mode == "eval" else [1] * len(pairs)))
+        collected.update(averaged_over_pairs(collected, pairs if self._by_pairs[mode] else [1] * len(pairs)))
         pairs.clear()
         times = self.timers[mode].take()
         if times and "transport/iterations" in collected:
