@@ -140,13 +140,23 @@ def describe(trainer: OTPOTrainer, parsed: tuple[Any, ...]) -> dict[str, str]:
         "weighting": weighting,
         "loss": f"{'+'.join(args.loss_type)}, beta {args.beta:g}, learning rate {args.learning_rate:g}",
         "pairs": f"{count_rows(trainer.train_dataset)} to train on, {count_rows(trainer.eval_dataset)} to evaluate "
-        f"on, {rows_in_step(trainer)} in a step",
+        f"on, {describe_step(trainer)}",
         **describe_mtp(trainer.model),
     }
     dropped = {name: sum(counts.values()) for name, counts in trainer.dropped_pairs.items() if counts}
     if dropped:
         lines["dropped"] = ", ".join(f"{count} of {name}" for name, count in dropped.items())
     return lines
+
+
+def describe_step(trainer: OTPOTrainer) -> str:
+    """How many pairs a step of the optimizer has; by `tokens_per_batch`, on average."""
+    budget = trainer.token_budget()
+    if budget is None:
+        return f"{rows_in_step(trainer)} in a step"
+    pairs = budget.pairs_per_batch * budget.processes * trainer.args.gradient_accumulation_steps
+    batches = f"micro-batches of up to {budget.budget:,} tokens, {budget.pairs_per_batch:,.1f} pairs on average"
+    return f"about {pairs:,.1f} in a step: {batches}"
 
 
 def describe_reference(trainer: OTPOTrainer, data: AlignArguments) -> str:

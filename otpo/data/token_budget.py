@@ -115,8 +115,8 @@ class TokenBudget:
     """Micro-batches of as many pairs of similar length as fit a number of tokens, for each epoch.
 
     Every pair is in one micro-batch of an epoch. Where the processes don't divide N, the N modulo W pairs that are
-    left, short ones, are a micro-step of their own, in which the other processes repeat a pair that does not count;
-    with `drop_last` there is no such micro-step. A pair above the budget is a micro-batch by itself; the other
+    left, of middle length, are a micro-step of their own, in which the other processes repeat a pair that does not
+    count; with `drop_last` there is no such micro-step. A pair above the budget is a micro-batch by itself; the other
     processes have the next longest ones beside it.
 
     Attributes:
@@ -160,22 +160,19 @@ class TokenBudget:
         draw = np.random.default_rng([self.seed % 2**64, number])
         shuffled = draw.permutation(len(self.tokens))
 
-        # Wider windows need no more micro-steps than the sorted whole, which is where they end.
-        window = self._window
-        while True:
-            pairs, starts = self._cut(shuffled, window)
-            if len(starts) <= self._full_steps:
-                break
-            window *= 2
+        # Wider windows end at the sorted whole, which needs no more micro-steps than there are.
+        windows = self._windows
+        rows, left, starts = self._cut(shuffled, windows)
+        while len(starts) > self._full_steps:
+            windows //= 2
+            rows, left, starts = self._cut(shuffled, windows)
 
         # Rows are dealt forth and back, so that no process has the longer pair of each of them.
-        bounds = split_to(np.append(starts, len(pairs) // self.processes), self._full_steps)
-        whole = bounds[-1] * self.processes
-        rows = pairs[:whole].reshape(-1, self.processes)
+        bounds = split_to(np.append(starts, len(rows)), self._full_steps)
         turned = (np.arange(len(rows)) - np.repeat(bounds[:-1], np.diff(bounds))) % 2 == 1
         rows[turned] = rows[turned, ::-1]
 
-        left = pairs[whole:]
+        # Pairs that the processes can't share come last, and make a row with some of them repeated.
         repeated = 0
         if len(left) and not self.drop_last:
             rows = np.concatenate([rows, np.resize(left, (1, self.processes))])
@@ -190,38 +187,41 @@ class TokenBudget:
         if not rows:
             return 0
         shuffled = np.random.default_rng([self.seed % 2**64, 0]).permutation(len(self.tokens))
-        counts = [len(self._cut(shuffled, window)[1]) for window in (self._window, len(self.tokens))]
+        counts = [len(self._cut(shuffled, windows)[2]) for windows in (self._windows, 1)]
         return min(rows, int(np.ceil(max(counts) * (1 + _SLACK))))
 
     @property
     def _left(self) -> int:
         return 0 if self.drop_last else len(self.tokens) % self.processes
 
-    @property
-    def _window(self) -> int:
-        """Pairs that are sorted together."""
+    @cached_property
+    def _windows(self) -> int:
+        """In how many windows pairs are sorted together."""
         mean = np.minimum(self.tokens, self.budget).mean()
         wanted = _WINDOW * self.processes * max(1, int(self.budget / max(mean, 1)))
-        return max(1, min(wanted, len(self.tokens) // _LEAST_WINDOWS))
+        return min(len(self.tokens), max(_LEAST_WINDOWS, round(len(self.tokens) / wanted)))
 
-    def _cut(self, shuffled: np.ndarray, window: int) -> tuple[np.ndarray, np.ndarray]:
-        """The pairs in the order that rows are cut from, `(N,)`, and the first row of each micro-step."""
-        pairs = shuffled[window_order(self.tokens[shuffled], window)]
-        rows = len(pairs) // self.processes
-        longest = self.tokens[pairs[: rows * self.processes]].reshape(rows, self.processes).max(1)
-        return pairs, cut_by_budget(longest, self.budget)
+    def _cut(self, shuffled: np.ndarray, windows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Rows of pairs, `(R, W)`, the pairs that make no row, and the first row of each micro-step."""
+        pairs = shuffled[window_order(self.tokens[shuffled], windows)]
+        # In a window's middle the neighbours are most alike.
+        count = len(pairs) % self.processes
+        middle = max(0, len(pairs) // windows - count) // 2
+        left = pairs[middle : middle + count]
+        rows = np.delete(pairs, slice(middle, middle + count)).reshape(-1, self.processes)
+        return rows, left, cut_by_budget(self.tokens[rows].max(1), self.budget)
 
 
-def window_order(tokens: np.ndarray, window: int) -> np.ndarray:
+def window_order(tokens: np.ndarray, windows: int) -> np.ndarray:
     """An order in which each window of a sequence is sorted by tokens, up and down in turn, the last one down, `(N,)`.
 
     Args:
         tokens: `(N,)` int64.
-        window: Members of a window, at least 1; the last one may have fewer.
+        windows: How many windows of equal width, between 1 and N.
     """
-    windows = np.arange(len(tokens)) // window
-    goes_up = (windows[-1:] - windows) % 2 == 1
-    return np.lexsort((np.where(goes_up, tokens, -tokens), windows))
+    window = np.arange(len(tokens)) * windows // len(tokens)
+    goes_up = (windows - window) % 2 == 0
+    return np.lexsort((np.where(goes_up, tokens, -tokens), window))
 
 
 def cut_by_budget(costs: np.ndarray, budget: int) -> np.ndarray:

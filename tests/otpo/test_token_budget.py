@@ -82,13 +82,12 @@ def test_micro_steps_of_one_length_are_shuffled():
 
 
 @pytest.mark.parametrize(("processes", "worst", "mean"), [(2, 0.01, 0.001), (8, 0.025, 0.002)])
-def test_processes_have_even_tokens(processes, worst, mean, record_property):
+def test_processes_have_even_tokens(processes, worst, mean):
     """Of log-normal lengths, some 16 pairs a batch: what a process waits for in each micro-step, the last one too."""
     tokens = lognormal_tokens(20_003)
     planned = TokenBudget(tokens, 16_384, processes, 0)
     sums = np.array([[tokens[pairs].sum() for pairs, _, _ in step] for step in batches(planned.epoch(1))])
     excess = sums.max(1) / sums.mean(1) - 1
-    record_property("worst and mean excess", (excess.max(), excess.mean()))
     assert excess.max() < worst and excess.mean() < mean
     assert sums.mean() > 0.94 * planned.budget
 
@@ -97,7 +96,7 @@ def test_a_pair_above_the_budget_is_alone():
     tokens = np.array([10] * 30 + [500] + [10] * 30)
     steps = batches(TokenBudget(tokens, 100, 1, 0).epoch(0))
     assert [pairs for ((pairs, _, _),) in steps if 30 in pairs] == [[30]]
-    assert sum(len(pairs) == 10 for ((pairs, _, _),) in steps) >= 5
+    assert sum(len(pairs) == 10 for ((pairs, _, _),) in steps) >= 4
 
 
 def test_fewer_pairs_than_processes_repeat_some_that_do_not_count():
@@ -122,6 +121,7 @@ def test_tokens_are_what_trl_keeps_of_a_pair():
 def test_windows_go_up_and_down_in_turn():
     order = window_order(np.array([3, 1, 2, 9, 8, 7, 5, 6]), 3)
     assert order.tolist() == [0, 2, 1, 5, 4, 3, 7, 6]
+    assert window_order(np.array([3, 1, 2]), 1).tolist() == [0, 2, 1]
 
 
 @given(st.lists(st.integers(0, 50), max_size=60), st.integers(1, 100))

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.data_loader import DataLoaderShard, prepare_data_loader
 from helpers import make_pairs, options
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
@@ -83,6 +84,20 @@ READ_BY: dict[str, tuple[Callable, list[str]]] = {
         Accelerator.gather_for_metrics,
         ["self.gradient_state.end_of_dataloader", "self.gradient_state.remainder > 0"],
     ),
+    "loader_of_process": (
+        prepare_data_loader,
+        [
+            "new_batch_sampler = dataloader.batch_sampler",
+            "if (num_processes != 1 or state.distributed_type == DistributedType.MEGATRON_LM)",
+            "dataloader = DataLoaderShard(",
+            "batch_sampler=new_batch_sampler,",
+        ],
+    ),
+    "has_own_sampler": (Trainer.get_train_dataloader, ["sampler_fn=self._get_train_sampler"]),
+    "loss_factor": (
+        Trainer.training_step,
+        ["loss = loss / self.current_gradient_accumulation_steps", "self.accelerator.backward(loss, **kwargs)"],
+    ),
     "loads_on_one_device": (
         DPOTrainer.__init__,
         [
@@ -130,6 +145,13 @@ def test_installed_sources_read_what_the_seam_says(name):
             f"`{reader.__qualname__}` has no {line!r} (any more, or not in that order): see `otpo.trl_seam.{name}`"
         )
         place = found
+
+
+def test_the_epoch_reaches_a_batch_sampler_that_is_wrapped():
+    """See `otpo.trl_seam.loader_of_process`."""
+    source = inspect.getsource(DataLoaderShard.set_epoch)
+    assert "self.batch_sampler.set_epoch(epoch)" in source
+    assert "self.batch_sampler.batch_sampler.sampler.set_epoch(epoch)" in source
 
 
 @pytest.mark.parametrize("name", trl_seam.OVERRIDDEN)
