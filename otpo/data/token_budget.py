@@ -137,8 +137,6 @@ class TokenBudget:
     drop_last: bool = False
 
     def __post_init__(self) -> None:
-        if self.budget < 1:
-            raise ValueError(f"`tokens_per_batch` must be at least 1, got {self.budget}.")
         if not len(self):
             raise ValueError(
                 f"`dataloader_drop_last=True` leaves none of {len(self.tokens)} pair(s) for {self.processes} "
