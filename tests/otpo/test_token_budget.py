@@ -115,7 +115,7 @@ def test_tokens_are_what_trl_keeps_of_a_pair():
             for row in lengths.tolist()
         ]
         chosen, rejected = collator(rows)["attention_mask"].sum(1).numpy().reshape(2, -1)
-        assert (pair_tokens(*lengths.T, limit) == chosen + rejected).all()
+        assert (pair_tokens(lengths[:, 0], lengths[:, 1], lengths[:, 2], limit) == chosen + rejected).all()
 
 
 def test_windows_go_up_and_down_in_turn():

@@ -137,6 +137,7 @@ def test_a_pair_above_the_budget_is_named_once(model_folder, tmp_path, caplog):
         logging.get_logger("transformers").removeHandler(caplog.handler)
     budget = trainer.token_budget()
     said = [record.getMessage() for record in caplog.records if "tokens_per_batch=60" in record.getMessage()]
+    assert budget is not None
     longest = int(budget.tokens.argmax())
     assert len(said) == 1
     assert f"row {longest} of the training dataset, has {budget.tokens[longest]}: memory" in said[0]
