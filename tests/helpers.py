@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from datasets import Dataset, Features, List
 from datasets import Image as ImageFeature
+from peft import LoraConfig
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from otpo import OTPOConfig, OTPOTrainer
 
@@ -80,7 +81,9 @@ def options(folder: Path, **changes: Any) -> OTPOConfig:
 
 def make_trainer(model: Any, folder: Path, data: Any, **changes: Any) -> OTPOTrainer:
     """A trainer of the data with a few of `options` changed."""
-    return OTPOTrainer(model, args=options(folder, **changes), train_dataset=data)
+    ref_folder = changes.pop("ref_model", None)
+    ref_model = None if ref_folder is None else AutoModelForCausalLM.from_pretrained(ref_folder)
+    return OTPOTrainer(model, ref_model, options(folder, **changes), train_dataset=data)
 
 
 def option_dict(folder: Path, **changes: Any) -> dict[str, Any]:
@@ -216,3 +219,33 @@ class Collected(ModuleType):
         if not plain:
             self.Html = lambda data, **_: ("html", data if isinstance(data, str) else data.read())
             self.Image = lambda image: ("image", image.size)
+
+
+LOSS_TYPES = {
+    "sigmoid": {},
+    "hinge": {},
+    "ipo": {},
+    "exo_pair": {"label_smoothing": 1e-3},
+    "nca_pair": {},
+    "robust": {"label_smoothing": 0.1},
+    "bco_pair": {},
+    "sppo_hard": {},
+    "aot": {},
+    "aot_unpaired": {},
+    "apo_zero": {},
+    "apo_down": {},
+    "discopop": {},
+    "sft": {},
+    "sigmoid_norm": {},
+}
+"""TRL's loss types, each with the options that it needs."""
+
+
+def lora(**changes: Any) -> LoraConfig:
+    settings = {
+        "r": 4,
+        "lora_alpha": 16,
+        "target_modules": ["q_proj", "v_proj", "gate_proj"],
+        "task_type": "CAUSAL_LM",
+    }
+    return LoraConfig(**{**settings, **changes})
