@@ -249,3 +249,35 @@ def lora(**changes: Any) -> LoraConfig:
         "task_type": "CAUSAL_LM",
     }
     return LoraConfig(**{**settings, **changes})
+
+
+def random_batch(
+    prompts: list[int],
+    chosen: list[int],
+    rejected: list[int],
+    *,
+    seed: int = 0,
+    side: str = "right",
+    vocab: int = 300,
+    answers_begin_alike: bool = False,
+) -> dict[str, torch.Tensor]:
+    """A padded batch of random tokens: a pair for each length of a prompt and of its two answers."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(count: int) -> list[int]:
+        return torch.randint(1, vocab, (count,), generator=generator).tolist()
+
+    rows: list[tuple[list[int], list[int]]] = []
+    texts = [tuple(map(draw, lengths)) for lengths in zip(prompts, chosen, rejected, strict=True)]
+    if answers_begin_alike:
+        texts = [(prompt, one, (one + other)[: len(other)]) for prompt, one, other in texts]
+    rows += [(prompt, one) for prompt, one, _ in texts] + [(prompt, other) for prompt, _, other in texts]
+    width = max(len(prompt) + len(answer) for prompt, answer in rows)
+    found: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "completion_mask": []}
+    for prompt, answer in rows:
+        fill = [0] * (width - len(prompt) - len(answer))
+        is_token = [1] * (len(prompt) + len(answer))
+        is_scored = [0] * len(prompt) + [1] * len(answer)
+        for name, row in zip(found, (prompt + answer, is_token, is_scored), strict=True):
+            found[name].append(row + fill if side == "right" else fill + row)
+    return {name: torch.tensor(rows) for name, rows in found.items()}

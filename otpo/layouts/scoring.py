@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from otpo.trl_seam import ROW_PLAN, row_arguments
+from otpo.trl_seam import ROW_PLAN, implementations, row_arguments
 
 from .attention import flash_arguments, lengths_arguments, mask_arguments
 from .choice import Layout
@@ -42,7 +42,7 @@ def planned_arguments(plan: RowPlan, layout: Layout, causal_lm: Any, *, router_l
     elif layout.way == "flash":
         attention = flash_arguments(plan)
     else:
-        attention = mask_arguments(plan, causal_lm.config._attn_implementation, causal_lm.dtype)
+        attention = mask_arguments(plan, implementations(causal_lm.config)[0], causal_lm.dtype)
     tokens = {"input_ids": plan.ids, "position_ids": plan.positions, **attention}
     return row_arguments(tokens, plan.scored, plan.targets, plan.copies, router_logits=router_logits)
 
