@@ -1,6 +1,7 @@
 """The options of OTPO on top of TRL's `DPOConfig`."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from trl import DPOConfig
 
@@ -51,6 +52,7 @@ class OTPOConfig(DPOConfig):
             after truncation. It carries no preference. False: an error that names the row. True: the pair is
             dropped and counted. None: an error, but in streams, where it would end a training in its middle, the
             pair is dropped and counted, with a warning that names the first.
+        logging_nan_inf_filter: As in [`transformers.TrainingArguments`], but off by default.
 
     Raises:
         ValueError: An option is outside its range; the message names it, its value and the range.
@@ -92,6 +94,14 @@ class OTPOConfig(DPOConfig):
         },
     )
 
+    logging_nan_inf_filter: bool = field(
+        default=False,
+        metadata={
+            "help": "Leave NaN and infinite losses out of the logged mean. It makes every step wait for the device, "
+            "and such a loss stops the training anyway."
+        },
+    )
+
     def __post_init__(self) -> None:
         if self.padding_free:  # TRL has switched its own off for DPO, and would warn
             self.padding_free = False
@@ -99,7 +109,14 @@ class OTPOConfig(DPOConfig):
                 self.row_layout = "packed"
         if self.row_layout not in ROW_LAYOUTS:
             raise ValueError(f"`row_layout` must be one of {', '.join(ROW_LAYOUTS)}, got {self.row_layout!r}.")
+        asked: Any = self.accelerator_config
+        read_from_file = isinstance(asked, str) and not asked.startswith("{")
+        is_set = "non_blocking" in asked if isinstance(asked, str | dict) else asked is not None
         super().__post_init__()
+        # Apple's GPUs copy from memory that is not pinned, where a batch may be gone before it is read.
+        if not is_set and not read_from_file and self.dataloader_pin_memory and self.device.type != "mps":
+            resolved: Any = self.accelerator_config
+            resolved.non_blocking = True
         check_weighting(self)
 
     def transport_options(self) -> TransportOptions:

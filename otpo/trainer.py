@@ -36,10 +36,16 @@ from .data.streams import AlreadyTokenized, FirstRow
 from .layouts.choice import Layout
 from .layouts.collator import PlanningCollator
 from .layouts.models import LaidOutModels
-from .training.finite_checks import require_finite_parameters, require_finite_step, states_not_finite
+from .training.finite_checks import (
+    pairs_not_finite,
+    require_finite_pairs,
+    require_finite_parameters,
+    states_not_finite,
+)
 from .training.hidden_states import captured_states, check_hidden_layer, check_layer_before_loading, evaluating
+from .training.late_reads import LateReads
 from .training.lent import require_unwritten, tensor_versions
-from .training.pair_log import PairLog, pair_columns, trl_columns
+from .training.pair_log import PairLog, pair_columns, pair_table, table_summary, trl_columns
 from .training.reference_cache import StoredRowsCollator, reference_key, without_stored
 from .training.reference_pass import reference_rows, with_reference_rows
 from .training.row_layouts import unpack_rows
@@ -90,7 +96,8 @@ class OTPOTrainer(DPOTrainer):
 
     Raises:
         ValueError: An option or a row of the data can't be trained with; the message names it.
-        FloatingPointError: In training, a hidden state or a log-probability is not finite.
+        FloatingPointError: In training, a hidden state or a log-probability is not finite. On a GPU a step is found
+            out in the next one, or before anything is logged, evaluated or saved.
     """
 
     args: OTPOConfig
@@ -145,6 +152,7 @@ class OTPOTrainer(DPOTrainer):
         self._own_names: frozenset[str] | None = None  # of its datasets, once all are prepared
         self._evaluated: Any = None
         self._pair_log = PairLog()
+        self._reads = LateReads()
         # Checks of the first loss, made once: that TRL reads what it is handed, and that the reference is the policy.
         self._models_are_ready = False
         self._seam_is_checked = False
@@ -170,6 +178,8 @@ class OTPOTrainer(DPOTrainer):
 
         self._look_at_models()
         self._own_names = frozenset(self.dropped_pairs)
+        # Where the device works on its own, a training step does not wait for what it has to check and to log.
+        self._reads_late = self.accelerator.device.type == "cuda"
         self._reference_is_copy = ref_model is None and not is_peft_model(self.model)
         if weighting is None and args.weighting == "ld":
             self.ld_alpha = None  # the weights carry it
@@ -241,6 +251,7 @@ class OTPOTrainer(DPOTrainer):
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, TrainerWatcher):
                 callback.attach(self)
+        self._reads.forget()
         result = super().train(*args, **kwargs)
         self._start_is_checked = True
         if self.state.global_step == 0:
@@ -454,26 +465,39 @@ class OTPOTrainer(DPOTrainer):
                 f"`precompute_ref_log_probs=True`, and the batch has no {missing[0]!r}. Pass the dataset to the "
                 "trainer as `train_dataset` or `eval_dataset`, or to `evaluate`, which precompute it."
             )
-        return unpack_rows(torch.cat([inputs[name] for name in REFERENCE_COLUMNS]), mask)
+        return unpack_rows(torch.cat([inputs[name] for name in REFERENCE_COLUMNS]), mask, self._reads.add)
 
     def _require_finite(self, bad: Tensor, what: str, inputs: Mapping[str, Any]) -> None:
         evaluating = trl_seam.mode_of(self) == "eval" and self._evaluated is not None
         dataset = self._evaluated if evaluating else self.train_dataset
         known = None if dataset is None else self.prepared_datasets.get(dataset)
-        require_finite_step(
-            bad,
-            what,
-            lambda pair: self.prepared_datasets.find(dataset, inputs, pair),
-            "training" if dataset is self.train_dataset or known is None else known.name,
-            self.state.global_step,
+        tokens = {name: inputs[name] for name in ("input_ids", "attention_mask") if name in inputs}
+        check = partial(
+            require_finite_pairs,
+            what=what,
+            find_rows=lambda pair: self.prepared_datasets.find(dataset, tokens, pair),
+            dataset="training" if dataset is self.train_dataset or known is None else known.name,
+            step=self.state.global_step,
+            late=self._reads.in_step,
         )
+        self._reads.add(pairs_not_finite(bad), check)
 
     # The loss
 
+    def training_step(self, *args, **kwargs):
+        """As in TRL. On a GPU nothing of it is waited for: what a step finds out about itself is read in the next one.
+
+        Whatever logs, evaluates or saves reads it before, so that no checkpoint follows a step with numbers that are
+        not finite.
+        """
+        with self._reads.step(late=self._reads_late):
+            return super().training_step(*args, **kwargs)
+
     def _compute_loss(self, model, inputs, return_outputs):
         if not self._seam_is_checked:
-            trl_seam.require_known_loss(self, super()._compute_loss)
+            trl_seam.require_known_loss(self, super()._compute_loss, late=self._reads_late)
             self._seam_is_checked = True
+        late = trl_seam.LateMetrics(self) if self._reads.in_step else None
         mode = trl_seam.mode_of(self)
         scored = self.score_batch(model, inputs, timer=self._pair_log.timers[mode])
         self._check_start(model, inputs, scored)
@@ -481,15 +505,17 @@ class OTPOTrainer(DPOTrainer):
         # Loss types that take the same weights share a call of TRL's loss. The first call's metrics and outputs are
         # the ones that count. With several calls the routers' loss comes after all: the order decides the last bit.
         first, *others = loss_groups(self.loss_types, self.loss_weights)
-        result, sums = self._loss_of(first, model, inputs, scored, return_outputs=return_outputs, is_alone=not others)
+        result, sums = self._loss_of(
+            first, model, inputs, scored, return_outputs=return_outputs, is_alone=not others, late=late
+        )
         for group in others:
-            part, _ = self._loss_of(group, model, inputs, scored, is_first=False)
+            part, _ = self._loss_of(group, model, inputs, scored, is_first=False, late=late)
             result = _added(result, part)
         if others and self.aux_loss_enabled:
             result = _added(result, self.router_aux_loss_coef * scored.outputs.aux_loss)
 
         loss = result[0] if return_outputs else result
-        self._log_pairs(mode, scored, first.loss_types[0], sums, inputs, loss)
+        self._log_pairs(mode, scored, first.loss_types[0], sums, inputs, loss, late)
         return result
 
     def _loss_of(
@@ -502,6 +528,7 @@ class OTPOTrainer(DPOTrainer):
         return_outputs: bool = False,
         is_first: bool = True,
         is_alone: bool = False,
+        late: trl_seam.LateMetrics | None = None,
     ) -> tuple[Any, tuple[Tensor, ...]]:
         """TRL's loss of a group of loss types, and the reference's sums that it was given, `(B,)` a side."""
         weights = scored.weights_for(group.loss_types[0])
@@ -521,6 +548,7 @@ class OTPOTrainer(DPOTrainer):
             sums,
             return_outputs=return_outputs,
             logs=is_first,
+            late=late,
             **options,
         )
         return loss, sums
@@ -560,6 +588,7 @@ class OTPOTrainer(DPOTrainer):
         sums: tuple[Tensor, ...],
         inputs: Mapping[str, Any],
         loss: Tensor,
+        late: trl_seam.LateMetrics | None,
     ) -> None:
         """Adds what is known of each pair to the log, beside TRL's numbers of the micro-batch.
 
@@ -570,14 +599,27 @@ class OTPOTrainer(DPOTrainer):
             sums: The reference's weighted sums that TRL was given, `(B,)` of chosen and of rejected.
             inputs: The batch.
             loss: The micro-batch's mean loss.
+            late: TRL's numbers, where they are not known yet: these and ours then cross the processes together.
         """
         columns = pair_columns(scored, self.beta)
         kept = trl_seam.pairs_without_repeats(self.accelerator, scored.pairs) if mode == "eval" else None
         if kept is not None:  # TRL counts the repeated pairs too, so its numbers of this batch are replaced
             weighted = scored.policy_logps.detach() * scored.weights_for(loss_type)
             columns |= trl_columns(torch.cat(self._summed(weighted, inputs)), torch.cat(sums), self.beta)
+        table, collected = pair_table(columns, scored.metrics, loss), trl_seam.collected_metrics(self)
         gather: Any = self.accelerator.gather
-        self._pair_log.add(mode, trl_seam.collected_metrics(self), columns, scored.metrics, loss, gather, kept)
+        if late is not None:
+            row, summary = late.row(), table.summary()
+
+            def enter(rows: Tensor) -> None:
+                late.enter(rows[:, : len(row)])
+                self._pair_log.add(mode, collected, table, rows[:, len(row) :].unflatten(1, summary.shape))
+
+            self._reads.add(gather(torch.cat([row, summary.flatten()])[None]), enter)
+        elif mode == "eval":
+            self._pair_log.add_evaluated(collected, table, gather(table.values).cpu()[:kept])
+        else:
+            self._pair_log.add(mode, collected, table, table_summary(gather(table.values).cpu())[None])
 
     def evaluation_loop(
         self,
@@ -591,6 +633,7 @@ class OTPOTrainer(DPOTrainer):
 
         On several processes a process's loss of a batch that is filled up with repeated pairs is the mean with them.
         """
+        self._reads.read()
         self._pair_log.start_evaluation(trl_seam.collected_metrics(self, "eval"))
         try:
             output = super().evaluation_loop(
@@ -609,6 +652,7 @@ class OTPOTrainer(DPOTrainer):
         Warns of transport that was not solved: on a GPU nothing may wait for the solver, and here its residual is on
         the host. Anywhere else the solver has looked itself.
         """
+        self._reads.read()
         collected = trl_seam.collected_metrics(self)
         residuals = collected.get("transport/residual")
         if residuals and self.accelerator.device.type == "cuda" and self.is_world_process_zero():
@@ -618,6 +662,7 @@ class OTPOTrainer(DPOTrainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Saves the model, unless a parameter is not finite: a bad step must not take a good checkpoint's place."""
+        self._reads.read()
         require_finite_parameters(self.model, self.accelerator, self.state.global_step)
         super().save_model(output_dir, _internal_call)
 

@@ -13,7 +13,7 @@ import copy
 import functools
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib.metadata import version
 from types import MethodType, SimpleNamespace
 from typing import Any
@@ -22,8 +22,11 @@ import torch
 from accelerate.utils import is_peft_model, parse_flag_from_env
 from torch import Tensor
 from torch.nn.functional import logsigmoid
+from torch.overrides import TorchFunctionMode
 from trl.models.utils import prepare_deepspeed
 from trl.trainer.utils import FusedCausalLMOutput, get_config_model_id
+
+from .training.late_numbers import LateGathered, LateNumber, LocalNumbers
 
 REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 """Where `DPOTrainer._compute_loss` looks up the reference's sums when `precompute_ref_logps` is set."""
@@ -41,6 +44,7 @@ OVERRIDDEN = {
     "compute_ref_log_probs": ("model", "inputs"),
     "log": ("logs", "start_time"),
     "save_model": ("output_dir", "_internal_call"),
+    "training_step": ("args", "kwargs"),
     "get_eval_dataloader": ("eval_dataset",),
     "evaluation_loop": ("dataloader", "description", "prediction_loss_only", "ignore_keys", "metric_key_prefix"),
     "_prepare_inputs": ("inputs",),
@@ -149,6 +153,7 @@ def dpo_loss(
     *,
     return_outputs: bool = False,
     logs: bool = True,
+    late: "LateMetrics | None" = None,
     **options: Any,
 ) -> Any:
     """TRL's loss of outputs and reference sums that it is given.
@@ -165,6 +170,7 @@ def dpo_loss(
         reference_sums: The reference's summed log-probabilities, `(B,)` of chosen and of rejected.
         return_outputs: As in `_compute_loss`.
         logs: Whether TRL's metrics of this call count.
+        late: Takes them, so that nothing waits for the device; None: TRL reads them at once.
         **options: Attributes of the trainer that have these values for this loss.
 
     Returns:
@@ -176,8 +182,13 @@ def dpo_loss(
     # TRL reads options and metrics off the trainer, so they stand there for the call alone.
     handed = HandedInputs({**inputs, **dict(zip(REFERENCE_COLUMNS, reference_sums, strict=True))})
     handed.pop(ROW_PLAN, None)
-    unseen = {} if logs else _metrics_that_nobody_sees()
-    with _replaced(trainer, precompute_ref_logps=True, **options, **unseen):
+    elsewhere: dict[str, Any] = {} if logs else _other_metrics()
+    if late is not None:
+        elsewhere |= late.attributes if logs else {"accelerator": late.attributes["accelerator"]}
+    with (
+        _replaced(trainer, precompute_ref_logps=True, **options, **elsewhere),
+        nullcontext() if late is None else _WithoutWaits(),
+    ):
         result = compute_loss(stand_in, handed, return_outputs)
     # A release that read something else would have computed another loss.
     missing = [name for name in REFERENCE_COLUMNS if name not in handed.read]
@@ -187,7 +198,7 @@ def dpo_loss(
     return result
 
 
-def require_known_loss(trainer: Any, compute_loss: Callable[..., Any]) -> None:
+def require_known_loss(trainer: Any, compute_loss: Callable[..., Any], *, late: bool = False) -> None:
     """Raises a [`SeamError`] unless TRL's loss of made-up log-probabilities, weighted with 2, has a doubled beta.
 
     The model is not asked.
@@ -195,6 +206,7 @@ def require_known_loss(trainer: Any, compute_loss: Callable[..., Any]) -> None:
     Args:
         trainer: The trainer, whose attributes are TRL's options of the loss.
         compute_loss: `DPOTrainer._compute_loss` of that trainer.
+        late: Whether the losses to come have [`LateMetrics`].
     """
     device = trainer.accelerator.device
     generator = torch.Generator().manual_seed(0)
@@ -211,7 +223,8 @@ def require_known_loss(trainer: Any, compute_loss: Callable[..., Any]) -> None:
     sums = (2.0 * reference).sum(1).chunk(2)
     stand_in = ModelStandIn(None, outputs)
     try:
-        found = float(dpo_loss(trainer, compute_loss, stand_in, inputs, sums, logs=False, **plain))
+        metrics = LateMetrics(trainer) if late else None
+        found = float(dpo_loss(trainer, compute_loss, stand_in, inputs, sums, logs=False, late=metrics, **plain))
     except SeamError:
         raise
     except Exception as error:  # whatever a renamed attribute leads to
@@ -383,6 +396,91 @@ def bring_router_logits_to_head(causal_lm: Any) -> None:
 # The log
 
 
+class LateMetrics:
+    """The metrics of `DPOTrainer._compute_loss` of a micro-batch, which stay on the device until they are asked for.
+
+    TRL gathers some fifteen numbers one by one over the processes and waits for each. It does so through
+    `trainer.accelerator` with `gather` and `gather_for_metrics`, takes a sum or a mean, `.item()`, a quotient whose
+    divisor it has found to be `> 0`, and adds the result to `_metrics` and `_total_train_tokens`. Here the accelerator
+    answers with numbers that can do this and are known later. If TRL does anything else with one, its loss fails.
+
+    Args:
+        trainer: The trainer, in training.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self._trainer = trainer
+        self._numbers = LocalNumbers()
+        self.attributes = {"accelerator": _LateAccelerator(trainer.accelerator, self._numbers), **_other_metrics()}
+
+    def row(self) -> Tensor:
+        """This process's share, `(L,)` float64, after the loss."""
+        return self._numbers.row()
+
+    def enter(self, rows: Tensor) -> None:
+        """Adds the metrics to the trainer's, where TRL would have added them.
+
+        Args:
+            rows: The shares of all processes, `(P, L)` on the host.
+        """
+        collected = collected_metrics(self._trainer, "train")
+        for name, (number,) in self.attributes["_metrics"]["train"].items():
+            value = number.of(rows) if isinstance(number, LateNumber) else number
+            if name == "num_tokens":  # of the training so far, in place of the one before
+                self._trainer._total_train_tokens += value
+                collected[name] = [self._trainer._total_train_tokens]
+            else:
+                collected[name].append(value)
+
+
+class _LateAccelerator:
+    """The accelerator as `DPOTrainer._compute_loss` knows it, see [`LateMetrics`]."""
+
+    def __init__(self, accelerator: Any, numbers: LocalNumbers) -> None:
+        self._accelerator, self._numbers = accelerator, numbers
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._accelerator, name)
+
+    def gather(self, tensor: Tensor) -> LateGathered:
+        return LateGathered(self._numbers, tensor, None)
+
+    def gather_for_metrics(self, tensor: Tensor) -> LateGathered:
+        """As accelerate's of a scalar: of one a process, it cuts off as many as the last batch has rows too few."""
+        loop = self._accelerator.gradient_state
+        is_cut = loop.end_of_dataloader and loop.remainder > 0 and self._accelerator.num_processes > 1
+        return LateGathered(self._numbers, tensor, loop.remainder if is_cut else None)
+
+
+class _WithoutWaits(TorchFunctionMode):
+    """Inside, the two other things that `DPOTrainer._compute_loss` waits for are done without.
+
+    It takes sums of `mean_logits`, and the mean of the `sft` loss, over what a mask selects; and it makes a scalar
+    tensor of `label_smoothing`, which is a copy from the host.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.__getitem__ and isinstance(args[1], Tensor) and args[1].dtype == torch.bool:
+            return _Selected(*args)
+        if func is torch.tensor and isinstance(args[0], float):
+            return torch.full((), args[0], **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+class _Selected:
+    """The elements of a tensor where a mask of its shape is true, of which a sum or a mean is wanted."""
+
+    def __init__(self, values: Tensor, mask: Tensor) -> None:
+        self._values, self._mask = values.masked_fill(~mask, 0), mask
+
+    def sum(self) -> Tensor:
+        return self._values.sum()
+
+    def mean(self) -> Tensor:
+        wide = torch.promote_types(self._values.dtype, torch.float32)
+        return (self._values.sum(dtype=wide) / self._mask.sum()).to(self._values.dtype)
+
+
 def mode_of(trainer: Any) -> str:
     """`"train"` or `"eval"`, as `DPOTrainer._compute_loss` and `DPOTrainer.log` tell them apart."""
     return "train" if trainer.model.training else "eval"
@@ -519,7 +617,7 @@ def implementations(config: Any) -> tuple[str | None, str | None]:
 # Help
 
 
-def _metrics_that_nobody_sees() -> dict[str, Any]:
+def _other_metrics() -> dict[str, Any]:
     return {"_metrics": {mode: defaultdict(list) for mode in ("train", "eval")}, "_total_train_tokens": 0}
 
 
