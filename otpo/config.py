@@ -1,10 +1,12 @@
 """The options of OTPO on top of TRL's `DPOConfig`."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from trl import DPOConfig
 
 from .data.token_budget import check_budget_options
+from .layouts.choice import ROW_LAYOUTS, RowLayout
 from .transport.options import TransportOptions
 from .transport.registry import Cost, CostScale, Solver
 from .weighting.registry import (
@@ -39,6 +41,14 @@ class OTPOConfig(DPOConfig):
         hidden_layer: Hidden states that the weights are made of, as transformers numbers them: 0 for the embeddings,
             `l` for the output of the l-th layer, negative from the end. -1: the last ones, after the final norm, as
             in the paper.
+        row_layout: How the rows of a micro-batch are laid out for the model, see [`otpo.layouts.choice`]: `"padded"`
+            to the longest, `"packed"` without padding, or `"shared_prompt"`, packed with the tokens that both rows of
+            a pair begin with run once. `"auto"` takes the fastest that model, attention and options allow; the
+            trainer's attribute `layout` says which and why. Losses, weights and metrics are the same up to rounding.
+            TRL's `padding_free=True` sets `"packed"`.
+        compile_layers: Whether the decoder layers are compiled by `torch.compile`, see
+            [`otpo.layouts.compiled`]. None: on a GPU, for rows without padding, in runs of at least 300
+            micro-batches.
         drop_identical_pairs: What happens to a pair whose chosen and rejected completions are the same tokens
             after truncation. It carries no preference. False: an error that names the row. True: the pair is
             dropped and counted. None: an error, but in streams, where it would end a training in its middle, the
@@ -50,6 +60,7 @@ class OTPOConfig(DPOConfig):
             each micro-batch and process has; what TRL computes of a micro-batch as a whole, the routers' loss and
             the mean over tokens of `loss_type="sft"`, counts by the micro-batch's pairs. None:
             `per_device_train_batch_size` pairs. See `otpo.data.token_budget`.
+        logging_nan_inf_filter: As in [`transformers.TrainingArguments`], but off by default.
 
     Raises:
         ValueError: An option is outside its range; the message names it, its value and the range.
@@ -66,6 +77,23 @@ class OTPOConfig(DPOConfig):
     ot_solver: Solver = registered_option("ot_solver")
     d2po_gamma: float = registered_option("d2po_gamma")
     hidden_layer: int = registered_option("hidden_layer")
+    row_layout: RowLayout = field(
+        default="auto",
+        metadata={
+            "help": "How the rows of a batch are laid out for the model: padded to the longest, packed without "
+            "padding, or packed with tokens that both rows of a pair begin with run once (shared_prompt). auto takes "
+            "the fastest that model, attention and options allow, and says which.",
+            "choices": ROW_LAYOUTS,
+        },
+    )
+    compile_layers: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Compile the model's decoder layers, all by one graph, for any lengths. The first steps take a "
+            "minute or two; later starts find what they need in torch's cache. Unset: on a GPU, for rows without "
+            "padding, in runs of at least 300 micro-batches."
+        },
+    )
     drop_identical_pairs: bool | None = field(
         default=None,
         metadata={
@@ -81,8 +109,29 @@ class OTPOConfig(DPOConfig):
         },
     )
 
+    logging_nan_inf_filter: bool = field(
+        default=False,
+        metadata={
+            "help": "Leave NaN and infinite losses out of the logged mean. It makes every step wait for the device, "
+            "and such a loss stops the training anyway."
+        },
+    )
+
     def __post_init__(self) -> None:
+        if self.padding_free:  # TRL has switched its own off for DPO, and would warn
+            self.padding_free = False
+            if self.row_layout == "auto":
+                self.row_layout = "packed"
+        if self.row_layout not in ROW_LAYOUTS:
+            raise ValueError(f"`row_layout` must be one of {', '.join(ROW_LAYOUTS)}, got {self.row_layout!r}.")
+        asked: Any = self.accelerator_config
+        read_from_file = isinstance(asked, str) and not asked.startswith("{")
+        is_set = "non_blocking" in asked if isinstance(asked, str | dict) else asked is not None
         super().__post_init__()
+        # Apple's GPUs copy from memory that is not pinned, where a batch may be gone before it is read.
+        if not is_set and not read_from_file and self.dataloader_pin_memory and self.device.type != "mps":
+            resolved: Any = self.accelerator_config
+            resolved.non_blocking = True
         check_weighting(self)
         check_budget_options(self)
 

@@ -14,7 +14,8 @@ then the rejected ones.
 
 import textwrap
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -33,10 +34,19 @@ from .data.preferences import PairRule, has_tokens_alone, no_rows, require_prefe
 from .data.prepared import PreparedDatasets, free_name, refuse_unread_stream
 from .data.streams import AlreadyTokenized, FirstRow
 from .data.token_budget import TokenBudget
-from .training.finite_checks import require_finite_parameters, require_finite_step, states_not_finite
+from .layouts.choice import Layout
+from .layouts.collator import PlanningCollator
+from .layouts.models import LaidOutModels
+from .training.finite_checks import (
+    pairs_not_finite,
+    require_finite_pairs,
+    require_finite_parameters,
+    states_not_finite,
+)
 from .training.hidden_states import captured_states, check_hidden_layer, check_layer_before_loading, evaluating
+from .training.late_reads import LateReads
 from .training.lent import require_unwritten, tensor_versions
-from .training.pair_log import PairLog, pair_columns, trl_columns
+from .training.pair_log import PairLog, pair_columns, pair_table, table_summary, trl_columns
 from .training.reference_cache import StoredRowsCollator, reference_key, without_stored
 from .training.reference_pass import reference_rows, with_reference_rows
 from .training.row_layouts import unpack_rows
@@ -88,7 +98,8 @@ class OTPOTrainer(DPOTrainer):
 
     Raises:
         ValueError: An option or a row of the data can't be trained with; the message names it.
-        FloatingPointError: In training, a hidden state or a log-probability is not finite.
+        FloatingPointError: In training, a hidden state or a log-probability is not finite. On a GPU a step is found
+            out in the next one, or before anything is logged, evaluated or saved.
     """
 
     args: OTPOConfig
@@ -147,8 +158,9 @@ class OTPOTrainer(DPOTrainer):
         self.prepared_datasets = PreparedDatasets()
         self._own_names: frozenset[str] | None = None  # of its datasets, once all are prepared
         self._evaluated: Any = None
-        self._pair_log = PairLog(by_pairs=args.tokens_per_batch is not None)
+        self._pair_log = PairLog()
         self._token_budget: tuple[Any, TokenBudget] | None = None  # of a dataset
+        self._reads = LateReads()
         # Checks of the first loss, made once: that TRL reads what it is handed, and that the reference is the policy.
         self._models_are_ready = False
         self._seam_is_checked = False
@@ -174,6 +186,8 @@ class OTPOTrainer(DPOTrainer):
 
         self._look_at_models()
         self._own_names = frozenset(self.dropped_pairs)
+        # Where the device works on its own, a training step does not wait for what it has to check and to log.
+        self._reads_late = self.accelerator.device.type == "cuda"
         self._reference_is_copy = ref_model is None and not is_peft_model(self.model)
         if weighting is None and args.weighting == "ld":
             self.ld_alpha = None  # the weights carry it
@@ -188,6 +202,28 @@ class OTPOTrainer(DPOTrainer):
         for model in (self.model, self.ref_model):
             if model is not None:
                 trl_seam.bring_router_logits_to_head(model)
+        self._laid_out = LaidOutModels(self)
+
+    # How the rows are laid out
+
+    @property
+    def layout(self) -> Layout:
+        """How the rows of micro-batches are laid out for the model, and why."""
+        return self._laid_out.layout
+
+    @contextmanager
+    def _plans_rows(self, dataset: Any) -> Iterator[None]:
+        """Lets loaders that are made inside the block plan the rows on the host.
+
+        Loaders of streams gather batches on one process and cut them anew for the others, so those are planned late.
+        """
+        collator = self.data_collator
+        if self.layout.way is not None and not isinstance(dataset, IterableDataset):
+            self.data_collator = PlanningCollator(collator, share=self.layout.shares)
+        try:
+            yield
+        finally:
+            self.data_collator = collator
 
     def token_weights(self, batch: PairBatch) -> Tensor | TokenWeights:
         """Weights of the tokens of a batch of pairs; override this for a weighting that needs the trainer.
@@ -219,6 +255,7 @@ class OTPOTrainer(DPOTrainer):
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, TrainerWatcher):
                 callback.attach(self)
+        self._reads.forget()
         result = super().train(*args, **kwargs)
         self._start_is_checked = True
         if self.state.global_step == 0:
@@ -273,7 +310,8 @@ class OTPOTrainer(DPOTrainer):
             self._evaluated = self.eval_dataset[eval_dataset]
         else:
             self._evaluated = self.eval_dataset if eval_dataset is None else eval_dataset
-        return super().get_eval_dataloader(eval_dataset)
+        with self._plans_rows(self._evaluated):
+            return super().get_eval_dataloader(eval_dataset)
 
     def collate(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         """A batch of rows of a prepared dataset, on the trainer's device, as [`score_batch`] takes it."""
@@ -294,11 +332,15 @@ class OTPOTrainer(DPOTrainer):
         return self._token_budget[1]
 
     def get_train_dataloader(self) -> DataLoader:
-        """As in transformers, or the micro-batches of `tokens_per_batch`."""
+        """As in transformers, or the micro-batches of `tokens_per_batch`.
+
+        Where rows are laid out without padding, batches come with their plans.
+        """
         budget = self.token_budget()
-        if budget is None:
-            return super().get_train_dataloader()
-        return make_loader(self, budget, self._remove_unused_columns(self.train_dataset, "training"))
+        with self._plans_rows(self.train_dataset):
+            if budget is None:
+                return super().get_train_dataloader()
+            return make_loader(self, budget, self._remove_unused_columns(self.train_dataset, "training"))
 
     def get_total_train_batch_size(self, args: Any) -> int:
         """Pairs of a step, for the times that transformers logs; with `tokens_per_batch` their mean."""
@@ -340,20 +382,28 @@ class OTPOTrainer(DPOTrainer):
             self.accelerator.mixed_precision,
             self.accelerator.device.type,
             torch.get_float32_matmul_precision(),
+            self.layout.name,
+            self.layout.way,
             Hasher.hash(self.data_collator.collator),
         )
         return reference_key(dataset, reference, trl_seam.reference_digest(self), *settings)
 
     def _reference_rows(self, dataset: Any, name: str, batch_size: int) -> Any:
+        with self._plans_rows(dataset):
+            collator = self.data_collator
         loader = DataLoader(
             dataset,
             batch_size=batch_size,
-            collate_fn=self.data_collator,
+            collate_fn=collator,
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory,
         )
         model = trl_seam.model_of_reference_pass(self)
-        ask = partial(self._reference_logps, model)
+
+        def ask(inputs: Mapping[str, Any], mask: Tensor) -> Tensor:
+            self._laid_out.settle(model, inputs)
+            return self._reference_logps(model, inputs, mask)
+
         return reference_rows(loader, name, ask, self.accelerator, quiet=bool(self.args.disable_tqdm))
 
     # Scores and weights
@@ -386,8 +436,9 @@ class OTPOTrainer(DPOTrainer):
         # The policy, with its hidden states taken on the way.
         mask = inputs["completion_mask"][:, 1:].bool()
         causal_lm = self.accelerator.unwrap_model(self.model)
+        self._laid_out.settle(model, inputs)
         with captured_states(causal_lm, self.args.hidden_layer) as captured:
-            outputs = trl_seam.on_device(model(**self._policy_arguments(inputs)), mask.device)
+            outputs = self._ask(model, inputs, router_logits=self.aux_loss_enabled)
         # Prompt-learning adapters prepend virtual tokens; the real ones are the last.
         logps: Tensor = outputs.log_probs[:, -mask.size(1) :]
         if not captured:
@@ -395,7 +446,7 @@ class OTPOTrainer(DPOTrainer):
                 "The model ran without its backbone's forward hook, so there are no hidden states to weight by. "
                 "A graph that `torch.compile` made earlier in this process does that: call `torch._dynamo.reset()`."
             )
-        states = captured.pop()[:, :-1][:, -mask.size(1) :].to(mask.device)
+        states = self._laid_out.scored_states(captured.pop(), inputs).to(mask.device)
         self._require_finite(states_not_finite(states, logps, mask), "Hidden states or log-probabilities", inputs)
 
         # The weights. The weighting gets copies of what is small, and may not write into the rest.
@@ -420,8 +471,9 @@ class OTPOTrainer(DPOTrainer):
         self._require_finite(bad, "Weights or reference log-probabilities", inputs)
         return Scored(outputs, logps, reference_logps, weights, mask, metrics, batch)
 
-    def _policy_arguments(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        return trl_seam.policy_arguments(inputs, router_logits=self.aux_loss_enabled)
+    def _ask(self, model: Any, inputs: Mapping[str, Any], *, router_logits: bool = False) -> Any:
+        """A model's answer to a batch, see [`otpo.layouts.models.LaidOutModels.ask`]."""
+        return self._laid_out.ask(model, inputs, router_logits=router_logits)
 
     def _weigh(
         self, batch: PairBatch, mask: Tensor, dtype: torch.dtype, timer: DeviceTimer
@@ -441,8 +493,12 @@ class OTPOTrainer(DPOTrainer):
         return values.detach().to(device=mask.device, dtype=dtype).masked_fill(~mask, 0.0), metrics
 
     def _reference_logps(self, model: Callable[..., Any], inputs: Mapping[str, Any], mask: Tensor) -> Tensor:
-        """The reference's log-probability of each token, `(2B, T)`, by TRL's own reference pass."""
-        return trl_seam.reference_logps(super().compute_ref_log_probs, model, inputs, mask)
+        """The reference's log-probability of each token, `(2B, T)`, under the adapters of TRL's own reference pass."""
+
+        def answer(**_of_padded_rows: Any) -> Any:
+            return self._ask(model, inputs)
+
+        return trl_seam.reference_logps(super().compute_ref_log_probs, answer, inputs, mask)
 
     def _stored_logps(self, inputs: Mapping[str, Any], mask: Tensor) -> Tensor:
         missing = [name for name in REFERENCE_COLUMNS if name not in inputs]
@@ -451,27 +507,40 @@ class OTPOTrainer(DPOTrainer):
                 f"`precompute_ref_log_probs=True`, and the batch has no {missing[0]!r}. Pass the dataset to the "
                 "trainer as `train_dataset` or `eval_dataset`, or to `evaluate`, which precompute it."
             )
-        return unpack_rows(torch.cat([inputs[name] for name in REFERENCE_COLUMNS]), mask)
+        return unpack_rows(torch.cat([inputs[name] for name in REFERENCE_COLUMNS]), mask, self._reads.add)
 
     def _require_finite(self, bad: Tensor, what: str, inputs: Mapping[str, Any]) -> None:
         evaluating = trl_seam.mode_of(self) == "eval" and self._evaluated is not None
         dataset = self._evaluated if evaluating else self.train_dataset
         known = None if dataset is None else self.prepared_datasets.get(dataset)
-        require_finite_step(
-            bad,
-            what,
-            lambda pair: self.prepared_datasets.find(dataset, inputs, pair),
-            "training" if dataset is self.train_dataset or known is None else known.name,
-            self.state.global_step,
+        tokens = {name: inputs[name] for name in ("input_ids", "attention_mask") if name in inputs}
+        check = partial(
+            require_finite_pairs,
+            what=what,
+            find_rows=lambda pair: self.prepared_datasets.find(dataset, tokens, pair),
+            dataset="training" if dataset is self.train_dataset or known is None else known.name,
+            step=self.state.global_step,
+            late=self._reads.in_step,
         )
+        self._reads.add(pairs_not_finite(bad), check)
 
     # The loss
+
+    def training_step(self, *args, **kwargs):
+        """As in TRL. On a GPU nothing of it is waited for: what a step finds out about itself is read in the next one.
+
+        Whatever logs, evaluates or saves reads it before, so that no checkpoint follows a step with numbers that are
+        not finite.
+        """
+        with self._reads.step(late=self._reads_late):
+            return super().training_step(*args, **kwargs)
 
     def _compute_loss(self, model, inputs, return_outputs):
         share: BatchShare | None = inputs.pop(SHARE, None)
         if not self._seam_is_checked:
-            trl_seam.require_known_loss(self, super()._compute_loss)
+            trl_seam.require_known_loss(self, super()._compute_loss, late=self._reads_late)
             self._seam_is_checked = True
+        late = trl_seam.LateMetrics(self) if self._reads.in_step else None
         mode = trl_seam.mode_of(self)
         scored = self.score_batch(model, inputs, timer=self._pair_log.timers[mode])
         self._check_start(model, inputs, scored)
@@ -479,15 +548,17 @@ class OTPOTrainer(DPOTrainer):
         # Loss types that take the same weights share a call of TRL's loss. The first call's metrics and outputs are
         # the ones that count. With several calls the routers' loss comes after all: the order decides the last bit.
         first, *others = loss_groups(self.loss_types, self.loss_weights)
-        result, sums = self._loss_of(first, model, inputs, scored, return_outputs=return_outputs, is_alone=not others)
+        result, sums = self._loss_of(
+            first, model, inputs, scored, return_outputs=return_outputs, is_alone=not others, late=late
+        )
         for group in others:
-            part, _ = self._loss_of(group, model, inputs, scored, is_first=False)
+            part, _ = self._loss_of(group, model, inputs, scored, is_first=False, late=late)
             result = _added(result, part)
         if others and self.aux_loss_enabled:
             result = _added(result, self.router_aux_loss_coef * scored.outputs.aux_loss)
 
         loss = result[0] if return_outputs else result
-        self._log_pairs(mode, scored, first.loss_types[0], sums, inputs, loss, share)
+        self._log_pairs(mode, scored, first.loss_types[0], sums, inputs, loss, late, share)
         return result if share is None else _multiplied(result, share.factor)
 
     def _loss_of(
@@ -500,6 +571,7 @@ class OTPOTrainer(DPOTrainer):
         return_outputs: bool = False,
         is_first: bool = True,
         is_alone: bool = False,
+        late: trl_seam.LateMetrics | None = None,
     ) -> tuple[Any, tuple[Tensor, ...]]:
         """TRL's loss of a group of loss types, and the reference's sums that it was given, `(B,)` a side."""
         weights = scored.weights_for(group.loss_types[0])
@@ -519,6 +591,7 @@ class OTPOTrainer(DPOTrainer):
             sums,
             return_outputs=return_outputs,
             logs=is_first,
+            late=late,
             **options,
         )
         return loss, sums
@@ -545,7 +618,7 @@ class OTPOTrainer(DPOTrainer):
 
         if not is_same_start(largest_gap(scored.policy_logps)):
             with torch.no_grad(), evaluating(model):
-                outputs = trl_seam.on_device(model(**self._policy_arguments(inputs)), scored.mask.device)
+                outputs = self._ask(model, inputs)
             require_same_start(largest_gap(outputs.log_probs[:, -scored.mask.size(1) :]))
 
     # The log and the checkpoints
@@ -558,6 +631,7 @@ class OTPOTrainer(DPOTrainer):
         sums: tuple[Tensor, ...],
         inputs: Mapping[str, Any],
         loss: Tensor,
+        late: trl_seam.LateMetrics | None,
         share: BatchShare | None,
     ) -> None:
         """Adds what is known of each pair to the log, beside TRL's numbers of the micro-batch.
@@ -569,6 +643,7 @@ class OTPOTrainer(DPOTrainer):
             sums: The reference's weighted sums that TRL was given, `(B,)` of chosen and of rejected.
             inputs: The batch.
             loss: The micro-batch's mean loss.
+            late: TRL's numbers, where they are not known yet: these and ours then cross the processes together.
             share: How many pairs count, in training by a number of tokens.
         """
         columns = pair_columns(scored, self.beta)
@@ -579,8 +654,24 @@ class OTPOTrainer(DPOTrainer):
         if kept is not None:  # TRL counts the repeated pairs too, so its numbers of this batch are replaced
             weighted = scored.policy_logps.detach() * scored.weights_for(loss_type)
             columns |= trl_columns(torch.cat(self._summed(weighted, inputs)), torch.cat(sums), self.beta)
+        table, collected = pair_table(columns, scored.metrics, loss), trl_seam.collected_metrics(self)
         gather: Any = self.accelerator.gather
-        self._pair_log.add(mode, trl_seam.collected_metrics(self), columns, scored.metrics, loss, gather, kept)
+        counted = share.of_all if share else 1
+        if late is not None:
+            row, summary = late.row(), table.summary()
+
+            def enter(rows: Tensor) -> None:
+                late.enter(rows[:, : len(row)])
+                # Where pairs are repeated, each process has one.
+                summaries = rows[:kept, len(row) :].unflatten(1, summary.shape)
+                self._pair_log.add(mode, collected, table, summaries, counted)
+
+            self._reads.add(gather(torch.cat([row, summary.flatten()])[None]), enter)
+        elif mode == "eval":
+            self._pair_log.add_evaluated(collected, table, gather(table.values).cpu()[:kept])
+        else:
+            summaries = table_summary(gather(table.values).cpu()[:kept])[None]
+            self._pair_log.add(mode, collected, table, summaries, counted)
 
     def evaluation_loop(
         self,
@@ -594,6 +685,7 @@ class OTPOTrainer(DPOTrainer):
 
         On several processes a process's loss of a batch that is filled up with repeated pairs is the mean with them.
         """
+        self._reads.read()
         self._pair_log.start_evaluation(trl_seam.collected_metrics(self, "eval"))
         try:
             output = super().evaluation_loop(
@@ -612,6 +704,7 @@ class OTPOTrainer(DPOTrainer):
         Warns of transport that was not solved: on a GPU nothing may wait for the solver, and here its residual is on
         the host. Anywhere else the solver has looked itself.
         """
+        self._reads.read()
         collected = trl_seam.collected_metrics(self)
         residuals = collected.get("transport/residual")
         if residuals and self.accelerator.device.type == "cuda" and self.is_world_process_zero():
@@ -621,6 +714,7 @@ class OTPOTrainer(DPOTrainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Saves the model, unless a parameter is not finite: a bad step must not take a good checkpoint's place."""
+        self._reads.read()
         require_finite_parameters(self.model, self.accelerator, self.state.global_step)
         super().save_model(output_dir, _internal_call)
 

@@ -10,11 +10,12 @@ Shapes: B pairs, T scored positions; rows are the chosen responses, then the rej
 """
 
 import copy
+import functools
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib.metadata import version
-from types import SimpleNamespace
+from types import MethodType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -22,16 +23,22 @@ from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import is_peft_model, parse_flag_from_env
 from torch import Tensor
 from torch.nn.functional import logsigmoid
+from torch.overrides import TorchFunctionMode
 from torch.utils.data import DataLoader
 from trl import DPOTrainer
 from trl.models.utils import prepare_deepspeed
 from trl.trainer.utils import FusedCausalLMOutput, get_config_model_id
+
+from .training.late_numbers import LateGathered, LateNumber, LocalNumbers
 
 REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 """Where `DPOTrainer._compute_loss` looks up the reference's sums when `precompute_ref_logps` is set."""
 
 NOT_OF_THE_MODEL = ("completion_mask", *REFERENCE_COLUMNS)
 """Entries of a batch that `DPOTrainer._compute_loss` does not call its model with (`_non_model_keys` there)."""
+
+ROW_PLAN = "row_plan"
+"""The entry of a batch that is ours, an [`otpo.layouts.plan.RowPlan`]: neither the model nor TRL gets it."""
 
 OVERRIDDEN = {
     "_prepare_dataset": ("dataset", "processing_class", "args", "dataset_name"),
@@ -40,6 +47,7 @@ OVERRIDDEN = {
     "compute_ref_log_probs": ("model", "inputs"),
     "log": ("logs", "start_time"),
     "save_model": ("output_dir", "_internal_call"),
+    "training_step": ("args", "kwargs"),
     "get_eval_dataloader": ("eval_dataset",),
     "evaluation_loop": ("dataloader", "description", "prediction_loss_only", "ignore_keys", "metric_key_prefix"),
     "_prepare_inputs": ("inputs",),
@@ -89,7 +97,7 @@ def policy_arguments(inputs: Mapping[str, Any], *, router_logits: bool) -> dict[
         inputs: A collated batch.
         router_logits: The trainer's `aux_loss_enabled`.
     """
-    arguments = {name: value for name, value in inputs.items() if name not in NOT_OF_THE_MODEL}
+    arguments = {name: value for name, value in inputs.items() if name not in (*NOT_OF_THE_MODEL, ROW_PLAN)}
     arguments["use_cache"] = False
     if router_logits:
         arguments["output_router_logits"] = True
@@ -100,7 +108,7 @@ def policy_arguments(inputs: Mapping[str, Any], *, router_logits: bool) -> dict[
 def policy_argument_names(inputs: Mapping[str, Any], *, router_logits: bool) -> set[str]:
     """Names of [`policy_arguments`]."""
     of_trl = {"use_cache", "labels", "fused_lm_head", *(["output_router_logits"] if router_logits else [])}
-    return (inputs.keys() - NOT_OF_THE_MODEL) | of_trl
+    return (inputs.keys() - {*NOT_OF_THE_MODEL, ROW_PLAN}) | of_trl
 
 
 class HandedInputs(dict[str, Any]):
@@ -152,6 +160,7 @@ def dpo_loss(
     *,
     return_outputs: bool = False,
     logs: bool = True,
+    late: "LateMetrics | None" = None,
     **options: Any,
 ) -> Any:
     """TRL's loss of outputs and reference sums that it is given.
@@ -168,6 +177,7 @@ def dpo_loss(
         reference_sums: The reference's summed log-probabilities, `(B,)` of chosen and of rejected.
         return_outputs: As in `_compute_loss`.
         logs: Whether TRL's metrics of this call count.
+        late: Takes them, so that nothing waits for the device; None: TRL reads them at once.
         **options: Attributes of the trainer that have these values for this loss.
 
     Returns:
@@ -178,8 +188,14 @@ def dpo_loss(
     """
     # TRL reads options and metrics off the trainer, so they stand there for the call alone.
     handed = HandedInputs({**inputs, **dict(zip(REFERENCE_COLUMNS, reference_sums, strict=True))})
-    unseen = {} if logs else _metrics_that_nobody_sees()
-    with _replaced(trainer, precompute_ref_logps=True, **options, **unseen):
+    handed.pop(ROW_PLAN, None)
+    elsewhere: dict[str, Any] = {} if logs else _other_metrics()
+    if late is not None:
+        elsewhere |= late.attributes if logs else {"accelerator": late.attributes["accelerator"]}
+    with (
+        _replaced(trainer, precompute_ref_logps=True, **options, **elsewhere),
+        nullcontext() if late is None else _WithoutWaits(),
+    ):
         result = compute_loss(stand_in, handed, return_outputs)
     # A release that read something else would have computed another loss.
     missing = [name for name in REFERENCE_COLUMNS if name not in handed.read]
@@ -189,7 +205,7 @@ def dpo_loss(
     return result
 
 
-def require_known_loss(trainer: Any, compute_loss: Callable[..., Any]) -> None:
+def require_known_loss(trainer: Any, compute_loss: Callable[..., Any], *, late: bool = False) -> None:
     """Raises a [`SeamError`] unless TRL's loss of made-up log-probabilities, weighted with 2, has a doubled beta.
 
     The model is not asked.
@@ -197,6 +213,7 @@ def require_known_loss(trainer: Any, compute_loss: Callable[..., Any]) -> None:
     Args:
         trainer: The trainer, whose attributes are TRL's options of the loss.
         compute_loss: `DPOTrainer._compute_loss` of that trainer.
+        late: Whether the losses to come have [`LateMetrics`].
     """
     device = trainer.accelerator.device
     generator = torch.Generator().manual_seed(0)
@@ -213,7 +230,8 @@ def require_known_loss(trainer: Any, compute_loss: Callable[..., Any]) -> None:
     sums = (2.0 * reference).sum(1).chunk(2)
     stand_in = ModelStandIn(None, outputs)
     try:
-        found = float(dpo_loss(trainer, compute_loss, stand_in, inputs, sums, logs=False, **plain))
+        metrics = LateMetrics(trainer) if late else None
+        found = float(dpo_loss(trainer, compute_loss, stand_in, inputs, sums, logs=False, late=metrics, **plain))
     except SeamError:
         raise
     except Exception as error:  # whatever a renamed attribute leads to
@@ -250,6 +268,98 @@ def reference_logps(compute_ref_log_probs: Callable[..., Any], model: Any, input
 
     compute_ref_log_probs(keep, inputs)
     return kept.pop()
+
+
+def scores_rows(causal_lm: Any) -> None:
+    """Lets TRL's fused head score chosen positions of rows that are laid out in another way, see [`scored_rows`].
+
+    `trl.trainer.utils.add_fused_lm_head` has put a function in the place of `causal_lm.forward`, which asks its first
+    argument for `base_model` and `get_output_embeddings()`. It gets one that answers for the model. Calls without
+    `scored_positions` run as before. Calling this again changes nothing.
+
+    Args:
+        causal_lm: A causal language model with TRL's head, or a PEFT model around it.
+    """
+    plain = causal_lm.get_base_model() if is_peft_model(causal_lm) else causal_lm
+    fused = plain.forward
+    if hasattr(fused, "scores_rows"):
+        return
+
+    @functools.wraps(fused.__func__)
+    def forward(self: Any, *args: Any, scored_positions: Tensor | None = None, **kwargs: Any) -> Any:
+        if scored_positions is None:
+            return fused(*args, **kwargs)
+        return fused.__func__(_ScoredPositions(self, scored_positions), *args, **kwargs)
+
+    forward.scores_rows = True  # pyright: ignore
+    plain.forward = MethodType(forward, plain)
+
+
+def row_arguments(
+    tokens: dict[str, Any], scored: Tensor, targets: Tensor, copies: Tensor, *, router_logits: bool
+) -> dict[str, Any]:
+    """What a model of [`scores_rows`] is called with to score chosen positions.
+
+    Args:
+        tokens: `input_ids` and `position_ids` `[1, N]`, and what the attention needs, `attention_mask` too.
+        scored: `[S]`, positions within N that predict, any of them several times.
+        targets: `[S]`, the tokens that they predict.
+        copies: `[1, N]`, how often each token counts in the routers' loss.
+        router_logits: Whether the routers' loss is asked for.
+    """
+    attention = {"attention_mask": tokens["attention_mask"]}
+    arguments = {name: value for name, value in tokens.items() if name != "attention_mask"}
+    arguments |= {"scored_positions": scored, "row_attention": attention, "use_cache": False, "fused_lm_head": True}
+    # TRL's head hands its `attention_mask` to the routers' loss, which weighs each token by it.
+    arguments |= {"shift_labels": _AllLabelled.of(targets[None]), "attention_mask": copies}
+    return {**arguments, "output_router_logits": True} if router_logits else arguments
+
+
+class _ScoredPositions:
+    """Answers for a causal LM in TRL's fused head, with the hidden states of the scored positions in a row."""
+
+    def __init__(self, causal_lm: Any, positions: Tensor) -> None:
+        self._causal_lm, self._positions = causal_lm, positions
+
+    def base_model(self, *args: Any, row_attention: dict[str, Any], **kwargs: Any) -> Any:
+        """The backbone's outputs, whose last hidden states are `[1, S, D]`."""
+        outputs = self._causal_lm.base_model(*args, **{**kwargs, **row_attention})
+        states = outputs.last_hidden_state.flatten(0, 1)
+        outputs.last_hidden_state = states.index_select(0, self._positions.to(states.device))[None]
+        return outputs
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._causal_lm, name)
+
+
+class _AllLabelled(Tensor):
+    """Labels none of which is -100, or the mask that says so.
+
+    TRL's head takes the labelled positions out by a boolean mask, and the host waits for the device to learn how many
+    there are. Here all are labelled, so taking them out is a change of shape. Everything else is as with any tensor.
+    """
+
+    @classmethod
+    def of(cls, labels: Tensor) -> Tensor:
+        """Labels as such a tensor."""
+        return labels.as_subclass(cls)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Takes positions out, and puts them back, without looking at the mask; other functions run as they are."""
+        last = args[1] if len(args) > 1 else None
+        if isinstance(last, cls) and last.dtype == torch.bool:
+            if func is Tensor.__getitem__:
+                return _plain(args[0]).flatten(0, last.ndim - 1)
+            if func is Tensor.masked_scatter:
+                return args[2].view_as(args[0])
+        result = super().__torch_function__(func, types, args, kwargs or {})
+        stays = func in (Tensor.to, Tensor.__ne__)  # on its way to the device, and the comparison with -100
+        return result if stays or not isinstance(result, cls) else _plain(result)
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    return tensor.as_subclass(Tensor) if isinstance(tensor, _AllLabelled) else tensor
 
 
 def summed(compute_ref_log_probs: Callable[..., Any], logps: Tensor, inputs: Any) -> tuple[Tensor, ...]:
@@ -291,6 +401,91 @@ def bring_router_logits_to_head(causal_lm: Any) -> None:
 
 
 # The log
+
+
+class LateMetrics:
+    """The metrics of `DPOTrainer._compute_loss` of a micro-batch, which stay on the device until they are asked for.
+
+    TRL gathers some fifteen numbers one by one over the processes and waits for each. It does so through
+    `trainer.accelerator` with `gather` and `gather_for_metrics`, takes a sum or a mean, `.item()`, a quotient whose
+    divisor it has found to be `> 0`, and adds the result to `_metrics` and `_total_train_tokens`. Here the accelerator
+    answers with numbers that can do this and are known later. If TRL does anything else with one, its loss fails.
+
+    Args:
+        trainer: The trainer, in training.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self._trainer = trainer
+        self._numbers = LocalNumbers()
+        self.attributes = {"accelerator": _LateAccelerator(trainer.accelerator, self._numbers), **_other_metrics()}
+
+    def row(self) -> Tensor:
+        """This process's share, `(L,)` float64, after the loss."""
+        return self._numbers.row()
+
+    def enter(self, rows: Tensor) -> None:
+        """Adds the metrics to the trainer's, where TRL would have added them.
+
+        Args:
+            rows: The shares of all processes, `(P, L)` on the host.
+        """
+        collected = collected_metrics(self._trainer, "train")
+        for name, (number,) in self.attributes["_metrics"]["train"].items():
+            value = number.of(rows) if isinstance(number, LateNumber) else number
+            if name == "num_tokens":  # of the training so far, in place of the one before
+                self._trainer._total_train_tokens += value
+                collected[name] = [self._trainer._total_train_tokens]
+            else:
+                collected[name].append(value)
+
+
+class _LateAccelerator:
+    """The accelerator as `DPOTrainer._compute_loss` knows it, see [`LateMetrics`]."""
+
+    def __init__(self, accelerator: Any, numbers: LocalNumbers) -> None:
+        self._accelerator, self._numbers = accelerator, numbers
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._accelerator, name)
+
+    def gather(self, tensor: Tensor) -> LateGathered:
+        return LateGathered(self._numbers, tensor, None)
+
+    def gather_for_metrics(self, tensor: Tensor) -> LateGathered:
+        """As accelerate's of a scalar: of one a process, it cuts off as many as the last batch has rows too few."""
+        loop = self._accelerator.gradient_state
+        is_cut = loop.end_of_dataloader and loop.remainder > 0 and self._accelerator.num_processes > 1
+        return LateGathered(self._numbers, tensor, loop.remainder if is_cut else None)
+
+
+class _WithoutWaits(TorchFunctionMode):
+    """Inside, the two other things that `DPOTrainer._compute_loss` waits for are done without.
+
+    It takes sums of `mean_logits`, and the mean of the `sft` loss, over what a mask selects; and it makes a scalar
+    tensor of `label_smoothing`, which is a copy from the host.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.__getitem__ and isinstance(args[1], Tensor) and args[1].dtype == torch.bool:
+            return _Selected(*args)
+        if func is torch.tensor and isinstance(args[0], float):
+            return torch.full((), args[0], **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+class _Selected:
+    """The elements of a tensor where a mask of its shape is true, of which a sum or a mean is wanted."""
+
+    def __init__(self, values: Tensor, mask: Tensor) -> None:
+        self._values, self._mask = values.masked_fill(~mask, 0), mask
+
+    def sum(self) -> Tensor:
+        return self._values.sum()
+
+    def mean(self) -> Tensor:
+        wide = torch.promote_types(self._values.dtype, torch.float32)
+        return (self._values.sum(dtype=wide) / self._mask.sum()).to(self._values.dtype)
 
 
 def mode_of(trainer: Any) -> str:
@@ -446,6 +641,27 @@ def model_name(model: Any) -> str:
     return model if isinstance(model, str) else get_config_model_id(model.config)
 
 
+def autocast_dtype(accelerator: Any) -> torch.dtype | None:
+    """The dtype of a run's mixed precision; None without it."""
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
+
+
+def layout_obstacle(trainer: Any) -> str | None:
+    """What of a run, beside its models, keeps its rows padded; None if nothing does.
+
+    transformers' Trainer splits batches over several GPUs of one process where `_n_gpu` says so; TRL knows by
+    `_is_vision_dataset` that rows come with images.
+    """
+    if trainer.args._n_gpu > 1:
+        return "`DataParallel`, which splits batches: start a process on each GPU"
+    if getattr(trainer, "_is_vision_dataset", False):
+        return "images in the data"
+    parallel = trainer.accelerator.parallelism_config
+    if parallel is not None and (parallel.cp_size > 1 or parallel.sp_size > 1):
+        return "context or sequence parallelism, which split rows"
+    return None
+
+
 def implementations(config: Any) -> tuple[str | None, str | None]:
     """The attention and the experts that transformers has chosen for a model of that configuration."""
     return config._attn_implementation, config._experts_implementation
@@ -454,7 +670,7 @@ def implementations(config: Any) -> tuple[str | None, str | None]:
 # Help
 
 
-def _metrics_that_nobody_sees() -> dict[str, Any]:
+def _other_metrics() -> dict[str, Any]:
     return {"_metrics": {mode: defaultdict(list) for mode in ("train", "eval")}, "_total_train_tokens": 0}
 
 

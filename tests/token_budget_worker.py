@@ -14,11 +14,15 @@ LOGGED = ("loss", "rewards/margins", "rewards/margins_unweighted", "weights/ess"
 
 
 def main(model: str, reference: str, folder: Path) -> None:
-    # Gradients of every step of two epochs, which the first process writes down.
-    trainer, kept = still_trainer(model, reference, folder / "still", gradient_accumulation_steps=2)
+    # Gradients of every step of two epochs, which the first process writes down; the log as on the CPU and on a GPU.
+    logs = []
+    for late in (True, False):
+        trainer, kept = still_trainer(model, reference, folder / f"still-{late}", gradient_accumulation_steps=2)
+        setattr(trainer, "_reads_late", late)  # noqa: B010
+        trainer.train()
+        logs.append(history(trainer, *LOGGED))
     budget = trainer.token_budget()
     assert budget is not None and budget.processes == 2 and PAIRS % 2
-    trainer.train()
     steps = [{name.removeprefix("module."): value for name, value in step.items()} for step in kept.steps]
 
     # A run of three epochs, and its last part again from a checkpoint in the second epoch's middle.
@@ -36,11 +40,11 @@ def main(model: str, reference: str, folder: Path) -> None:
     resumed = train(str(folder / "run" / f"checkpoint-{len(budget) + 2}"))
     if trainer.is_world_process_zero():
         torch.save({"gradients": steps, "rows": rows_by_step(trainer)}, folder / "steps.pt")
-        (folder / "log.json").write_text(json.dumps(history(trainer, *LOGGED)))
+        (folder / "log.json").write_text(json.dumps(logs))
         found = [parameters(each.model) for each in (straight, resumed)]
         same = all(torch.equal(found[0][name], found[1][name]) for name in found[0])
-        logs = [history(each, "step", "loss", "grad_norm") for each in (straight, resumed)]
-        (folder / "resumed.json").write_text(json.dumps({"same": same, "logs": logs, "steps": len(budget)}))
+        trajectories = [history(each, "step", "loss", "grad_norm") for each in (straight, resumed)]
+        (folder / "resumed.json").write_text(json.dumps({"same": same, "logs": trajectories, "steps": len(budget)}))
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
 

@@ -8,31 +8,43 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 
-def require_finite_step(
-    bad: Tensor, what: str, find_rows: Callable[[int], list[int]], dataset: str, step: int
-) -> None:
-    """Raises a `FloatingPointError` that names the pairs that have a number that is not finite.
-
-    Waits for the device once. A process that raises ends alone; its launcher ends the others.
+def pairs_not_finite(bad: Tensor) -> Tensor:
+    """Which pairs have a response with a number that is not finite, `(B,)` bool.
 
     Args:
         bad: `(2B, T)` bool, true where a number is not finite and matters.
+    """
+    chosen, rejected = bad.any(1).chunk(2)
+    return chosen | rejected
+
+
+def require_finite_pairs(
+    bad: Tensor, what: str, find_rows: Callable[[int], list[int]], dataset: str, step: int, *, late: bool = False
+) -> None:
+    """Raises a `FloatingPointError` that names the pairs that have a number that is not finite.
+
+    A process that raises ends alone; its launcher ends the others.
+
+    Args:
+        bad: `(B,)` bool on the host, see [`pairs_not_finite`].
         what: What the numbers are, in plural.
         find_rows: From the number of a pair in the batch to its rows in the user's dataset, several where rows are
             alike.
         dataset: What that dataset is called.
-        step: Optimizer steps done so far.
+        step: Optimizer steps done before the numbers were made.
+        late: Whether the step may have gone on to its update in the meantime.
     """
-    bad_rows = bad.any(1)
-    bad_pairs = bad_rows[: len(bad_rows) // 2] | bad_rows[len(bad_rows) // 2 :]
-    if not bad_pairs.any():
+    if not bad.any():
         return
-    pairs = bad_pairs.nonzero().flatten().tolist()
+    pairs = bad.nonzero().flatten().tolist()
     where = ", ".join(" or ".join(map(str, rows)) for pair in pairs if (rows := find_rows(pair)))
+    update = "No update was made from them and nothing was saved."
+    if late:
+        update = "Nothing was saved after them, though the model in memory may have been updated."
     raise FloatingPointError(
         f"{what} of pair(s) {pairs} of the micro-batch"
         + (f" (row(s) {where} of the {dataset} dataset)" if where else "")
-        + f" are not finite after {step} optimizer step(s). No update was made from them and nothing was saved. "
+        + f" are not finite after {step} optimizer step(s). {update} "
         "Resume from the last checkpoint with a lower `learning_rate` or `max_grad_norm`, or with bf16 in place of "
         "fp16; if it is step 0, the model's weights, the weighting or this pair's text are at fault."
     )

@@ -6,7 +6,8 @@ that is right there, unless a number of tokens makes batches; an evaluation is o
 Shapes: B pairs of this process's micro-batch.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -20,18 +21,33 @@ _TIMES = "transport/ms"
 _LARGEST = "transport/"  # of these numbers the largest of a micro-batch is logged, of all others the mean
 
 
+@dataclass(frozen=True)
+class PairTable:
+    """Numbers of a micro-batch's pairs, on the device, that are logged beside TRL's.
+
+    Attributes:
+        names: Of the columns, the mean loss left out.
+        own: Those of them that the weighting has named.
+        values: `(B, K + 1)` float32: a column for each of the K names, and the micro-batch's mean loss.
+    """
+
+    names: list[str]
+    own: Collection[str]
+    values: Tensor
+
+    def summary(self) -> Tensor:
+        """Of each column the sum, how many numbers it is of, and the largest, `(3, K + 1)`, see [`table_summary`]."""
+        return table_summary(self.values)
+
+
 class PairLog:
     """Collects numbers of each micro-batch beside TRL's, until they are logged.
 
     Attributes:
         timers: How long the weights took, in training and in evaluations.
-
-    Args:
-        by_pairs: Whether training's numbers are means over pairs too, as its loss is under `tokens_per_batch`.
     """
 
-    def __init__(self, by_pairs: bool = False) -> None:
-        self._by_pairs = {"train": by_pairs, "eval": True}
+    def __init__(self) -> None:
         self.timers = {"train": DeviceTimer(), "eval": DeviceTimer()}
         self._pairs: dict[str, list[int]] = {"train": [], "eval": []}
         self._losses: list[np.ndarray] = []
@@ -50,50 +66,41 @@ class PairLog:
         return float(np.concatenate(self._losses).mean()) if self._losses else None
 
     def add(
-        self,
-        mode: str,
-        collected: dict[str, list[float]],
-        columns: Mapping[str, Tensor],
-        own: Mapping[str, float | Tensor],
-        loss: Tensor,
-        gather: Callable[[Tensor], Tensor],
-        kept: int | None,
+        self, mode: str, collected: dict[str, list[float]], table: PairTable, summaries: Tensor, pairs: int = 1
     ) -> None:
-        """Adds a micro-batch: each number's mean over the pairs of all processes, in one exchange.
+        """Adds a micro-batch: each number's mean over the pairs of all processes.
 
         Args:
             mode: `"train"` or `"eval"`.
             collected: TRL's numbers of the mode, by name, one for each micro-batch. Where TRL has added one of the
                 same name for this micro-batch, ours takes its place.
-            columns: By name, a number of each pair, `(B,)`.
-            own: The weighting's own numbers of the micro-batch.
-            loss: The micro-batch's mean loss.
-            gather: Joins tensors of all processes along their first dimension.
-            kept: Of all processes' pairs, how many count; None for all of them.
+            table: The names, and this process's numbers.
+            summaries: Of every process that counts [`PairTable.summary`], `(P, 3, K + 1)` on the host.
+            pairs: What the micro-batch counts among others, 1 where each has the same share.
 
         Raises:
             ValueError: The weighting has called a number as one of TRL's or of ours.
         """
-        self._refuse_names(mode, collected, own, columns)
-        pairs = next(iter(columns.values())).size(0)
-        columns = dict(columns) | {
-            name: torch.as_tensor(value).reshape(1).expand(pairs) for name, value in own.items()
-        }
-
-        # One table of pairs by numbers, the loss last, crosses the processes and then to the host.
-        numbers = [*columns.values(), loss.detach().reshape(1).expand(pairs)]
-        table = gather(torch.stack([number.to(loss.device, torch.float32) for number in numbers], 1)).cpu()[:kept]
-
-        of_columns = table[:, : len(columns)]
-        means, largest = of_columns.double().nanmean(0).tolist(), of_columns.amax(0).tolist()
-        for name, mean, most in zip(columns, means, largest, strict=True):
+        self._refuse_names(mode, collected, table)
+        sums, counts, largest = summaries[:, 0].sum(0), summaries[:, 1].sum(0), summaries[:, 2].amax(0)
+        means, most = (sums / counts).tolist(), largest.tolist()
+        for place, name in enumerate(table.names):
             if name in collected and len(collected[name]) > len(self._pairs[mode]):
-                collected[name][-1] = mean  # in TRL's place
+                collected[name][-1] = means[place]  # in TRL's place
             else:
-                collected[name].append(most if name.startswith(_LARGEST) else mean)
-        self._pairs[mode].append(len(table))
-        if mode == "eval":
-            self._losses.append(table[:, -1].numpy())
+                collected[name].append((most if name.startswith(_LARGEST) else means)[place])
+        self._pairs[mode].append(pairs)
+
+    def add_evaluated(self, collected: dict[str, list[float]], table: PairTable, values: Tensor) -> None:
+        """Adds a micro-batch of an evaluation, which counts by its pairs; else as [`add`].
+
+        Args:
+            collected: See there.
+            table: The names.
+            values: The values of all processes' pairs that count, `(N, K + 1)` on the host.
+        """
+        self.add("eval", collected, table, table_summary(values)[None], len(values))
+        self._losses.append(values[:, -1].numpy())
 
     def average(self, mode: str, collected: dict[str, list[float]]) -> None:
         """Brings TRL's numbers of the mode to what is logged: one mean each, and the weights' times.
@@ -101,21 +108,43 @@ class PairLog:
         Waits for the device, off which the times are read.
         """
         pairs = self._pairs[mode]
-        collected.update(averaged_over_pairs(collected, pairs if self._by_pairs[mode] else [1] * len(pairs)))
+        collected.update(averaged_over_pairs(collected, pairs))
         pairs.clear()
         times = self.timers[mode].take()
         if times and "transport/iterations" in collected:
             collected[_TIMES].extend(times)
 
-    def _refuse_names(
-        self, mode: str, collected: Mapping[str, list[float]], own: Mapping[str, object], columns: Mapping[str, object]
-    ) -> None:
-        trls = [name for name in own if len(collected.get(name, ())) > len(self._pairs[mode])]
-        taken = [*trls, *(name for name in own if name in columns or name in ("loss", _TIMES))]
+    def _refuse_names(self, mode: str, collected: Mapping[str, list[float]], table: PairTable) -> None:
+        trls = [name for name in table.own if len(collected.get(name, ())) > len(self._pairs[mode])]
+        taken = [*trls, *(name for name in table.own if table.names.count(name) > 1 or name in ("loss", _TIMES))]
         if taken:
             raise ValueError(
                 f"The weighting logs a number as {taken[0]!r}, which the trainer logs itself. Give it another name."
             )
+
+
+def pair_table(columns: Mapping[str, Tensor], own: Mapping[str, float | Tensor], loss: Tensor) -> PairTable:
+    """Brings numbers of pairs, of the weighting and the loss into one table.
+
+    Args:
+        columns: By name, a number of each pair, `(B,)`.
+        own: The weighting's own numbers of the micro-batch.
+        loss: The micro-batch's mean loss.
+    """
+    pairs = next(iter(columns.values())).size(0)
+    scalars = [
+        value.detach() if isinstance(value, Tensor) else torch.full((), value, device=loss.device)
+        for value in (*own.values(), loss)
+    ]
+    numbers = [*columns.values(), *(scalar.reshape(1).expand(pairs) for scalar in scalars)]
+    values = torch.stack([number.to(loss.device, torch.float32, non_blocking=True) for number in numbers], 1)
+    return PairTable([*columns, *own], list(own), values)
+
+
+def table_summary(values: Tensor) -> Tensor:
+    """Of each column of `(B, K)` the sum of what is not NaN, how much that is, and the largest, `(3, K)` float64."""
+    values = values.double()
+    return torch.stack([values.nansum(0), (~values.isnan()).sum(0).double(), values.amax(0)])
 
 
 def pair_columns(scored: Scored, beta: float) -> dict[str, Tensor]:

@@ -29,12 +29,17 @@ LOGGED = ("loss", "rewards/margins", "rewards/margins_unweighted", "weights/ess"
         {"gradient_accumulation_steps": 100},
         {"gradient_accumulation_steps": 2, "loss_type": ["ipo"], "weighting": "uniform"},
         {"gradient_accumulation_steps": 2, "precompute_ref_log_probs": True, "dataloader_drop_last": True},
+        {"gradient_accumulation_steps": 2, "row_layout": "shared_prompt"},
+        {"gradient_accumulation_steps": 2, "late": True},
     ],
-    ids=["three", "one", "all", "ipo", "precomputed"],
+    ids=["three", "one", "all", "ipo", "precomputed", "shared prompts", "read late"],
 )
 def test_a_step_is_its_pairs_in_one_batch(settings, model_folder, other_model_folder, tmp_path):
     """Loss, metrics and every gradient, of every step of two epochs."""
+    late = settings.get("late", False)
+    settings = {name: value for name, value in settings.items() if name != "late"}
     trainer, kept = still_trainer(model_folder, other_model_folder, tmp_path, **settings)
+    trainer._reads_late = late  # as on a GPU
     trainer.train()
     steps = rows_by_step(trainer)
     assert len(kept.steps) == len(steps) == trainer.state.global_step
@@ -110,15 +115,16 @@ def test_two_processes_make_the_steps_of_one(model_folder, other_model_folder, t
     assert ended.returncode == 0, ended.stderr[-3000:]
     found: dict[str, Any] = torch.load(tmp_path / "steps.pt")
     trainer, _ = still_trainer(model_folder, other_model_folder, tmp_path / "alone")
-    log = json.loads((tmp_path / "log.json").read_text())
+    logs = json.loads((tmp_path / "log.json").read_text())
     epochs = [row for rows in found["rows"] for row in rows]
     assert sorted(epochs) == sorted([*range(PAIRS), *range(PAIRS)])
-    for rows, gradients, logged in zip(found["rows"], found["gradients"], log, strict=True):
+    for rows, gradients, logged in zip(found["rows"], found["gradients"], zip(*logs, strict=True), strict=True):
         loss, wanted = as_one_batch(trainer, rows)
         assert_same_gradients(gradients, wanted)
         numbers = collected_metrics(trainer)
-        assert logged[0] == pytest.approx(loss, rel=1e-5)
-        assert logged[1:] == pytest.approx([numbers[name][-1] for name in LOGGED[1:]], rel=1e-4, abs=1e-5)
+        for found_loss, *others in logged:
+            assert found_loss == pytest.approx(loss, rel=1e-5)
+            assert others == pytest.approx([numbers[name][-1] for name in LOGGED[1:]], rel=1e-4, abs=1e-5)
     again = json.loads((tmp_path / "resumed.json").read_text())
     assert again["same"] and again["logs"][0] == again["logs"][1]
     assert len(again["logs"][0]) == 3 * again["steps"]
