@@ -195,6 +195,11 @@ class OTPOTrainer(DPOTrainer):
                 trl_seam.bring_router_logits_to_head(model)
         self._laid_out = LaidOutModels(self)
 
+    def create_accelerator_and_postprocess(self) -> None:
+        """As in transformers; under FSDP2 the models' outputs keep their precision."""
+        super().create_accelerator_and_postprocess()
+        trl_seam.keep_outputs_as_they_are(self.accelerator)
+
     # How the rows are laid out
 
     @property

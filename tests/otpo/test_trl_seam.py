@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.utils import FullyShardedDataParallelPlugin
 from helpers import make_pairs, options
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
@@ -127,6 +128,14 @@ READ_BY: dict[str, tuple[Callable, list[str]]] = {
         ["self.is_deepspeed_enabled", "self._precompute_engine is None", "prepare_deepspeed("],
     ),
     "model_name": (get_config_model_id, ["_name_or_path"]),
+    "keep_outputs_as_they_are": (
+        FullyShardedDataParallelPlugin.set_mixed_precision,
+        [
+            "MixedPrecisionPolicy as MixedPrecision",
+            'dtype_args["output_dtype"] = dtype',
+            "self.mixed_precision_policy =",
+        ],
+    ),
     "autocast_dtype": (Accelerator.mixed_precision.fget, ["self.state.mixed_precision"]),
     "layout_obstacle": (DPOTrainer.__init__, ["self._is_vision_dataset"]),
     "implementations": (
