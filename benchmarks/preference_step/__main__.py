@@ -208,19 +208,10 @@ class Comparison:
         if self.trl_rate:
             row["speedup"] = round(timed["tokens_per_s"] / self.trl_rate, 3)
         if name == self.args.profile and self.is_first:
-            path = self.args.output.with_name(f"{self.args.output.stem}_{'_'.join(self._words())}_{name}.txt")
-            path.write_text(profile_text(profile, self.device))
-
-    def _words(self) -> list[str]:
-        """The case in a file's name."""
-        case = self.case
-        return [
-            case.shape,
-            case.lengths,
-            case.adapter,
-            *(["checkpointing"] if case.checkpointing else []),
-            case.engine,
-        ]
+            case, output = self.case, self.args.output
+            words = [output.stem, case.shape, case.lengths, case.adapter, case.engine, name]
+            words += ["checkpointing"] * case.checkpointing
+            output.with_name(f"{'_'.join(words)}.txt").write_text(profile_text(profile, self.device))
 
     def _compare(self, row: dict[str, Any], found: Step, expected: Step) -> None:
         """Writes the differences from TRL's step; raises a `WrongResult`, on all processes, where they are large."""

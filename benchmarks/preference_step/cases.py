@@ -23,8 +23,7 @@ from otpo import OTPOConfig
 SPECIAL = ("<pad>", "<eos>")
 WORDS = 4096
 TINY_WORDS = 100
-ADAPTED = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-"""Linear layers that get an adapter. Routers and experts, which are no linear layers, get none."""
+DENSE = "qwen3-1.7b"
 
 
 class Case(NamedTuple):
@@ -51,7 +50,7 @@ class Case(NamedTuple):
 
 QWEN = {"head_dim": 128, "num_key_value_heads": 8, "vocab_size": 151_936}
 SHAPES: dict[str, Callable[..., PreTrainedConfig]] = {
-    "qwen3-1.7b": lambda **changes: Qwen3Config(
+    DENSE: lambda **changes: Qwen3Config(
         **{
             **QWEN,
             "hidden_size": 2048,
@@ -94,7 +93,7 @@ TINY_MOE = TINY | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate
 
 def make_config(shape: str, *, tiny: bool) -> PreTrainedConfig:
     """The configuration of a shape, small enough for tests on the CPU if `tiny`."""
-    small = ({**TINY, "intermediate_size": 64} if shape == "qwen3-1.7b" else TINY_MOE) if tiny else {}
+    small = ({**TINY, "intermediate_size": 64} if shape == DENSE else TINY_MOE) if tiny else {}
     return SHAPES[shape](eos_token_id=1, pad_token_id=0, bos_token_id=None, use_cache=False, **small)
 
 
@@ -121,6 +120,12 @@ def active_parameters(model: PreTrainedModel) -> int:
         is_routed = ".experts." in name
         count += parameter.numel() * (config.num_experts_per_tok / config.num_experts if is_routed else 1)
     return round(count)
+
+
+def adapted_layers(shape: str) -> list[str]:
+    """Linear layers that get an adapter: attention's, and the dense model's others; routers and experts get none."""
+    attention = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    return [*attention, "gate_proj", "up_proj", "down_proj"] if shape == DENSE else attention
 
 
 # Pairs

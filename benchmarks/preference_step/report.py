@@ -11,7 +11,7 @@ from rich.table import Table
 from benchmarks import harness
 from benchmarks.figures import close_empty, grouped_bars, legend, machine_line, number, save
 from benchmarks.preference_step import agreement, training
-from benchmarks.preference_step.cases import AGAIN, CONTENDERS, PADDED, SHAPES, TRL, Case
+from benchmarks.preference_step.cases import AGAIN, CONTENDERS, DENSE, PADDED, SHAPES, TRL, Case
 
 CASE = tuple(name for name in Case._fields if name != "tiny")
 COLUMNS = (*CASE, "contender", "status", "steps", *agreement.COLUMNS, *training.COLUMNS, "speedup")
@@ -19,7 +19,6 @@ NOT_MEASURED = "not measured"
 TARGETS = {("full", 1): 1.25, ("ragged", 1): 2.2, ("ragged", 2): 2.0}
 """Times TRL's real tokens a second, by lengths and GPUs, for the dense model, trained in full with checkpointing."""
 PADDED_OVERHEAD = 0.005
-DENSE = next(iter(SHAPES))
 
 Row = Mapping[str, Any]
 

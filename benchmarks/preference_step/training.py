@@ -19,11 +19,11 @@ from benchmarks import harness
 from benchmarks.kernel_trace import busy_time, kernels_of, largest_groups
 from benchmarks.preference_step.agreement import GradientKeeper, Step
 from benchmarks.preference_step.cases import (
-    ADAPTED,
     MAX_LENGTH,
     Case,
     Contender,
     active_parameters,
+    adapted_layers,
     known_options,
     make_config,
     make_model,
@@ -211,7 +211,9 @@ def running(
     if case.adapter == "lora":
         from peft import LoraConfig
 
-        extra["peft_config"] = LoraConfig(r=16, lora_alpha=32, target_modules=ADAPTED, task_type="CAUSAL_LM")
+        extra["peft_config"] = LoraConfig(
+            r=16, lora_alpha=32, target_modules=adapted_layers(case.shape), task_type="CAUSAL_LM"
+        )
     else:
         reference: Any = make_model(config, device)
         extra["ref_model"] = reference
