@@ -171,12 +171,15 @@ class Comparison:
         self.case, self.args, self.device = case, args, device
         self.is_first = int(os.environ.get("RANK", "0")) == 0
         self.expected: Step | None = None
+        self.no_comparison = ""  # why TRL's step is not there
         self.trl_rate: float | None = None
 
     def row_of(self, name: str) -> dict[str, Any]:
         """One line of the CSV. On several processes an error ends the run: the others would wait for this one."""
         row: dict[str, Any] = dict.fromkeys(report.COLUMNS, "")
         row |= {**self.case.columns, "contender": name, "steps": self.args.steps, "status": "ok"}
+        if self.no_comparison:
+            return row | {"status": self.no_comparison}
         try:
             self._fill(row, name)
         except WrongResult as error:
@@ -185,6 +188,8 @@ class Comparison:
             if self.case.gpus > 1:
                 raise
             row["status"] = harness.reason(error)
+            if self.expected is None:
+                self.no_comparison = f"nothing to compare with, trl: {row['status']}"
         clear(self.device)
         return row
 

@@ -80,6 +80,13 @@ def test_a_layout_that_is_not_there_is_not_trained_as_another(tmp_path):
     assert ("has no row_layout" in rows["full", "otpo-packed"]["status"]) != there
 
 
+def test_nobody_is_timed_where_trl_does_not_run(monkeypatch, tmp_path):
+    monkeypatch.setitem(cases.CONTENDERS, cases.TRL, cases.Contender(is_trl=True, options={"beta": "no number"}))
+    code, rows = run(tmp_path / "steps.csv", *ONE_CASE, "--lengths", "full", "--contenders", cases.TRL, cases.PADDED)
+    trl, ours = (rows["full", name]["status"] for name in (cases.TRL, cases.PADDED))
+    assert code == 1 and trl.startswith("TypeError") and ours == f"nothing to compare with, trl: {trl}"
+
+
 @pytest.mark.lengthy
 def test_two_processes_agree(tmp_path):
     path = tmp_path / "steps.csv"
