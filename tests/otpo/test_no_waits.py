@@ -86,9 +86,21 @@ class Waited(AssertionError):
 
 
 class NoWaits(TorchDispatchMode):
-    """Raises where a value or a size that only the device knows is asked for, while it is on."""
+    """Raises where a value or a size that only the device knows is asked for, while it is on.
 
-    _READ = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique", "_unique2", "unique_dim")
+    Also where `torch.tensor` brings a number from the host, which a GPU copies from memory that is not pinned.
+    """
+
+    _READ = (
+        "lift_fresh",
+        "_local_scalar_dense",
+        "nonzero",
+        "masked_select",
+        "equal",
+        "_unique",
+        "_unique2",
+        "unique_dim",
+    )
 
     def __init__(self) -> None:
         super().__init__()
