@@ -3,12 +3,9 @@
 import contextlib
 import datetime
 import itertools
-import json
 import re
 import statistics
-import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks import harness
+from benchmarks.kernel_trace import busy_time, kernels_of
 
 GATES = {"nll_error": 0.05, "loss": 0.002, "dense_grad_norm": 0.03, "expert_grad_norm": 0.05}
 """Of tokens' losses the median difference, by their spread: bfloat16 leaves 0.01, and two experts exchanged in each
@@ -152,24 +150,16 @@ def profile_steps(engine: Any, ids: Tensor, ranks: Ranks, steps: int = 2) -> dic
         ranks.synchronize()
     if profile is None:
         return {}
-    with tempfile.TemporaryDirectory() as folder:
-        trace = Path(folder) / "trace.json"
-        profile.export_chrome_trace(str(trace))
-        events = json.loads(trace.read_text())["traceEvents"]
-    wanted = {"kernel", "gpu_memcpy", "gpu_memset"} if ids.is_cuda else {"cpu_op"}
-    return shares_of([event for event in events if event.get("cat") in wanted])
+    return shares_of(kernels_of(profile, on_gpu=ids.is_cuda))
 
 
 def shares_of(events: list[dict[str, Any]]) -> dict[str, float]:
-    """Of kernels `{name, ts, dur}`; on the CPU calls stand for them, one in the other, good for tests alone."""
+    """Of kernels `{name, ts, dur}`: each kind's share of their time, and the share of their span without any."""
     spent = dict.fromkeys(KINDS, 0.0)
-    busy, end = 0.0, 0.0
-    for event in sorted(events, key=lambda event: event["ts"]):
+    for event in events:
         kind = next(kind for kind, names in KINDS.items() if re.search(names, event["name"], re.IGNORECASE))
         spent[kind] += event["dur"]
-        finished = event["ts"] + event["dur"]
-        busy += max(0.0, finished - max(event["ts"], end))
-        end = max(end, finished)
     total, start = sum(spent.values()), min(event["ts"] for event in events)
+    end = max(event["ts"] + event["dur"] for event in events)
     shares = {f"{kind}_share": round(time_ / total, 4) for kind, time_ in spent.items()}
-    return {**shares, "idle_share": round(1 - busy / (end - start), 4)}
+    return {**shares, "idle_share": round(1 - busy_time(events) / (end - start), 4)}

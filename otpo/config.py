@@ -5,6 +5,7 @@ from typing import Any
 
 from trl import DPOConfig
 
+from .layouts.choice import ROW_LAYOUTS, RowLayout
 from .transport.options import TransportOptions
 from .transport.registry import Cost, CostScale, Solver
 from .weighting.registry import (
@@ -39,6 +40,14 @@ class OTPOConfig(DPOConfig):
         hidden_layer: Hidden states that the weights are made of, as transformers numbers them: 0 for the embeddings,
             `l` for the output of the l-th layer, negative from the end. -1: the last ones, after the final norm, as
             in the paper.
+        row_layout: How the rows of a micro-batch are laid out for the model, see [`otpo.layouts.choice`]: `"padded"`
+            to the longest, `"packed"` without padding, or `"shared_prompt"`, packed with the tokens that both rows of
+            a pair begin with run once. `"auto"` takes the fastest that model, attention and options allow; the
+            trainer's attribute `layout` says which and why. Losses, weights and metrics are the same up to rounding.
+            TRL's `padding_free=True` sets `"packed"`.
+        compile_layers: Whether the decoder layers are compiled by `torch.compile`, see
+            [`otpo.layouts.compiled`]. None: on a GPU, for rows without padding, in runs of at least 300
+            micro-batches.
         drop_identical_pairs: What happens to a pair whose chosen and rejected completions are the same tokens
             after truncation. It carries no preference. False: an error that names the row. True: the pair is
             dropped and counted. None: an error, but in streams, where it would end a training in its middle, the
@@ -60,6 +69,23 @@ class OTPOConfig(DPOConfig):
     ot_solver: Solver = registered_option("ot_solver")
     d2po_gamma: float = registered_option("d2po_gamma")
     hidden_layer: int = registered_option("hidden_layer")
+    row_layout: RowLayout = field(
+        default="auto",
+        metadata={
+            "help": "How the rows of a batch are laid out for the model: padded to the longest, packed without "
+            "padding, or packed with tokens that both rows of a pair begin with run once (shared_prompt). auto takes "
+            "the fastest that model, attention and options allow, and says which.",
+            "choices": ROW_LAYOUTS,
+        },
+    )
+    compile_layers: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Compile the model's decoder layers, all by one graph, for any lengths. The first steps take a "
+            "minute or two; later starts find what they need in torch's cache. Unset: on a GPU, for rows without "
+            "padding, in runs of at least 300 micro-batches."
+        },
+    )
     drop_identical_pairs: bool | None = field(
         default=None,
         metadata={
@@ -77,6 +103,12 @@ class OTPOConfig(DPOConfig):
     )
 
     def __post_init__(self) -> None:
+        if self.padding_free:  # TRL has switched its own off for DPO, and would warn
+            self.padding_free = False
+            if self.row_layout == "auto":
+                self.row_layout = "packed"
+        if self.row_layout not in ROW_LAYOUTS:
+            raise ValueError(f"`row_layout` must be one of {', '.join(ROW_LAYOUTS)}, got {self.row_layout!r}.")
         asked: Any = self.accelerator_config
         read_from_file = isinstance(asked, str) and not asked.startswith("{")
         is_set = "non_blocking" in asked if isinstance(asked, str | dict) else asked is not None

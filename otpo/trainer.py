@@ -14,7 +14,8 @@ then the rejected ones.
 
 import textwrap
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,9 @@ from .data.arguments import check_datasets
 from .data.preferences import PairRule, has_tokens_alone, no_rows, require_preference_columns
 from .data.prepared import PreparedDatasets, free_name, refuse_unread_stream
 from .data.streams import AlreadyTokenized, FirstRow
+from .layouts.choice import Layout
+from .layouts.collator import PlanningCollator
+from .layouts.models import LaidOutModels
 from .training.finite_checks import (
     pairs_not_finite,
     require_finite_pairs,
@@ -189,6 +193,38 @@ class OTPOTrainer(DPOTrainer):
         for model in (self.model, self.ref_model):
             if model is not None:
                 trl_seam.bring_router_logits_to_head(model)
+        self._laid_out = LaidOutModels(self)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """As in transformers; under FSDP2 the models' outputs keep their precision."""
+        super().create_accelerator_and_postprocess()
+        trl_seam.keep_outputs_as_they_are(self.accelerator)
+
+    # How the rows are laid out
+
+    @property
+    def layout(self) -> Layout:
+        """How the rows of micro-batches are laid out for the model, and why."""
+        return self._laid_out.layout
+
+    @contextmanager
+    def _plans_rows(self, dataset: Any) -> Iterator[None]:
+        """Lets loaders that are made inside the block plan the rows on the host.
+
+        Loaders of streams gather batches on one process and cut them anew for the others, so those are planned late.
+        """
+        collator = self.data_collator
+        if self.layout.way is not None and not isinstance(dataset, IterableDataset):
+            self.data_collator = PlanningCollator(collator, share=self.layout.shares)
+        try:
+            yield
+        finally:
+            self.data_collator = collator
+
+    def get_train_dataloader(self) -> DataLoader:
+        """As in transformers; where rows are laid out without padding, batches come with their plans."""
+        with self._plans_rows(self.train_dataset):
+            return super().get_train_dataloader()
 
     def token_weights(self, batch: PairBatch) -> Tensor | TokenWeights:
         """Weights of the tokens of a batch of pairs; override this for a weighting that needs the trainer.
@@ -275,7 +311,8 @@ class OTPOTrainer(DPOTrainer):
             self._evaluated = self.eval_dataset[eval_dataset]
         else:
             self._evaluated = self.eval_dataset if eval_dataset is None else eval_dataset
-        return super().get_eval_dataloader(eval_dataset)
+        with self._plans_rows(self._evaluated):
+            return super().get_eval_dataloader(eval_dataset)
 
     def collate(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         """A batch of rows of a prepared dataset, on the trainer's device, as [`score_batch`] takes it."""
@@ -308,20 +345,28 @@ class OTPOTrainer(DPOTrainer):
             self.accelerator.mixed_precision,
             self.accelerator.device.type,
             torch.get_float32_matmul_precision(),
+            self.layout.name,
+            self.layout.way,
             Hasher.hash(self.data_collator.collator),
         )
         return reference_key(dataset, reference, trl_seam.reference_digest(self), *settings)
 
     def _reference_rows(self, dataset: Any, name: str, batch_size: int) -> Any:
+        with self._plans_rows(dataset):
+            collator = self.data_collator
         loader = DataLoader(
             dataset,
             batch_size=batch_size,
-            collate_fn=self.data_collator,
+            collate_fn=collator,
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory,
         )
         model = trl_seam.model_of_reference_pass(self)
-        ask = partial(self._reference_logps, model)
+
+        def ask(inputs: Mapping[str, Any], mask: Tensor) -> Tensor:
+            self._laid_out.settle(model, inputs)
+            return self._reference_logps(model, inputs, mask)
+
         return reference_rows(loader, name, ask, self.accelerator, quiet=bool(self.args.disable_tqdm))
 
     # Scores and weights
@@ -354,8 +399,9 @@ class OTPOTrainer(DPOTrainer):
         # The policy, with its hidden states taken on the way.
         mask = inputs["completion_mask"][:, 1:].bool()
         causal_lm = self.accelerator.unwrap_model(self.model)
+        self._laid_out.settle(model, inputs)
         with captured_states(causal_lm, self.args.hidden_layer) as captured:
-            outputs = trl_seam.on_device(model(**self._policy_arguments(inputs)), mask.device)
+            outputs = self._ask(model, inputs, router_logits=self.aux_loss_enabled)
         # Prompt-learning adapters prepend virtual tokens; the real ones are the last.
         logps: Tensor = outputs.log_probs[:, -mask.size(1) :]
         if not captured:
@@ -363,7 +409,7 @@ class OTPOTrainer(DPOTrainer):
                 "The model ran without its backbone's forward hook, so there are no hidden states to weight by. "
                 "A graph that `torch.compile` made earlier in this process does that: call `torch._dynamo.reset()`."
             )
-        states = captured.pop()[:, :-1][:, -mask.size(1) :].to(mask.device)
+        states = self._laid_out.scored_states(captured.pop(), inputs).to(mask.device)
         self._require_finite(states_not_finite(states, logps, mask), "Hidden states or log-probabilities", inputs)
 
         # The weights. The weighting gets copies of what is small, and may not write into the rest.
@@ -388,8 +434,9 @@ class OTPOTrainer(DPOTrainer):
         self._require_finite(bad, "Weights or reference log-probabilities", inputs)
         return Scored(outputs, logps, reference_logps, weights, mask, metrics, batch)
 
-    def _policy_arguments(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        return trl_seam.policy_arguments(inputs, router_logits=self.aux_loss_enabled)
+    def _ask(self, model: Any, inputs: Mapping[str, Any], *, router_logits: bool = False) -> Any:
+        """A model's answer to a batch, see [`otpo.layouts.models.LaidOutModels.ask`]."""
+        return self._laid_out.ask(model, inputs, router_logits=router_logits)
 
     def _weigh(
         self, batch: PairBatch, mask: Tensor, dtype: torch.dtype, timer: DeviceTimer
@@ -409,8 +456,12 @@ class OTPOTrainer(DPOTrainer):
         return values.detach().to(device=mask.device, dtype=dtype).masked_fill(~mask, 0.0), metrics
 
     def _reference_logps(self, model: Callable[..., Any], inputs: Mapping[str, Any], mask: Tensor) -> Tensor:
-        """The reference's log-probability of each token, `(2B, T)`, by TRL's own reference pass."""
-        return trl_seam.reference_logps(super().compute_ref_log_probs, model, inputs, mask)
+        """The reference's log-probability of each token, `(2B, T)`, under the adapters of TRL's own reference pass."""
+
+        def answer(**_of_padded_rows: Any) -> Any:
+            return self._ask(model, inputs)
+
+        return trl_seam.reference_logps(super().compute_ref_log_probs, answer, inputs, mask)
 
     def _stored_logps(self, inputs: Mapping[str, Any], mask: Tensor) -> Tensor:
         missing = [name for name in REFERENCE_COLUMNS if name not in inputs]
@@ -529,7 +580,7 @@ class OTPOTrainer(DPOTrainer):
 
         if not is_same_start(largest_gap(scored.policy_logps)):
             with torch.no_grad(), evaluating(model):
-                outputs = trl_seam.on_device(model(**self._policy_arguments(inputs)), scored.mask.device)
+                outputs = self._ask(model, inputs)
             require_same_start(largest_gap(outputs.log_probs[:, -scored.mask.size(1) :]))
 
     # The log and the checkpoints

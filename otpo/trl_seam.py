@@ -10,14 +10,17 @@ Shapes: B pairs, T scored positions; rows are the chosen responses, then the rej
 """
 
 import copy
+import functools
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from importlib.metadata import version
-from types import SimpleNamespace
+from types import MethodType, SimpleNamespace
 from typing import Any
 
 import torch
+from accelerate import DistributedType
 from accelerate.utils import is_peft_model, parse_flag_from_env
 from torch import Tensor
 from torch.nn.functional import logsigmoid
@@ -33,6 +36,9 @@ REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 NOT_OF_THE_MODEL = ("completion_mask", *REFERENCE_COLUMNS)
 """Entries of a batch that `DPOTrainer._compute_loss` does not call its model with (`_non_model_keys` there)."""
 
+ROW_PLAN = "row_plan"
+"""The entry of a batch that is ours, an [`otpo.layouts.plan.RowPlan`]: neither the model nor TRL gets it."""
+
 OVERRIDDEN = {
     "_prepare_dataset": ("dataset", "processing_class", "args", "dataset_name"),
     "_precompute_ref_logps": ("dataset", "name", "batch_size"),
@@ -44,6 +50,8 @@ OVERRIDDEN = {
     "get_eval_dataloader": ("eval_dataset",),
     "evaluation_loop": ("dataloader", "description", "prediction_loss_only", "ignore_keys", "metric_key_prefix"),
     "_prepare_inputs": ("inputs",),
+    "create_accelerator_and_postprocess": (),
+    "get_train_dataloader": (),
 }
 """Methods of `DPOTrainer` that [`otpo.OTPOTrainer`] overrides or calls, with their parameters after `self`."""
 
@@ -86,7 +94,7 @@ def policy_arguments(inputs: Mapping[str, Any], *, router_logits: bool) -> dict[
         inputs: A collated batch.
         router_logits: The trainer's `aux_loss_enabled`.
     """
-    arguments = {name: value for name, value in inputs.items() if name not in NOT_OF_THE_MODEL}
+    arguments = {name: value for name, value in inputs.items() if name not in (*NOT_OF_THE_MODEL, ROW_PLAN)}
     arguments["use_cache"] = False
     if router_logits:
         arguments["output_router_logits"] = True
@@ -97,7 +105,7 @@ def policy_arguments(inputs: Mapping[str, Any], *, router_logits: bool) -> dict[
 def policy_argument_names(inputs: Mapping[str, Any], *, router_logits: bool) -> set[str]:
     """Names of [`policy_arguments`]."""
     of_trl = {"use_cache", "labels", "fused_lm_head", *(["output_router_logits"] if router_logits else [])}
-    return (inputs.keys() - NOT_OF_THE_MODEL) | of_trl
+    return (inputs.keys() - {*NOT_OF_THE_MODEL, ROW_PLAN}) | of_trl
 
 
 class HandedInputs(dict[str, Any]):
@@ -177,6 +185,7 @@ def dpo_loss(
     """
     # TRL reads options and metrics off the trainer, so they stand there for the call alone.
     handed = HandedInputs({**inputs, **dict(zip(REFERENCE_COLUMNS, reference_sums, strict=True))})
+    handed.pop(ROW_PLAN, None)
     elsewhere: dict[str, Any] = {} if logs else _other_metrics()
     if late is not None:
         elsewhere |= late.attributes if logs else {"accelerator": late.attributes["accelerator"]}
@@ -256,6 +265,98 @@ def reference_logps(compute_ref_log_probs: Callable[..., Any], model: Any, input
 
     compute_ref_log_probs(keep, inputs)
     return kept.pop()
+
+
+def scores_rows(causal_lm: Any) -> None:
+    """Lets TRL's fused head score chosen positions of rows that are laid out in another way, see [`scored_rows`].
+
+    `trl.trainer.utils.add_fused_lm_head` has put a function in the place of `causal_lm.forward`, which asks its first
+    argument for `base_model` and `get_output_embeddings()`. It gets one that answers for the model. Calls without
+    `scored_positions` run as before. Calling this again changes nothing.
+
+    Args:
+        causal_lm: A causal language model with TRL's head, or a PEFT model around it.
+    """
+    plain = causal_lm.get_base_model() if is_peft_model(causal_lm) else causal_lm
+    fused = plain.forward
+    if hasattr(fused, "scores_rows"):
+        return
+
+    @functools.wraps(fused.__func__)
+    def forward(self: Any, *args: Any, scored_positions: Tensor | None = None, **kwargs: Any) -> Any:
+        if scored_positions is None:
+            return fused(*args, **kwargs)
+        return fused.__func__(_ScoredPositions(self, scored_positions), *args, **kwargs)
+
+    forward.scores_rows = True  # pyright: ignore
+    plain.forward = MethodType(forward, plain)
+
+
+def row_arguments(
+    tokens: dict[str, Any], scored: Tensor, targets: Tensor, copies: Tensor, *, router_logits: bool
+) -> dict[str, Any]:
+    """What a model of [`scores_rows`] is called with to score chosen positions.
+
+    Args:
+        tokens: `input_ids` and `position_ids` `[1, N]`, and what the attention needs, `attention_mask` too.
+        scored: `[S]`, positions within N that predict, any of them several times.
+        targets: `[S]`, the tokens that they predict.
+        copies: `[1, N]`, how often each token counts in the routers' loss.
+        router_logits: Whether the routers' loss is asked for.
+    """
+    attention = {"attention_mask": tokens["attention_mask"]}
+    arguments = {name: value for name, value in tokens.items() if name != "attention_mask"}
+    arguments |= {"scored_positions": scored, "row_attention": attention, "use_cache": False, "fused_lm_head": True}
+    # TRL's head hands its `attention_mask` to the routers' loss, which weighs each token by it.
+    arguments |= {"shift_labels": _AllLabelled.of(targets[None]), "attention_mask": copies}
+    return {**arguments, "output_router_logits": True} if router_logits else arguments
+
+
+class _ScoredPositions:
+    """Answers for a causal LM in TRL's fused head, with the hidden states of the scored positions in a row."""
+
+    def __init__(self, causal_lm: Any, positions: Tensor) -> None:
+        self._causal_lm, self._positions = causal_lm, positions
+
+    def base_model(self, *args: Any, row_attention: dict[str, Any], **kwargs: Any) -> Any:
+        """The backbone's outputs, whose last hidden states are `[1, S, D]`."""
+        outputs = self._causal_lm.base_model(*args, **{**kwargs, **row_attention})
+        states = outputs.last_hidden_state.flatten(0, 1)
+        outputs.last_hidden_state = states.index_select(0, self._positions.to(states.device))[None]
+        return outputs
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._causal_lm, name)
+
+
+class _AllLabelled(Tensor):
+    """Labels none of which is -100, or the mask that says so.
+
+    TRL's head takes the labelled positions out by a boolean mask, and the host waits for the device to learn how many
+    there are. Here all are labelled, so taking them out is a change of shape. Everything else is as with any tensor.
+    """
+
+    @classmethod
+    def of(cls, labels: Tensor) -> Tensor:
+        """Labels as such a tensor."""
+        return labels.as_subclass(cls)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Takes positions out, and puts them back, without looking at the mask; other functions run as they are."""
+        last = args[1] if len(args) > 1 else None
+        if isinstance(last, cls) and last.dtype == torch.bool:
+            if func is Tensor.__getitem__:
+                return _plain(args[0]).flatten(0, last.ndim - 1)
+            if func is Tensor.masked_scatter:
+                return args[2].view_as(args[0])
+        result = super().__torch_function__(func, types, args, kwargs or {})
+        stays = func in (Tensor.to, Tensor.__ne__)  # on its way to the device, and the comparison with -100
+        return result if stays or not isinstance(result, cls) else _plain(result)
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    return tensor.as_subclass(Tensor) if isinstance(tensor, _AllLabelled) else tensor
 
 
 def summed(compute_ref_log_probs: Callable[..., Any], logps: Tensor, inputs: Any) -> tuple[Tensor, ...]:
@@ -437,6 +538,23 @@ def loads_on_one_device(args: Any) -> Iterator[None]:
         yield
 
 
+def keep_outputs_as_they_are(accelerator: Any) -> None:
+    """Keeps FSDP2 from casting what the models return to half precision, log-probabilities and the loss with it.
+
+    accelerate makes the policy of mixed precision with one dtype for parameters, gradients and outputs. A loss of
+    bfloat16 numbers is a few hundredths off, which is more than a preference step moves it. Layers return what they
+    compute, so nothing takes more memory.
+
+    Args:
+        accelerator: Before it has prepared a model.
+    """
+    if accelerator.distributed_type != DistributedType.FSDP:
+        return
+    plugin = accelerator.state.fsdp_plugin
+    if plugin.fsdp_version == 2 and plugin.mixed_precision_policy is not None:
+        plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=None)
+
+
 def use_one_gpu(args: Any) -> None:
     """Keeps transformers' Trainer from wrapping the model in `DataParallel` on several GPUs; it reads `_n_gpu`."""
     args._n_gpu = min(1, args.n_gpu)
@@ -489,6 +607,27 @@ def model_of_reference_pass(trainer: Any) -> Any:
 def model_name(model: Any) -> str:
     """What TRL calls a model, a name or a loaded one: the last part names the default output folder."""
     return model if isinstance(model, str) else get_config_model_id(model.config)
+
+
+def autocast_dtype(accelerator: Any) -> torch.dtype | None:
+    """The dtype of a run's mixed precision; None without it."""
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
+
+
+def layout_obstacle(trainer: Any) -> str | None:
+    """What of a run, beside its models, keeps its rows padded; None if nothing does.
+
+    transformers' Trainer splits batches over several GPUs of one process where `_n_gpu` says so; TRL knows by
+    `_is_vision_dataset` that rows come with images.
+    """
+    if trainer.args._n_gpu > 1:
+        return "`DataParallel`, which splits batches: start a process on each GPU"
+    if getattr(trainer, "_is_vision_dataset", False):
+        return "images in the data"
+    parallel = trainer.accelerator.parallelism_config
+    if parallel is not None and (parallel.cp_size > 1 or parallel.sp_size > 1):
+        return "context or sequence parallelism, which split rows"
+    return None
 
 
 def implementations(config: Any) -> tuple[str | None, str | None]:

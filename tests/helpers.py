@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from datasets import Dataset, Features, List
 from datasets import Image as ImageFeature
+from peft import LoraConfig
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedModel, PreTrainedTokenizerFast, TrainerCallback
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, TrainerCallback
 
 from otpo import OTPOConfig, OTPOTrainer
 
@@ -80,7 +81,9 @@ def options(folder: Path, **changes: Any) -> OTPOConfig:
 
 def make_trainer(model: Any, folder: Path, data: Any, **changes: Any) -> OTPOTrainer:
     """A trainer of the data with a few of `options` changed."""
-    return OTPOTrainer(model, args=options(folder, **changes), train_dataset=data)
+    ref_folder = changes.pop("ref_model", None)
+    ref_model = None if ref_folder is None else AutoModelForCausalLM.from_pretrained(ref_folder)
+    return OTPOTrainer(model, ref_model, options(folder, **changes), train_dataset=data)
 
 
 def option_dict(folder: Path, **changes: Any) -> dict[str, Any]:
@@ -240,3 +243,65 @@ class Collected(ModuleType):
         if not plain:
             self.Html = lambda data, **_: ("html", data if isinstance(data, str) else data.read())
             self.Image = lambda image: ("image", image.size)
+
+
+LOSS_TYPES = {
+    "sigmoid": {},
+    "hinge": {},
+    "ipo": {},
+    "exo_pair": {"label_smoothing": 1e-3},
+    "nca_pair": {},
+    "robust": {"label_smoothing": 0.1},
+    "bco_pair": {},
+    "sppo_hard": {},
+    "aot": {},
+    "aot_unpaired": {},
+    "apo_zero": {},
+    "apo_down": {},
+    "discopop": {},
+    "sft": {},
+    "sigmoid_norm": {},
+}
+"""TRL's loss types, each with the options that it needs."""
+
+
+def lora(**changes: Any) -> LoraConfig:
+    settings = {
+        "r": 4,
+        "lora_alpha": 16,
+        "target_modules": ["q_proj", "v_proj", "gate_proj"],
+        "task_type": "CAUSAL_LM",
+    }
+    return LoraConfig(**{**settings, **changes})
+
+
+def random_batch(
+    prompts: list[int],
+    chosen: list[int],
+    rejected: list[int],
+    *,
+    seed: int = 0,
+    side: str = "right",
+    vocab: int = 300,
+    answers_begin_alike: bool = False,
+) -> dict[str, torch.Tensor]:
+    """A padded batch of random tokens: a pair for each length of a prompt and of its two answers."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(count: int) -> list[int]:
+        return torch.randint(1, vocab, (count,), generator=generator).tolist()
+
+    rows: list[tuple[list[int], list[int]]] = []
+    texts = [tuple(map(draw, lengths)) for lengths in zip(prompts, chosen, rejected, strict=True)]
+    if answers_begin_alike:
+        texts = [(prompt, one, (one + other)[: len(other)]) for prompt, one, other in texts]
+    rows += [(prompt, one) for prompt, one, _ in texts] + [(prompt, other) for prompt, _, other in texts]
+    width = max(len(prompt) + len(answer) for prompt, answer in rows)
+    found: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "completion_mask": []}
+    for prompt, answer in rows:
+        fill = [0] * (width - len(prompt) - len(answer))
+        is_token = [1] * (len(prompt) + len(answer))
+        is_scored = [0] * len(prompt) + [1] * len(answer)
+        for name, row in zip(found, (prompt + answer, is_token, is_scored), strict=True):
+            found[name].append(row + fill if side == "right" else fill + row)
+    return {name: torch.tensor(rows) for name, rows in found.items()}

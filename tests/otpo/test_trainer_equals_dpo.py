@@ -8,31 +8,22 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from helpers import assert_same_parameters, make_pairs, moved, option_dict, train_and_evaluate, with_images
-from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from helpers import (
+    LOSS_TYPES,
+    assert_same_parameters,
+    lora,
+    make_pairs,
+    moved,
+    option_dict,
+    train_and_evaluate,
+    with_images,
+)
+from peft import PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from otpo import OTPOConfig, OTPOTrainer
-
-LOSS_TYPES = {
-    "sigmoid": {},
-    "hinge": {},
-    "ipo": {},
-    "exo_pair": {"label_smoothing": 1e-3},
-    "nca_pair": {},
-    "robust": {"label_smoothing": 0.1},
-    "bco_pair": {},
-    "sppo_hard": {},
-    "aot": {},
-    "aot_unpaired": {},
-    "apo_zero": {},
-    "apo_down": {},
-    "discopop": {},
-    "sft": {},
-    "sigmoid_norm": {},
-}
 
 
 @dataclass
@@ -50,16 +41,6 @@ class Case:
     arguments: Callable[[dict[str, str]], dict[str, Any]] = lambda folders: {}
     model: Callable[[dict[str, str]], Any] = lambda folders: folders["qwen3"]
     data: Callable[[], Any] = make_pairs
-
-
-def lora(**changes: Any) -> LoraConfig:
-    settings = {
-        "r": 4,
-        "lora_alpha": 16,
-        "target_modules": ["q_proj", "v_proj", "gate_proj"],
-        "task_type": "CAUSAL_LM",
-    }
-    return LoraConfig(**{**settings, **changes})
 
 
 def pretrained_adapter(folders: dict[str, str]) -> Any:

@@ -1,0 +1,149 @@
+"""Which layout of rows a run takes: the fastest that model, attention and options allow, and why not more.
+
+Three ways tell rows without padding apart. By lengths, in torch's flash kernels: for what is shared too, in half
+precision on a GPU. By lengths in transformers' flash attention, where a model was loaded with it: nothing is shared.
+By a mask over all tokens, for any attention that takes one: its cost grows with the square of the batch's tokens, so
+it is taken only where it is asked for.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from accelerate.utils import is_peft_model
+
+from otpo.trl_seam import implementations
+
+from .attention import plain_implementation
+from .lengths_attention import flash_can_run
+
+RowLayout = Literal["auto", "padded", "packed", "shared_prompt"]
+ROW_LAYOUTS: tuple[RowLayout, ...] = ("auto", "padded", "packed", "shared_prompt")
+
+_KNOWN_LAYERS = {"full_attention", "sliding_attention"}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the rows of a run are laid out.
+
+    Attributes:
+        name: The layout.
+        way: How attention tells rows without padding apart; None for padded ones.
+        reason: Why it is this one, for the run's header.
+    """
+
+    name: Literal["padded", "packed", "shared_prompt"]
+    way: Literal["lengths", "flash", "mask"] | None = None
+    reason: str = ""
+
+    @property
+    def shares(self) -> bool:
+        """Whether tokens that both rows of a pair begin with are run once."""
+        return self.name == "shared_prompt"
+
+    def describe(self) -> str:
+        """In one line."""
+        ways = {
+            "lengths": "attention by lengths in torch's flash kernels",
+            "flash": "transformers' flash attention by lengths",
+            "mask": "attention by a mask over all tokens of a batch",
+        }
+        parts = [ways[self.way]] if self.way else []
+        return f"{self.name} ({'; '.join([*parts, *([self.reason] if self.reason else [])])})"
+
+
+def choose_layout(
+    asked: RowLayout,
+    causal_lm: Any,
+    *,
+    device: torch.device,
+    autocast: torch.dtype | None,
+    max_length: int | None,
+    obstacle: str | None = None,
+) -> Layout:
+    """The layout of a run's rows, before the model was tried with it.
+
+    Args:
+        asked: The option `row_layout`.
+        causal_lm: The policy, or a PEFT model around it.
+        device: Where it runs.
+        autocast: The dtype of mixed precision, if there is one.
+        max_length: The longest row.
+        obstacle: What else keeps rows padded.
+
+    Raises:
+        ValueError: The layout that is asked for can't be had; the message says what to set.
+    """
+    if asked == "padded":
+        return Layout("padded", reason="row_layout=padded")
+    obstacle = obstacle or obstacle_of(causal_lm)
+    way = None if obstacle else _way(causal_lm, device, autocast)
+    windowed = _window_binds(causal_lm, max_length)
+    if obstacle is None and way is None:
+        obstacle = f"attention {plain_implementation(implementations(causal_lm.config)[0])!r} takes no rows by lengths"
+    if obstacle is None and windowed and way == "mask":
+        obstacle = f"a sliding window of {_window(causal_lm)} tokens, which one mask for all layers can't say"
+
+    # What is asked for by name is had, or refused.
+    if asked != "auto":
+        if obstacle is None and asked == "shared_prompt" and windowed:
+            obstacle = f"a sliding window of {_window(causal_lm)} tokens: set `row_layout='packed'`"
+        if obstacle is None and asked == "shared_prompt" and way == "flash":
+            obstacle = "transformers' flash attention: load the model with `attn_implementation='sdpa'`"
+        if obstacle is not None:
+            raise ValueError(f"`row_layout={asked!r}` is not possible with {obstacle}. Set `row_layout='auto'`.")
+        return Layout(asked, way, f"row_layout={asked}")
+
+    # Else the fastest that is possible.
+    if obstacle is not None:
+        return Layout("padded", reason=f"because of {obstacle}")
+    if way == "mask":
+        where = "float32 without autocast" if device.type == "cuda" else f"{device.type}"
+        return Layout("padded", reason=f"{where} has no attention by lengths; a mask would cost more than padding")
+    if way == "flash":
+        return Layout("packed", way, "transformers' flash attention shares no prompts; 'sdpa' does")
+    if windowed:
+        return Layout("packed", way, f"a sliding window of {_window(causal_lm)} tokens shares no prompts")
+    return Layout("shared_prompt", way)
+
+
+def obstacle_of(causal_lm: Any) -> str | None:
+    """What keeps a model's rows padded, whatever the device; None if nothing is known."""
+    if is_peft_model(causal_lm) and any(each.is_prompt_learning for each in causal_lm.peft_config.values()):
+        return "a prompt-learning adapter, which prepends tokens to each row"
+    config = causal_lm.config.get_text_config()
+    if causal_lm.config.get_text_config() is not causal_lm.config:
+        return "a model of text and something else"
+    unknown = sorted(set(getattr(config, "layer_types", None) or ()) - _KNOWN_LAYERS)
+    if unknown:
+        return f"layers of kind {', '.join(unknown)}"
+    if getattr(config, "attention_dropout", 0.0):
+        return f"attention_dropout={config.attention_dropout}"
+    return None
+
+
+def _way(
+    causal_lm: Any, device: torch.device, autocast: torch.dtype | None
+) -> Literal["lengths", "flash", "mask"] | None:
+    attention = plain_implementation(implementations(causal_lm.config)[0])
+    config = causal_lm.config.get_text_config()
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if attention == "sdpa" and flash_can_run(device, autocast or causal_lm.dtype, head_dim):
+        return "lengths"
+    if attention in ("flash_attention_2", "flash_attention_3", "flash_attention_4"):
+        return "flash"
+    return "mask" if attention in ("sdpa", "eager") else None
+
+
+def _window(causal_lm: Any) -> int | None:
+    """The sliding window of any layer."""
+    config = causal_lm.config.get_text_config()
+    kinds = getattr(config, "layer_types", None)
+    slides = "sliding_attention" in kinds if kinds else getattr(config, "use_sliding_window", True)
+    return getattr(config, "sliding_window", None) if slides else None
+
+
+def _window_binds(causal_lm: Any, max_length: int | None) -> bool:
+    window = _window(causal_lm)
+    return window is not None and (max_length is None or max_length > window)

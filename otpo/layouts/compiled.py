@@ -1,0 +1,66 @@
+"""The decoder's layers compiled, each by itself and all by one graph, for any number of tokens.
+
+A step without compiling spends a third of the kernels' time on element-wise work and waits for the host besides. The
+whole model in one graph takes minutes to compile and again for each change around it; the layers are alike, so one
+graph serves all of them (torch calls it regional compilation). Norms, rotary angles, activations and their gradients
+are fused; products and attention stay the libraries'.
+"""
+
+from typing import Any
+
+import torch
+from accelerate import DistributedType
+from accelerate.utils import is_peft_model
+
+# With fewer micro-batches than this the minute of compiling is not earned back.
+_ENOUGH_BATCHES = 300
+
+# Engines that leave the layers' parameters where they are while a layer runs.
+_WHOLE_LAYERS = {DistributedType.NO, DistributedType.MULTI_GPU}
+
+
+def decoder_layers(causal_lm: Any) -> Any:
+    """The list of a model's decoder layers, or None if it has no list called `layers`.
+
+    Args:
+        causal_lm: The model, or a PEFT model around it.
+    """
+    plain = causal_lm.get_base_model() if is_peft_model(causal_lm) else causal_lm
+    layers = getattr(plain.base_model.get_decoder(), "layers", None)
+    return layers if isinstance(layers, torch.nn.ModuleList) else None
+
+
+def why_not_compile(causal_lm: Any, engine: DistributedType, *, hidden_layer: int) -> str | None:
+    """What keeps the layers from being compiled; None if nothing does.
+
+    Args:
+        causal_lm: The policy.
+        engine: Of the run.
+        hidden_layer: The layer that hidden states are taken before, by a hook that a graph would leave out.
+    """
+    if decoder_layers(causal_lm) is None:
+        return f"{type(causal_lm).__name__} has no list called `layers`"
+    if engine not in _WHOLE_LAYERS:
+        return f"{engine.value} gathers parameters while a layer runs"
+    if getattr(causal_lm, "quantization_method", None) is not None:
+        return "the model is quantized"
+    if hidden_layer != -1:
+        return f"`hidden_layer={hidden_layer}` looks into a layer"
+    return None
+
+
+def compile_by_default(device: torch.device, micro_batches: int) -> bool:
+    """Whether compiling pays: on a GPU, in a run that is long enough."""
+    return device.type == "cuda" and micro_batches >= _ENOUGH_BATCHES
+
+
+def compile_layers(causal_lm: Any) -> int:
+    """Compiles the decoder layers in place, at their next call; returns how many there are.
+
+    Args:
+        causal_lm: The model, or a PEFT model around it.
+    """
+    layers = decoder_layers(causal_lm)
+    for layer in layers:
+        layer.compile(dynamic=True)
+    return len(layers)

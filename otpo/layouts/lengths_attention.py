@@ -1,0 +1,203 @@
+"""Causal attention over rows without padding, whose pairs may share a prefix, by torch's flash kernels.
+
+A branch's tokens see the prefix of their pair and themselves. That is two calls of the kernel: every segment causally
+over itself, and the branches over their prefixes without a mask. Their outputs are averaged by their shares of the
+softmax's mass, which the kernels return as a logarithm. The gradient needs no derivative of that average: the kernels'
+backward takes probabilities from the logarithm of the mass that it is given, so each part gets the whole one
+(FlashAttention-2, arXiv 2307.08691, section 3; as in ring attention, arXiv 2310.01889).
+
+The kernels take half precision on CUDA alone; [`masked_attention`] is the reference, in plain torch.
+
+Shapes: N tokens, H query heads, K key heads, D head dimension, B pairs, P shared tokens.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+_FLASH_DTYPES = (torch.float16, torch.bfloat16)
+_aten = torch.ops.aten
+
+
+class RowLengths(NamedTuple):
+    """Which tokens belong together, see [`otpo.layouts.plan.RowPlan`]."""
+
+    segment_ends: Tensor
+    branch_ends: Tensor
+    shared_ends: Tensor
+    shared_tokens: int
+    longest_segment: int
+    longest_branch: int
+    longest_shared: int
+
+
+def lengths_attention(
+    query: Tensor, key: Tensor, value: Tensor, lengths: RowLengths, scale: float, window: int | None = None
+) -> Tensor:
+    """Attention of each token to the tokens before it in its own row, `[N, H, D]`, differentiable once.
+
+    Args:
+        query: `[N, H, D]`, float16 or bfloat16 on CUDA.
+        key: `[N, K, D]`, with H a multiple of K.
+        value: `[N, K, D]`.
+        lengths: The rows.
+        scale: Multiplies the products of queries and keys.
+        window: How many tokens each one sees, itself included; None for all. Not with shared tokens.
+
+    Raises:
+        ValueError: A window, and shared tokens.
+    """
+    if window is not None and lengths.shared_tokens:
+        raise ValueError("A sliding window can't be told by lengths where pairs share a prefix: pack without sharing.")
+    left = -1 if window is None else window - 1
+    return _attend(query, key, value, *lengths, scale, left)[0]
+
+
+def masked_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """The same by a mask, `[N, H, D]`, in the precision of the inputs: the reference of the kernels.
+
+    Args:
+        query: `[N, H, D]`.
+        key: `[N, K, D]`.
+        value: `[N, K, D]`.
+        mask: `[N, N]` bool, true where a query sees a key, see [`row_mask`].
+        scale: Multiplies the products of queries and keys.
+    """
+    groups = query.size(1) // key.size(1)
+    key, value = (part.repeat_interleave(groups, 1) for part in (key, value))
+    scores = torch.einsum("nhd,mhd->hnm", query, key) * scale
+    return torch.einsum("hnm,mhd->nhd", scores.masked_fill(~mask, -math.inf).softmax(-1), value)
+
+
+def row_mask(pairs: Tensor, branches: Tensor) -> Tensor:
+    """Which token sees which, `[N, N]` bool: those of its pair before it, of its own branch or of the shared prefix.
+
+    Args:
+        pairs: `[N]`, see [`otpo.layouts.plan.RowPlan`].
+        branches: `[N]`, see there.
+    """
+    places = torch.arange(len(pairs), device=pairs.device)
+    sees = (pairs[:, None] == pairs) & (places[:, None] >= places)
+    return sees & ((branches == 0) | (branches[:, None] == branches))
+
+
+def flash_can_run(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether torch's flash kernels take such heads: half precision on a GPU of compute capability 8.0 or later."""
+    if device.type != "cuda" or torch.version.hip is not None or dtype not in _FLASH_DTYPES:
+        return False
+    capable = torch.cuda.get_device_capability(device) >= (8, 0)
+    return capable and head_dim <= 256 and head_dim % 8 == 0 and torch.backends.cuda.is_flash_attention_available()
+
+
+# The two operators below are opaque to `torch.compile`, which could not trace the kernels' wrappers with lengths that
+# differ from batch to batch.
+
+
+@torch.library.custom_op("otpo::lengths_attention", mutates_args=())
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segment_ends: Tensor,
+    branch_ends: Tensor,
+    shared_ends: Tensor,
+    shared_tokens: int,
+    longest_segment: int,
+    longest_branch: int,
+    longest_shared: int,
+    scale: float,
+    left: int,
+) -> tuple[Tensor, Tensor]:
+    """The output `[N, H, D]`, and the logarithm of the softmax's mass `[H, N]` in float32."""
+    query, key, value = (part.contiguous() for part in (query, key, value))
+    segments = (segment_ends, segment_ends, longest_segment, longest_segment)
+    output, log_mass, *_ = _aten._flash_attention_forward(
+        query, key, value, *segments, 0.0, True, False, scale=scale, window_size_left=left, window_size_right=0
+    )
+    if not shared_tokens:
+        return output, log_mass
+
+    # What the branches see of their prefixes. A pair without one has the logarithm +inf there, which means no mass.
+    prefix = slice(None, shared_tokens)
+    branch = slice(shared_tokens, None)
+    crossing = (branch_ends, shared_ends, longest_branch, longest_shared)
+    seen, seen_mass, *_ = _aten._flash_attention_forward(
+        query[branch], key[prefix], value[prefix], *crossing, 0.0, False, False, scale=scale
+    )
+    seen_mass = seen_mass.masked_fill(seen_mass == math.inf, -math.inf)
+
+    # Each part weighs as much as its share of the whole mass.
+    own_mass = log_mass[:, branch]
+    whole = torch.logaddexp(own_mass, seen_mass)
+    own_share, seen_share = ((part - whole).exp().t().unsqueeze(2) for part in (own_mass, seen_mass))
+    output[branch] = (output[branch] * own_share + seen * seen_share).to(output.dtype)
+    return output, torch.cat([log_mass[:, prefix], whole], 1)
+
+
+@_attend.register_fake
+def _(query: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    tokens, heads, _dim = query.shape
+    return query.new_empty(query.shape), query.new_empty((heads, tokens), dtype=torch.float32)
+
+
+@torch.library.custom_op("otpo::lengths_attention_backward", mutates_args=())
+def _attend_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    log_mass: Tensor,
+    segment_ends: Tensor,
+    branch_ends: Tensor,
+    shared_ends: Tensor,
+    shared_tokens: int,
+    longest_segment: int,
+    longest_branch: int,
+    longest_shared: int,
+    scale: float,
+    left: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    grad, query, key, value = (part.contiguous() for part in (grad, query, key, value))
+    unused = torch.zeros(2, dtype=torch.uint64, device=query.device), query.new_empty(0)  # of dropout
+    segments = (segment_ends, segment_ends, longest_segment, longest_segment)
+    grads = _aten._flash_attention_backward(
+        *(grad, query, key, value, output, log_mass, *segments, 0.0, True, *unused),
+        scale=scale,
+        window_size_left=left,
+        window_size_right=0,
+    )
+    if not shared_tokens:
+        return grads
+
+    # The same probabilities and outputs, of the whole softmax, over the prefixes.
+    prefix = slice(None, shared_tokens)
+    branch = slice(shared_tokens, None)
+    crossing = (branch_ends, shared_ends, longest_branch, longest_shared)
+    parts = (grad[branch], query[branch], key[prefix], value[prefix], output[branch], log_mass[:, branch].contiguous())
+    of_branch, of_key, of_value = _aten._flash_attention_backward(*parts, *crossing, 0.0, False, *unused, scale=scale)
+    grad_query, grad_key, grad_value = grads
+    grad_query[branch] += of_branch
+    grad_key[prefix] += of_key
+    grad_value[prefix] += of_value
+    return grad_query, grad_key, grad_value
+
+
+@_attend_backward.register_fake
+def _(_grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+
+
+def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:3], *output, *inputs[3:6])
+    ctx.numbers = inputs[6:]
+
+
+def _backward(ctx: Any, grad: Tensor, _grad_log_mass: Tensor) -> tuple[Tensor | None, ...]:
+    grads = _attend_backward(grad, *ctx.saved_tensors, *ctx.numbers)
+    return (*grads, *[None] * 9)
+
+
+_attend.register_autograd(_backward, setup_context=_keep_for_backward)

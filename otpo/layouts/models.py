@@ -1,0 +1,166 @@
+"""Policy and reference of a run in its layout: chosen before training, tried on a few tokens, then asked.
+
+Shapes: R rows, L positions of a padded batch, T = L - 1 scored positions, D hidden size.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.utils import logging
+
+from otpo import trl_seam
+from otpo.training.hidden_states import captured_states, evaluating
+
+from .attention import attend_by_lengths
+from .choice import ROW_LAYOUTS, Layout, choose_layout
+from .compiled import compile_by_default, compile_layers, why_not_compile
+from .plan import RowPlan
+from .scoring import PLANNED, as_padded, padded_states, plan_of, planned_arguments
+from .trial import is_same_state, state_gap, trial_batch
+
+logger = logging.get_logger(__name__)
+
+
+class LaidOutModels:
+    """Asks a trainer's models for log-probabilities, in padded rows or in rows without padding.
+
+    Args:
+        trainer: An `OTPOTrainer` whose models are loaded.
+
+    Raises:
+        ValueError: The layout that is asked for can't be had; the message says what to set.
+
+    Attributes:
+        layout: The layout of the run; padding takes its place where a model turns out not to know it.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self._trainer, self._accelerator = trainer, trainer.accelerator
+        self._asked = trainer.args.row_layout
+        self._is_tried = self._compiling_is_decided = False
+        self._planned: tuple[Mapping[str, Any], RowPlan] | None = None  # the last batch's
+
+        # Policy and reference take the same layout: what both can.
+        options: dict[str, Any] = {
+            "device": self._accelerator.device,
+            "autocast": trl_seam.autocast_dtype(self._accelerator),
+            "max_length": trainer.args.max_length,
+            "obstacle": trl_seam.layout_obstacle(trainer),
+        }
+        layouts = [choose_layout(self._asked, model, **options) for model in self._models()]
+        self.layout = min(layouts, key=lambda layout: ROW_LAYOUTS.index(layout.name))
+        if len({layout.way for layout in layouts}) > 1:
+            self.layout = Layout("padded", reason="policy and reference have different attention")
+        for model in self._models() if self.layout.way else ():
+            trl_seam.scores_rows(model)
+            if self.layout.way == "lengths":
+                attend_by_lengths(model)
+
+    def settle(self, model: Any, inputs: Mapping[str, Any]) -> None:
+        """Makes sure, before the first batch, that the layout is right; compiles before the first training step.
+
+        All processes have to call it with their batches.
+
+        Args:
+            model: The one that is asked, with its engine.
+            inputs: The first batch.
+
+        Raises:
+            ValueError: A layout that was asked for by name is not right for the model or the batch.
+        """
+        if not self._is_tried:
+            self._is_tried = True
+            self._try(model, inputs)
+        state = self._trainer.state
+        if not self._compiling_is_decided and trl_seam.mode_of(self._trainer) == "train" and state.max_steps > 0:
+            self._compiling_is_decided = True
+            self._compile(state.max_steps * self._trainer.args.gradient_accumulation_steps)
+
+    def ask(self, model: Any, inputs: Mapping[str, Any], *, router_logits: bool) -> Any:
+        """A model's `FusedCausalLMOutput` of a batch, in padded rows, on the batch's device.
+
+        Args:
+            model: Policy or reference, with its engine.
+            inputs: The batch, on the device.
+            router_logits: Whether the routers' loss is asked for.
+        """
+        plan = self._plan(inputs)
+        if plan is None:
+            arguments = trl_seam.policy_arguments(inputs, router_logits=router_logits)
+        else:
+            causal_lm = self._accelerator.unwrap_model(model)
+            arguments = planned_arguments(plan, self.layout, causal_lm, router_logits=router_logits)
+        outputs = trl_seam.on_device(model(**arguments), inputs["input_ids"].device)
+        return outputs if plan is None else as_padded(outputs, plan)
+
+    def scored_states(self, states: Tensor, inputs: Mapping[str, Any]) -> Tensor:
+        """Hidden states as the backbone returned them for a batch, at the scored positions, `(R, T, D)`."""
+        plan = self._plan(inputs)
+        if plan is not None:
+            return padded_states(states, plan)
+        return states[:, :-1][:, -(inputs["input_ids"].size(1) - 1) :]  # virtual tokens of adapters stand before
+
+    def _plan(self, inputs: Mapping[str, Any]) -> RowPlan | None:
+        if self.layout.way is None:
+            return None
+        if self._planned is None or self._planned[0] is not inputs:
+            self._planned = inputs, plan_of(inputs, self.layout)
+        return self._planned[1]
+
+    def _models(self) -> list[Any]:
+        models = (self._trainer.model, self._trainer.ref_model)
+        return [self._accelerator.unwrap_model(model) for model in models if model is not None]
+
+    def _try(self, model: Any, inputs: Mapping[str, Any]) -> None:
+        """Compares a few tokens in the chosen layout with padded ones, and goes back to padding where they differ."""
+        if self.layout.way is None:
+            return
+        unknown = sorted(inputs.keys() - {*PLANNED, *trl_seam.REFERENCE_COLUMNS, trl_seam.ROW_PLAN})
+        fault = f"the batch's {', '.join(unknown)}" if unknown else self._fault(model)
+        if fault is None and self._trainer.ref_model is not None and model is not self._trainer.ref_model:
+            fault = self._fault(self._trainer.ref_model)
+        if fault is None:
+            return
+        if self._asked != "auto":
+            raise ValueError(f"`row_layout={self._asked!r}` is not possible with {fault}. Set `row_layout='auto'`.")
+        self.layout = Layout("padded", reason=f"because of {fault}")
+        logger.warning(f"Rows are {self.layout.describe()}.")
+
+    def _fault(self, model: Any) -> str | None:
+        """What is wrong with a model's hidden states in the chosen layout; the same answer on all processes."""
+        causal_lm, layout = self._accelerator.unwrap_model(model), self.layout
+        trial = trial_batch(causal_lm.config.get_text_config().vocab_size, self._accelerator.device)
+        try:
+            with torch.no_grad(), evaluating(model), captured_states(causal_lm) as captured:
+                self.ask(model, trial, router_logits=False)
+                self.layout = Layout("padded")
+                self.ask(model, trial, router_logits=False)
+            planned, padded = captured
+            gap = state_gap(padded, planned, plan_of(trial, layout).to(planned.device))
+        except Exception as error:  # whatever a model does with arguments that it does not know
+            return f"{type(causal_lm).__name__}, which fails on it: {str(error).splitlines()[0]}"
+        finally:
+            self.layout = layout
+        largest = self._accelerator.gather(gap.to(self._accelerator.device).reshape(1)).max().item()
+        if is_same_state(largest):
+            return None
+        return f"{type(causal_lm).__name__}, whose hidden states differ by {largest:.2f} of their norm"
+
+    def _compile(self, micro_batches: int) -> None:
+        """Compiles the decoder layers of policy and reference, if that is asked for or pays."""
+        args = self._trainer.args
+        wanted = args.compile_layers
+        if wanted is None:
+            wanted = self.layout.way == "lengths" and compile_by_default(self._accelerator.device, micro_batches)
+        if not wanted or args.torch_compile:
+            return
+        engine = self._accelerator.distributed_type
+        reasons = [why_not_compile(model, engine, hidden_layer=args.hidden_layer) for model in self._models()]
+        reason = next((each for each in reasons if each), None)
+        if reason is not None:
+            logger.warning(f"The decoder layers are not compiled, since {reason}.")
+            return
+        for model in self._models():
+            compile_layers(model)
