@@ -145,6 +145,47 @@ READ_BY: dict[str, tuple[Callable, list[str]]] = {
 }
 
 
+# Of `trl_seam.LateMetrics`: all that TRL does with what is not known yet, besides adding it to its lists.
+READ_LATE = [
+    *("gather_for_metrics(aux_loss).mean().item()", "gather_for_metrics(entropy_sum).sum()"),
+    *("(entropy_sum / total_tokens).item() if total_tokens > 0 else 0.0", "self._total_train_tokens += num_tokens_in"),
+    *(
+        'self._metrics[mode]["num_tokens"] = [self._total_train_tokens]',
+        "chosen_mean_logits[chosen_mask.bool()].sum()",
+    ),
+    "total_chosen_logits / total_chosen_tokens if total_chosen_tokens > 0 else 0.0",
+    "(correct_tokens.sum() / total_sum).item() if total_sum > 0 else 0.0",
+    *("agg_chosen_rewards.mean().item()", "gather(chosen_logps).mean().item()"),
+]
+
+
+def test_late_metrics_are_read_as_the_seam_says():
+    source, place = inspect.getsource(DPOTrainer._compute_loss), 0
+    for line in READ_LATE:
+        place = source.find(line, place)
+        assert place >= 0, f"`DPOTrainer._compute_loss` has no {line!r} there: see `otpo.trl_seam.LateMetrics`"
+    for line in ("torch.tensor(self.label_smoothing, device=device)", "logps[chosen_mask.bool()].mean()"):
+        assert line in source, f"`DPOTrainer._compute_loss` has no {line!r}: see `otpo.trl_seam._WithoutWaits`"
+    cut = inspect.getsource(Accelerator.gather_for_metrics)
+    assert "return tensor[: self.gradient_state.remainder]" in cut, "see `otpo.trl_seam._LateAccelerator`"
+
+
+NEWLY_READ = {
+    ".item() if total_tokens > 0 else 0.0": ".item() if total_tokens > 1 else 0.0",
+    "agg_margins.mean().item()": "agg_margins.median().item()",
+}
+
+
+@pytest.mark.parametrize("old", NEWLY_READ)
+def test_another_use_of_a_late_number_is_refused(old, model_folder, tmp_path, monkeypatch):
+    changed = with_other_names(DPOTrainer._compute_loss, old, NEWLY_READ[old])
+    monkeypatch.setattr(DPOTrainer, "_compute_loss", changed)
+    trainer = OTPOTrainer(model_folder, args=options(tmp_path, max_steps=1), train_dataset=make_pairs())
+    trainer._reads_late = True
+    with pytest.raises(RuntimeError, match=r"fails on what `OTPOTrainer` hands it: .*install 'trl>=1.16,<1.17'"):
+        trainer.train()
+
+
 def test_every_function_of_the_seam_is_compared():
     functions = {
         name
