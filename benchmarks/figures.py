@@ -50,14 +50,16 @@ def close_empty(panels: Iterable[Any]) -> None:
             panel.text(0.5, 0.5, "nothing was measured", ha="center", transform=panel.transAxes)
 
 
-def legend(figure: Any, panels: Iterable[Any], loc: str = "outside lower center", **options: Any) -> None:
-    """One legend for all that any of the panels shows."""
+def legend(
+    figure: Any, panels: Iterable[Any], loc: str = "outside lower center", most: int = 9, **options: Any
+) -> None:
+    """One legend for all that any of the panels shows, at `most` so many names in a line."""
     found: dict[str, Any] = {}
     for panel in panels:
         handles, labels = panel.get_legend_handles_labels()
         found |= dict(zip(labels, handles, strict=True))
     if found:
-        figure.legend(list(found.values()), list(found), loc=loc, ncols=len(found), **options)
+        figure.legend(list(found.values()), list(found), loc=loc, ncols=min(most, len(found)), **options)
 
 
 def machine_line(rows: Sequence[Mapping[str, Any]], *packages: str) -> str:

@@ -24,7 +24,6 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks.dpo_step import LENGTH, PAIRS, dpo_step_ms
 from benchmarks.figures import close_empty, legend, machine_line, save
 from benchmarks.harness import describe_machine, measure, read_rows, write_rows
 from otpo.transport.cost import pairwise_cost
@@ -32,8 +31,10 @@ from otpo.transport.solve import transport_weights
 
 REGS = ((1.0, 0.2), (0.1, 1.0), (0.02, 0.2))
 GATE = 1e-4
+PAIRS = 8
+"""Drawn, where there are rows of so many."""
 PROBLEM = ("pairs", "length", "hidden", "reg", "reg_m", "method")
-MEASURED = ("ms", "iterations", "residual", "error", "gb_per_s", "peak_mib", "step_share", "note")
+MEASURED = ("ms", "iterations", "residual", "error", "gb_per_s", "peak_mib", "note")
 COLUMNS = PROBLEM + MEASURED
 
 
@@ -143,7 +144,7 @@ def gigabytes(problem: Problem, iterations: int) -> float:
     return (states + (1 + iterations) * matrix) / 1e9
 
 
-def run_one(name: str, problem: Problem, regs: tuple[float, float], want: Solution, step_ms: float) -> dict[str, Any]:
+def run_one(name: str, problem: Problem, regs: tuple[float, float], want: Solution) -> dict[str, Any]:
     pairs, length, hidden = problem.chosen.shape
     row: dict[str, Any] = dict(zip(PROBLEM, (pairs, length, hidden, *regs, name), strict=True))
     row |= dict.fromkeys(MEASURED, "")
@@ -158,8 +159,6 @@ def run_one(name: str, problem: Problem, regs: tuple[float, float], want: Soluti
     ms, peak = measure(lambda: METHODS[name](problem, *regs, False))
     row |= {"ms": f"{ms:.3f}", "gb_per_s": f"{gigabytes(problem, got.iterations) / ms * 1e3:.0f}"}
     row["peak_mib"] = f"{peak:.0f}"
-    if (pairs, length) == (PAIRS, LENGTH):
-        row["step_share"] = f"{ms / step_ms:.4%}"
     return row
 
 
@@ -167,10 +166,7 @@ def run(
     sizes: list[tuple[int, int, int]], methods: list[str], deadline: float, output: Path, console: Console
 ) -> list[dict]:
     """Measures every size and writes what there is after each, so that a killed run keeps its rows."""
-    step_ms = dpo_step_ms()
-    torch.cuda.empty_cache()
-    console.print(f"DPO step of a 1.7B model, {PAIRS} pairs of {LENGTH} tokens: {step_ms:.0f} ms")
-    machine = describe_machine("pot", "transformers") | {"dpo_step_ms": f"{step_ms:.0f}"}
+    machine = describe_machine("pot", "transformers")
     rows = []
     with Progress(console=console, disable=not console.is_terminal) as progress:
         for size in progress.track(sizes, description="transport"):
@@ -182,7 +178,7 @@ def run(
                 reference = transport_weights(*problem, reg=regs[0], reg_m=regs[1], solver="torch", tolerance=1e-10)
                 want = Solution(reference.chosen.double(), reference.rejected.double())
                 for name in methods:
-                    rows.append(run_one(name, problem, regs, want, step_ms) | machine)
+                    rows.append(run_one(name, problem, regs, want) | machine)
                     console.print(*(f"{rows[-1][key]}" for key in COLUMNS))
                 torch.cuda.empty_cache()
             write_rows(output, rows)
@@ -218,9 +214,6 @@ def draw(path: Path) -> Path:
             points = sorted((int(row["length"]), float(row["ms"])) for row in here if row["method"] == name)
             if points:
                 panel.plot(*zip(*points, strict=True), marker="o", label=name)
-        panel.axhline(
-            0.005 * float(here[0]["dpo_step_ms"]), color="gray", linestyle=":", label="0.5% of a DPO step at 1024"
-        )
         panel.set(xscale="log", yscale="log", xlabel="tokens of a response")
         panel.set_xticks(lengths, [str(length) for length in lengths])
         panel.minorticks_off()

@@ -187,7 +187,7 @@ class OTPOTrainer(DPOTrainer):
         self._look_at_models()
         self._own_names = frozenset(self.dropped_pairs)
         # Where the device works on its own, a training step does not wait for what it has to check and to log.
-        self._reads_late = self.accelerator.device.type == "cuda"
+        self._reads_late: bool = self.accelerator.device.type == "cuda"
         self._reference_is_copy = ref_model is None and not is_peft_model(self.model)
         if weighting is None and args.weighting == "ld":
             self.ld_alpha = None  # the weights carry it
@@ -203,6 +203,11 @@ class OTPOTrainer(DPOTrainer):
             if model is not None:
                 trl_seam.bring_router_logits_to_head(model)
         self._laid_out = LaidOutModels(self)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """As in transformers; under FSDP2 the models' outputs keep their precision."""
+        super().create_accelerator_and_postprocess()
+        trl_seam.keep_outputs_as_they_are(self.accelerator)
 
     # How the rows are laid out
 

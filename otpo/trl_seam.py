@@ -14,11 +14,13 @@ import functools
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from importlib.metadata import version
 from types import MethodType, SimpleNamespace
 from typing import Any
 
 import torch
+from accelerate import DistributedType
 from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import is_peft_model, parse_flag_from_env
 from torch import Tensor
@@ -51,8 +53,9 @@ OVERRIDDEN = {
     "get_eval_dataloader": ("eval_dataset",),
     "evaluation_loop": ("dataloader", "description", "prediction_loss_only", "ignore_keys", "metric_key_prefix"),
     "_prepare_inputs": ("inputs",),
-    "_remove_unused_columns": ("dataset", "description"),
+    "create_accelerator_and_postprocess": (),
     "get_train_dataloader": (),
+    "_remove_unused_columns": ("dataset", "description"),
     "get_total_train_batch_size": ("args",),
     "get_batch_samples": ("epoch_iterator", "num_batches", "device"),
 }
@@ -585,6 +588,23 @@ def loads_on_one_device(args: Any) -> Iterator[None]:
         return
     with _replaced(args, model_init_kwargs={**chosen, "device_map": None}):
         yield
+
+
+def keep_outputs_as_they_are(accelerator: Any) -> None:
+    """Keeps FSDP2 from casting what the models return to half precision, log-probabilities and the loss with it.
+
+    accelerate makes the policy of mixed precision with one dtype for parameters, gradients and outputs. A loss of
+    bfloat16 numbers is a few hundredths off, which is more than a preference step moves it. Layers return what they
+    compute, so nothing takes more memory.
+
+    Args:
+        accelerator: Before it has prepared a model.
+    """
+    if accelerator.distributed_type != DistributedType.FSDP:
+        return
+    plugin = accelerator.state.fsdp_plugin
+    if plugin.fsdp_version == 2 and plugin.mixed_precision_policy is not None:
+        plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=None)
 
 
 def use_one_gpu(args: Any) -> None:

@@ -12,7 +12,7 @@ from datasets import Image as ImageFeature
 from peft import LoraConfig
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, TrainerCallback
 
 from otpo import OTPOConfig, OTPOTrainer
 
@@ -207,6 +207,30 @@ def poison(model: torch.nn.Module, token_id: int) -> None:
     """Makes the embedding of one token NaN, so that only texts with the token are hit."""
     with torch.no_grad():
         model.get_input_embeddings().weight[token_id] = torch.nan
+
+
+ODD = "~"  # in no other text
+
+
+def pairs_with_one_odd(side: str) -> Dataset:
+    """Row 0 is empty within forty tokens; row 5 alone has the odd token, on one side; row 2 shares the other."""
+    rows = [(f"cotton {i} costs", f" ten {i}", f" twenty {i}") for i in range(7)]
+    rows[0] = (LONG, "yes", "no")
+    odd = f" a{ODD}box"
+    rows[5] = ("the box", odd, " blue") if side == "chosen" else ("the box", " blue", odd)
+    rows[2] = ("the box", " red", " blue") if side == "chosen" else ("the box", " blue", " red")
+    return make_plain_pairs(rows)
+
+
+class At(TrainerCallback):
+    """Calls a function at the start or the end of the step after `done` steps."""
+
+    def __init__(self, event: str, done: int, function: Any) -> None:
+        def call(args, state, control, **kwargs):
+            if state.global_step == done:
+                function()
+
+        setattr(self, event, call)
 
 
 class Collected(ModuleType):

@@ -11,8 +11,10 @@ Random weights of a seed in bfloat16, fused AdamW, beta 0.1, 8 pairs a step on e
 `ragged`. One contender runs after the other, its memory freed; the rows of a comparison are of one run, and replace
 those that the CSV had of it.
 
-A time is taken only if, in the same run, one batch's loss and gradients agree with TRL's: ours with `uniform` weights,
-which is DPO. Then ours is timed with its default weights. `status` says what differs otherwise.
+A time is taken only if, in the same run, one batch's loss and gradients are right: ours with `uniform` weights, which
+is DPO. What is right is TRL's step in float32; on a GPU a contender may be as far off as TRL's own step in bfloat16,
+within the factor of `agreement.gate_of`. Then ours is timed with its default weights. `status` says what differs
+otherwise.
 
 `ms` is the median between the ends of steps on the device's clock, `host_ms` on the host's; the device is waited for
 around all timed steps (`window_ms`: their mean) and in none. `tokens_per_s` counts real tokens of both rows of a pair
@@ -44,7 +46,7 @@ from rich.console import Console
 import otpo
 from benchmarks import harness
 from benchmarks.preference_step import report
-from benchmarks.preference_step.agreement import GATES, Step, WrongResult, differences, require_agreement
+from benchmarks.preference_step.agreement import Step, WrongResult, differences, gate_of, require_agreement
 from benchmarks.preference_step.cases import CONTENDERS, LENGTHS, SHAPES, TRL, Case
 from benchmarks.preference_step.training import Span, clear, first_step, profile_text, timed_steps
 
@@ -171,12 +173,16 @@ class Comparison:
         self.case, self.args, self.device = case, args, device
         self.is_first = int(os.environ.get("RANK", "0")) == 0
         self.expected: Step | None = None
+        self.trls: dict[str, Any] | None = None
+        self.no_comparison = ""  # why TRL's step is not there
         self.trl_rate: float | None = None
 
     def row_of(self, name: str) -> dict[str, Any]:
         """One line of the CSV. On several processes an error ends the run: the others would wait for this one."""
         row: dict[str, Any] = dict.fromkeys(report.COLUMNS, "")
         row |= {**self.case.columns, "contender": name, "steps": self.args.steps, "status": "ok"}
+        if self.no_comparison:
+            return row | {"status": self.no_comparison}
         try:
             self._fill(row, name)
         except WrongResult as error:
@@ -185,17 +191,26 @@ class Comparison:
             if self.case.gpus > 1:
                 raise
             row["status"] = harness.reason(error)
+            if self.expected is None:
+                self.no_comparison = f"nothing to compare with, trl: {row['status']}"
         clear(self.device)
         return row
 
     def _fill(self, row: dict[str, Any], name: str) -> None:
-        # TRL's step is what is right, and is made once for all; it is needed even if TRL is not timed.
+        # What is right is TRL's step in float32. On a GPU TRL's own in bfloat16 says how far off rounding is.
+        trl, keeps = CONTENDERS[TRL], self.is_first
         if self.expected is None:
-            self.expected = first_step(self.case, CONTENDERS[TRL], self.device, keeps=self.is_first)
+            self.expected = first_step(self.case, trl, self.device, keeps=keeps, exact=True)
             clear(self.device)
-        found = self.expected
-        if name != TRL:
-            found = first_step(self.case, CONTENDERS[name], self.device, keeps=self.is_first)
+        found: Step | None = None
+        if self.trls is None:
+            found = self.expected
+            if self.device.type == "cuda":
+                found = first_step(self.case, trl, self.device, keeps=keeps)
+                clear(self.device)
+            self.trls = differences(found, self.expected, self.device) if keeps else {}
+        if name != TRL or found is None:
+            found = first_step(self.case, CONTENDERS[name], self.device, keeps=keeps)
             clear(self.device)
         row["first_step_s"] = round(found.seconds, 2)
         self._compare(row, found, self.expected)
@@ -208,29 +223,19 @@ class Comparison:
         if self.trl_rate:
             row["speedup"] = round(timed["tokens_per_s"] / self.trl_rate, 3)
         if name == self.args.profile and self.is_first:
-            path = self.args.output.with_name(f"{self.args.output.stem}_{'_'.join(self._words())}_{name}.txt")
-            path.write_text(profile_text(profile, self.device))
-
-    def _words(self) -> list[str]:
-        """The case in a file's name."""
-        case = self.case
-        return [
-            case.shape,
-            case.lengths,
-            case.adapter,
-            *(["checkpointing"] if case.checkpointing else []),
-            case.engine,
-        ]
+            case, output = self.case, self.args.output
+            words = [output.stem, case.shape, case.lengths, case.adapter, case.engine, name]
+            words += ["checkpointing"] * case.checkpointing
+            output.with_name(f"{'_'.join(words)}.txt").write_text(profile_text(profile, self.device))
 
     def _compare(self, row: dict[str, Any], found: Step, expected: Step) -> None:
         """Writes the differences from TRL's step; raises a `WrongResult`, on all processes, where they are large."""
         differing: dict[str, Any] = {}
         problem: list[str | None] = [None]
         if self.is_first:
-            dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
             try:
                 differing = differences(found, expected, self.device)
-                require_agreement(differing, GATES[dtype])
+                require_agreement(differing, gate_of(self.trls if self.device.type == "cuda" else None))
             except WrongResult as error:
                 problem = [str(error)]
         for column, value in differing.items():

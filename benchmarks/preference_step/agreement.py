@@ -1,4 +1,7 @@
-"""Does a contender compute what TRL computes? One batch, same weights: its loss and every parameter's gradient."""
+"""Does a contender compute what TRL computes? One batch, same weights: its loss and every parameter's gradient.
+
+Where contenders compute in bfloat16, TRL's step in float32 is what is right, and TRL's own error is the yardstick.
+"""
 
 import math
 import time
@@ -21,8 +24,8 @@ class Gate(NamedTuple):
     cosine: float
 
 
-GATES = {torch.float32: Gate(1e-5, 1e-5, 1e-5, 1 - 1e-9), torch.bfloat16: Gate(1e-3, 1e-2, math.inf, 0.99)}
-"""By the dtype of the weights. In bfloat16 a gradient's direction is compared, and the length of all together."""
+EXACT = Gate(1e-5, 1e-5, 1e-5, 1 - 1e-9)
+"""Of float32 weights, where both sides compute in float32."""
 COLUMNS = ("loss", "loss_error", "norm_error", "parameter_error", "cosine", "worst_parameter")
 
 
@@ -92,7 +95,7 @@ def differences(found: Step, expected: Step, device: torch.device) -> dict[str, 
 
     Args:
         found: A contender's.
-        expected: TRL's.
+        expected: TRL's, in float32.
         device: Where gradients are compared, one after the other.
 
     Raises:
@@ -124,6 +127,21 @@ def differences(found: Step, expected: Step, device: torch.device) -> dict[str, 
         "cosine": min(cosines.values()),
         "worst_parameter": worst,
     }
+
+
+def gate_of(trls: dict[str, Any] | None) -> Gate:
+    """What is allowed of a contender's differences from a step in float32.
+
+    A loss of bfloat16 numbers is off by more than a fixed bound now and then, and so is a gradient's direction where a
+    router chooses other experts. So TRL's own differences from the same step are the yardstick.
+
+    Args:
+        trls: TRL's [`differences`] in bfloat16; None where the contender computes in float32 too.
+    """
+    if trls is None:
+        return EXACT
+    loss, norm = max(1e-2, 3 * trls["loss_error"]), max(1e-2, 3 * trls["norm_error"])
+    return Gate(loss, norm, math.inf, min(0.99, trls["cosine"] - 0.01))
 
 
 def require_agreement(found: dict[str, Any], gate: Gate) -> None:

@@ -1,6 +1,5 @@
 """What `benchmarks.preference_step` trains: models by shape, pairs by length, contenders by option."""
 
-import dataclasses
 import random
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -18,13 +17,11 @@ from transformers import (
 )
 
 from moe_backbone.model.presets import preset
-from otpo import OTPOConfig
 
 SPECIAL = ("<pad>", "<eos>")
 WORDS = 4096
 TINY_WORDS = 100
-ADAPTED = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-"""Linear layers that get an adapter. Routers and experts, which are no linear layers, get none."""
+DENSE = "qwen3-1.7b"
 
 
 class Case(NamedTuple):
@@ -51,7 +48,7 @@ class Case(NamedTuple):
 
 QWEN = {"head_dim": 128, "num_key_value_heads": 8, "vocab_size": 151_936}
 SHAPES: dict[str, Callable[..., PreTrainedConfig]] = {
-    "qwen3-1.7b": lambda **changes: Qwen3Config(
+    DENSE: lambda **changes: Qwen3Config(
         **{
             **QWEN,
             "hidden_size": 2048,
@@ -94,7 +91,7 @@ TINY_MOE = TINY | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate
 
 def make_config(shape: str, *, tiny: bool) -> PreTrainedConfig:
     """The configuration of a shape, small enough for tests on the CPU if `tiny`."""
-    small = ({**TINY, "intermediate_size": 64} if shape == "qwen3-1.7b" else TINY_MOE) if tiny else {}
+    small = ({**TINY, "intermediate_size": 64} if shape == DENSE else TINY_MOE) if tiny else {}
     return SHAPES[shape](eos_token_id=1, pad_token_id=0, bos_token_id=None, use_cache=False, **small)
 
 
@@ -121,6 +118,12 @@ def active_parameters(model: PreTrainedModel) -> int:
         is_routed = ".experts." in name
         count += parameter.numel() * (config.num_experts_per_tok / config.num_experts if is_routed else 1)
     return round(count)
+
+
+def adapted_layers(shape: str) -> list[str]:
+    """Linear layers that get an adapter: attention's, and the dense model's others; routers and experts get none."""
+    attention = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    return [*attention, "gate_proj", "up_proj", "down_proj"] if shape == DENSE else attention
 
 
 # Pairs
@@ -199,14 +202,3 @@ for _layout in LAYOUTS:
         _name = f"otpo-{_layout.replace('_', '-')}{'-compiled' if _compiled else ''}"
         CONTENDERS[_name] = Contender(options={"row_layout": _layout, "compile_layers": _compiled})
 CONTENDERS[AGAIN] = Contender(is_trl=True)  # after all others: what differs from the first time is noise
-
-
-# REMOVE AT THE MERGE of `row_layout` and `compile_layers`, with its call: until then padded rows are all there is.
-def known_options(options: dict[str, Any]) -> dict[str, Any]:
-    """The options that `OTPOConfig` has; those it lacks are left out where they ask for what it does anyway."""
-    known = {field.name for field in dataclasses.fields(OTPOConfig)}
-    anyway = {"row_layout": "padded", "compile_layers": False}
-    for name in options.keys() - known:
-        if options[name] != anyway.get(name):
-            raise NotImplementedError(f"OTPOConfig has no {name} yet")
-    return {name: value for name, value in options.items() if name in known}

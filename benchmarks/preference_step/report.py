@@ -11,7 +11,7 @@ from rich.table import Table
 from benchmarks import harness
 from benchmarks.figures import close_empty, grouped_bars, legend, machine_line, number, save
 from benchmarks.preference_step import agreement, training
-from benchmarks.preference_step.cases import AGAIN, CONTENDERS, PADDED, SHAPES, TRL, Case
+from benchmarks.preference_step.cases import AGAIN, CONTENDERS, DENSE, PADDED, SHAPES, TRL, Case
 
 CASE = tuple(name for name in Case._fields if name != "tiny")
 COLUMNS = (*CASE, "contender", "status", "steps", *agreement.COLUMNS, *training.COLUMNS, "speedup")
@@ -19,7 +19,6 @@ NOT_MEASURED = "not measured"
 TARGETS = {("full", 1): 1.25, ("ragged", 1): 2.2, ("ragged", 2): 2.0}
 """Times TRL's real tokens a second, by lengths and GPUs, for the dense model, trained in full with checkpointing."""
 PADDED_OVERHEAD = 0.005
-DENSE = next(iter(SHAPES))
 
 Row = Mapping[str, Any]
 
@@ -137,6 +136,10 @@ def draw(path: Path) -> Path:
     rows = harness.read_rows(path)
     names = [name for name in CONTENDERS if any(row["contender"] == name for row in rows)]
     shapes = [name for name in SHAPES if any(row["shape"] == name for row in rows)] or [DENSE]
+    # A layout's compiled bar is its paler colour.
+    ours = [name for name in CONTENDERS if name not in (TRL, AGAIN, "otpo")]
+    colors: dict[str, Any] = dict(zip(ours, plt.get_cmap("tab20").colors, strict=False))  # pyright: ignore
+    colors |= {TRL: "black", AGAIN: "gray", "otpo": "tab:olive"}
     figure, grid = plt.subplots(len(shapes), 1, figsize=(13, 3.6 * len(shapes)), squeeze=False, layout="constrained")
     panels = [row[0] for row in grid]
     for panel, shape in zip(panels, shapes, strict=True):
@@ -144,11 +147,11 @@ def draw(path: Path) -> Path:
         groups = list(dict.fromkeys(title_of(row) for row in here))
         found = {(row["contender"], title_of(row)): number(row["tokens_per_s"]) / 1e3 for row in here}
         heights = {name: [found.get((name, group), float("nan")) for group in groups] for name in names}
-        for bars in grouped_bars(panel, groups, heights, [f"C{i}" for i in range(len(names))]):
+        for bars in grouped_bars(panel, groups, heights, [colors[name] for name in names]):
             panel.bar_label(bars, fmt="%.1f", fontsize=6, rotation=90, padding=2)
         panel.margins(y=0.2)
         panel.set(title=shape, ylabel="thousand real tokens a second")
-    legend(figure, panels, fontsize=8)
+    legend(figure, panels, most=6, fontsize=8)
     close_empty(panels)
     figure.suptitle(machine_line(rows, "torch", "transformers", "trl"))
     return save(figure, path)

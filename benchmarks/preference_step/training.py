@@ -19,12 +19,11 @@ from benchmarks import harness
 from benchmarks.kernel_trace import busy_time, kernels_of, largest_groups
 from benchmarks.preference_step.agreement import GradientKeeper, Step
 from benchmarks.preference_step.cases import (
-    ADAPTED,
     MAX_LENGTH,
     Case,
     Contender,
     active_parameters,
-    known_options,
+    adapted_layers,
     make_config,
     make_model,
     make_pairs,
@@ -119,7 +118,7 @@ class Clock(TrainerCallback):
         return time.perf_counter()
 
 
-def first_step(case: Case, contender: Contender, device: torch.device, *, keeps: bool) -> Step:
+def first_step(case: Case, contender: Contender, device: torch.device, *, keeps: bool, exact: bool = False) -> Step:
     """The first batch's step with `uniform` weights; its seconds include all that is compiled for it.
 
     Args:
@@ -127,9 +126,12 @@ def first_step(case: Case, contender: Contender, device: torch.device, *, keeps:
         contender: Trainer and options.
         device: This process's.
         keeps: Whether this process keeps gradients.
+        exact: Whether everything is computed in float32, with the same weights.
     """
     keeper, clock = GradientKeeper(keeps=keeps), Clock(Span(1, 1, 1), device)
     own = {} if contender.is_trl else {"weighting": "uniform"}
+    if exact:
+        own["bf16"] = False
     with running(case, contender, device, 1, [keeper, clock], STRETCH, logging_steps=1, **own) as trainer:
         keeper.trainer = trainer
         loss = trainer.train().training_loss
@@ -207,19 +209,22 @@ def running(
     unset_hf_deepspeed_config()
     config = make_config(case.shape, tiny=case.tiny)
     model = make_model(config, device)
+    if options.get("bf16") is False:
+        model = model.float()
     extra: dict[str, Any] = {}
     if case.adapter == "lora":
         from peft import LoraConfig
 
-        extra["peft_config"] = LoraConfig(r=16, lora_alpha=32, target_modules=ADAPTED, task_type="CAUSAL_LM")
+        extra["peft_config"] = LoraConfig(
+            r=16, lora_alpha=32, target_modules=adapted_layers(case.shape), task_type="CAUSAL_LM"
+        )
     else:
-        reference: Any = make_model(config, device)
+        reference: Any = make_model(config, device).to(model.dtype)
         extra["ref_model"] = reference
         with torch.no_grad():
             reference.base_model.norm.weight.mul_(stretch)
     classes: tuple[Any, Any] = (DPOTrainer, DPOConfig) if contender.is_trl else (OTPOTrainer, OTPOConfig)
     trainer_class, config_class = classes
-    chosen = contender.options if contender.is_trl else known_options(contender.options)
     with tempfile.TemporaryDirectory() as folder:
         args = config_class(
             **{
@@ -240,7 +245,7 @@ def running(
                 "save_strategy": "no",
                 "disable_tqdm": True,
                 "log_level": "error",
-                **chosen,
+                **contender.options,
                 **options,
             }
         )

@@ -139,6 +139,7 @@ def describe(trainer: OTPOTrainer, parsed: tuple[Any, ...]) -> dict[str, str]:
         "reference": describe_reference(trainer, parsed[0]),
         "weighting": weighting,
         "loss": f"{'+'.join(args.loss_type)}, beta {args.beta:g}, learning rate {args.learning_rate:g}",
+        "rows": trainer.layout.describe(),
         "pairs": f"{count_rows(trainer.train_dataset)} to train on, {count_rows(trainer.eval_dataset)} to evaluate "
         f"on, {describe_step(trainer)}",
         **describe_mtp(trainer.model),

@@ -164,3 +164,7 @@ class LaidOutModels:
             return
         for model in self._models():
             compile_layers(model)
+        logger.warning(
+            "The decoder layers are compiled at the first steps, which takes a minute or two once and seconds when "
+            "torch's cache has them. Set `compile_layers=False` to go without."
+        )

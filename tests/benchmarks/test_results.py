@@ -7,6 +7,7 @@ import pytest
 
 from benchmarks.ablation.report import markdown
 from benchmarks.harness import read_rows
+from benchmarks.preference_step import report as steps
 from benchmarks.weight_quality.report import markdown as weight_markdown
 
 ROOT = Path(__file__).parents[2]
@@ -34,3 +35,13 @@ def test_results_that_pages_name_are_there(page):
     assert named
     for name in named:
         assert list(RESULTS.glob(f"{name.rstrip('.*')}*")), f"{page} names {name}"
+
+
+def test_what_is_said_of_the_whole_step_was_measured():
+    """Until it is, the pages say that it was not."""
+    path = RESULTS / "preference_step_h100.csv"
+    rows = read_rows(path) if path.exists() else []
+    assert f"**{steps.overhead(rows)}**" in (ROOT / "README.md").read_text(encoding="utf-8")
+    page = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
+    section = page.split("## A whole preference step\n")[1].split("\n## ")[0]
+    assert f"\n\n{steps.markdown(rows)}\n" in section

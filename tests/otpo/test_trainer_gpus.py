@@ -42,7 +42,6 @@ def test_fsdp_loads_each_process_s_model_on_its_own_device(efficient, model_fold
     assert metrics["train"]["loss"] == pytest.approx(SAME, abs=5e-3)
 
 
-@pytest.mark.xfail(reason="accelerate's FSDP2 casts what the model returns to bfloat16", strict=True)
 def test_fsdp_keeps_log_probabilities_in_float32(model_folder, pairs_file, tmp_path):
     metrics = align(model_folder, pairs_file, tmp_path, max_steps=1)
     assert metrics["train"]["loss"] == pytest.approx(SAME, abs=1e-4)

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
 from helpers import (
-    LONG,
+    ODD,
+    At,
     bits,
     collate,
     folder_bytes,
@@ -16,37 +16,15 @@ from helpers import (
     make_plain_pairs,
     make_trainer,
     options,
+    pairs_with_one_odd,
     parameters,
     poison,
     train_and_evaluate,
     with_images,
 )
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM
 
 from otpo import OTPOTrainer
-
-ODD = "~"  # in no other text
-
-
-def pairs_with_one_odd(side: str) -> Dataset:
-    """Row 0 is empty within forty tokens; row 5 alone has the odd token, on one side; row 2 shares the other."""
-    rows = [(f"cotton {i} costs", f" ten {i}", f" twenty {i}") for i in range(7)]
-    rows[0] = (LONG, "yes", "no")
-    odd = f" a{ODD}box"
-    rows[5] = ("the box", odd, " blue") if side == "chosen" else ("the box", " blue", odd)
-    rows[2] = ("the box", " red", " blue") if side == "chosen" else ("the box", " blue", " red")
-    return make_plain_pairs(rows)
-
-
-class At(TrainerCallback):
-    """Calls a function at the start or the end of the step after `done` steps."""
-
-    def __init__(self, event: str, done: int, function: Any) -> None:
-        def call(args, state, control, **kwargs):
-            if state.global_step == done:
-                function()
-
-        setattr(self, event, call)
 
 
 @pytest.mark.parametrize("side", ["chosen", "rejected"])

@@ -1,7 +1,8 @@
 """What TRL's loss is handed is read; a release that reads something else is refused before it trains.
 
 The first tests compare what `otpo.trl_seam` says of TRL, transformers and accelerate with their installed sources. One
-that fails names the function of the seam that has to follow.
+that fails names the function of the seam that has to follow. The file is over 350 lines because it names what each of
+them leans on, as the seam itself does.
 """
 
 import ast
@@ -16,6 +17,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.data_loader import DataLoaderShard, prepare_data_loader
+from accelerate.utils import FullyShardedDataParallelPlugin
 from helpers import make_pairs, options
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
@@ -142,6 +144,14 @@ READ_BY: dict[str, tuple[Callable, list[str]]] = {
         ["self.is_deepspeed_enabled", "self._precompute_engine is None", "prepare_deepspeed("],
     ),
     "model_name": (get_config_model_id, ["_name_or_path"]),
+    "keep_outputs_as_they_are": (
+        FullyShardedDataParallelPlugin.set_mixed_precision,
+        [
+            "MixedPrecisionPolicy as MixedPrecision",
+            'dtype_args["output_dtype"] = dtype',
+            "self.mixed_precision_policy =",
+        ],
+    ),
     "autocast_dtype": (Accelerator.mixed_precision.fget, ["self.state.mixed_precision"]),
     "layout_obstacle": (DPOTrainer.__init__, ["self._is_vision_dataset"]),
     "implementations": (
@@ -149,6 +159,47 @@ READ_BY: dict[str, tuple[Callable, list[str]]] = {
         ["self.config._attn_implementation", "self.config._experts_implementation"],
     ),
 }
+
+
+# Of `trl_seam.LateMetrics`: all that TRL does with what is not known yet, besides adding it to its lists.
+READ_LATE = [
+    *("gather_for_metrics(aux_loss).mean().item()", "gather_for_metrics(entropy_sum).sum()"),
+    *("(entropy_sum / total_tokens).item() if total_tokens > 0 else 0.0", "self._total_train_tokens += num_tokens_in"),
+    *(
+        'self._metrics[mode]["num_tokens"] = [self._total_train_tokens]',
+        "chosen_mean_logits[chosen_mask.bool()].sum()",
+    ),
+    "total_chosen_logits / total_chosen_tokens if total_chosen_tokens > 0 else 0.0",
+    "(correct_tokens.sum() / total_sum).item() if total_sum > 0 else 0.0",
+    *("agg_chosen_rewards.mean().item()", "gather(chosen_logps).mean().item()"),
+]
+
+
+def test_late_metrics_are_read_as_the_seam_says():
+    source, place = inspect.getsource(DPOTrainer._compute_loss), 0
+    for line in READ_LATE:
+        place = source.find(line, place)
+        assert place >= 0, f"`DPOTrainer._compute_loss` has no {line!r} there: see `otpo.trl_seam.LateMetrics`"
+    for line in ("torch.tensor(self.label_smoothing, device=device)", "logps[chosen_mask.bool()].mean()"):
+        assert line in source, f"`DPOTrainer._compute_loss` has no {line!r}: see `otpo.trl_seam._WithoutWaits`"
+    cut = inspect.getsource(Accelerator.gather_for_metrics)
+    assert "return tensor[: self.gradient_state.remainder]" in cut, "see `otpo.trl_seam._LateAccelerator`"
+
+
+NEWLY_READ = {
+    ".item() if total_tokens > 0 else 0.0": ".item() if total_tokens > 1 else 0.0",
+    "agg_margins.mean().item()": "agg_margins.median().item()",
+}
+
+
+@pytest.mark.parametrize("old", NEWLY_READ)
+def test_another_use_of_a_late_number_is_refused(old, model_folder, tmp_path, monkeypatch):
+    changed = with_other_names(DPOTrainer._compute_loss, old, NEWLY_READ[old])
+    monkeypatch.setattr(DPOTrainer, "_compute_loss", changed)
+    trainer = OTPOTrainer(model_folder, args=options(tmp_path, max_steps=1), train_dataset=make_pairs())
+    trainer._reads_late = True
+    with pytest.raises(RuntimeError, match=r"fails on what `OTPOTrainer` hands it: .*install 'trl>=1.16,<1.17'"):
+        trainer.train()
 
 
 def test_every_function_of_the_seam_is_compared():

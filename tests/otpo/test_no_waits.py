@@ -1,0 +1,268 @@
+"""A training step reads nothing off the device but what the step before has left; the same numbers come out.
+
+On the CPU a trainer reads at once. Here it is told to read late, as it does on a GPU, and every operator that would
+wait for a GPU raises.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from helpers import (
+    assert_same_parameters,
+    hashed_weights,
+    make_pairs,
+    make_trainer,
+    moved,
+    options,
+    train_and_evaluate,
+)
+from peft import LoraConfig
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM, TrainerCallback
+from written_loss import LORA
+
+from otpo import OTPOConfig, OTPOTrainer, TokenWeights
+from otpo.training.late_reads import LateReads
+
+LOSS_TYPES = [
+    *("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired"),
+    *("apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm"),
+]
+SMOOTHED = ("exo_pair", "robust", "aot")
+CASES: dict[str, dict[str, Any]] = {
+    **{f"loss-{name}": {"loss_type": [name], "label_smoothing": 0.1 * (name in SMOOTHED)} for name in LOSS_TYPES},
+    "otpo": {"weighting": "otpo", "ot_reg": 0.05},
+    "ld": {"weighting": "ld", "ld_alpha": 0.3},
+    "sampo": {"weighting": "sampo"},
+    "d2po": {"weighting": "d2po"},
+    "length": {"weighting": "length"},
+    "budget": {"weighting": "budget"},
+    "three_losses": {"weighting": "sampo", "loss_type": ["sigmoid", "ipo", "sft"], "loss_weights": [0.8, 0.2, 1.0]},
+    "ld_alpha": {"ld_alpha": 0.5},
+    "wpo": {"use_weighting": True},
+    "js_divergence": {"f_divergence_type": "js_divergence"},
+    "precomputed": {"precompute_ref_log_probs": True},
+    "accumulation": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
+    "moe": {"folder": "moe"},
+    "moe-three_losses": {"folder": "moe", "loss_type": ["sigmoid", "ipo", "sft"]},
+    "own_weighting": {"own": True},
+    "lora": {"lora": True},
+}
+
+
+@pytest.fixture(scope="module")
+def folders(model_folder, moe_folder):
+    return {"qwen3": model_folder, "moe": moe_folder}
+
+
+def own_weighting(batch: Any) -> TokenWeights:
+    """With a number of the host and one of the device."""
+    return TokenWeights(hashed_weights(batch), {"mine/rows": len(batch.mask), "mine/tokens": batch.mask.sum()})
+
+
+def made(case: dict[str, Any], folders: dict[str, str], tmp_path, trainer_class: type = OTPOTrainer, **changes: Any):
+    settings = {"weighting": "uniform", **case, **changes}
+    arguments: dict[str, Any] = {"weighting": own_weighting} if settings.pop("own", False) else {}
+    if settings.pop("lora", False):
+        arguments["peft_config"] = LoraConfig(**LORA)
+    folder = folders[settings.pop("folder", "qwen3")]
+    return trainer_class(
+        folder,
+        args=options(tmp_path, **settings),
+        train_dataset=make_pairs(),
+        eval_dataset=make_pairs(6, 3),
+        **arguments,
+    )
+
+
+# What would wait
+
+
+class Waited(AssertionError):
+    """Something would have waited for a GPU."""
+
+
+class NoWaits(TorchDispatchMode):
+    """Raises where a value or a size that only the device knows is asked for, while it is on.
+
+    Also where `torch.tensor` brings a number from the host, which a GPU copies from memory that is not pinned.
+    """
+
+    _READ = (
+        "lift_fresh",
+        "_local_scalar_dense",
+        "nonzero",
+        "masked_select",
+        "equal",
+        "_unique",
+        "_unique2",
+        "unique_dim",
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.on = False
+        self.looked_at: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if self.on:
+            self.looked_at.add(name)
+            indices = args[1] if name in ("index", "index_put", "index_put_", "_index_put_impl_") else ()
+            if name in self._READ or any(each is not None and each.dtype == torch.bool for each in indices):
+                raise Waited(str(func))
+        return func(*args, **(kwargs or {}))
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        was, self.on = self.on, False
+        try:
+            yield
+        finally:
+            self.on = was
+
+
+class ReadsOfTheHost(LateReads):
+    """Its copies are on the host: what reads them waits for an event at most."""
+
+    def __init__(self, watch: NoWaits) -> None:
+        super().__init__()
+        self._watch = watch
+
+    def _read_all_but(self, steps: int) -> None:
+        with self._watch.pause():
+            super()._read_all_but(steps)
+
+
+class WatchedSteps(TrainerCallback):
+    """Watches from the start of the second step to the end of the last, where the log is written.
+
+    The first step compares the reference with the policy and TRL's loss with a known one, once, and reads for that.
+    """
+
+    def __init__(self, watch: NoWaits) -> None:
+        self._watch = watch
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self._watch.on = state.global_step > 0
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self._watch.on = 0 < state.global_step < state.max_steps
+
+
+def watched(trainer: OTPOTrainer, watch: NoWaits) -> None:
+    """Leaves out what runs on the CPU in training on a GPU too, and the models' own forward passes."""
+    trainer._reads = ReadsOfTheHost(watch)
+    trainer.add_callback(WatchedSteps(watch))
+    collate, weigh = trainer.data_collator, trainer.token_weights
+
+    def paused(function: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with watch.pause():
+                return function(*args, **kwargs)
+
+        return call
+
+    trainer.data_collator = paused(collate)
+    if trainer.args.weighting == "otpo":  # the solver in plain torch looks at its residual; the kernels never do
+        trainer.token_weights = paused(weigh)
+    for model in {trainer.model, trainer.ref_model} - {None}:
+        model.forward = paused(model.forward)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_step_waits_for_nothing_and_logs_the_same(name, folders, tmp_path):
+    now = train_and_evaluate(made(CASES[name], folders, tmp_path, logging_steps=2))
+
+    watch = NoWaits()
+    trainer = made(CASES[name], folders, tmp_path, logging_steps=4)
+    trainer._reads_late = True
+    watched(trainer, watch)
+    with watch:
+        trainer.train()
+    assert trainer.state.global_step == 4 and {"masked_fill", "stack"} <= watch.looked_at
+
+    trainer = made(CASES[name], folders, tmp_path, logging_steps=2)
+    trainer._reads_late = True
+    late = train_and_evaluate(trainer)
+    assert moved(late)
+    assert_same_parameters(late.after, now.after)
+    assert late.evaluation == now.evaluation
+    # Sums over what a mask selects are sums with zeros here, in another order.
+    rounded = {"logits/chosen", "logits/rejected", *(["loss", "train_loss"] if "sft" in trainer.loss_types else [])}
+    for got, want in zip(late.log, now.log, strict=True):
+        assert got.keys() == want.keys()
+        for key, value in want.items():
+            assert got[key] == (pytest.approx(value, rel=1e-6, abs=1e-7) if key in rounded else value), key
+
+
+def test_the_watch_sees_a_wait(folders, tmp_path):
+    """Of a trainer that reads at once, and of a weighting."""
+    watch = NoWaits()
+    trainer = made({}, folders, tmp_path, logging_steps=4)
+    watched(trainer, watch)
+    with watch, pytest.raises(Waited, match="local_scalar_dense"):
+        trainer.train()
+
+    class Asking(OTPOTrainer):
+        def token_weights(self, batch):
+            return batch.mask.float() * batch.logps[batch.mask].mean().sign().abs()
+
+    watch = NoWaits()
+    trainer = made({}, folders, tmp_path, Asking, logging_steps=4)
+    trainer._reads_late = True
+    watched(trainer, watch)
+    with watch, pytest.raises(Waited, match=r"aten\.index"):
+        trainer.train()
+
+
+def copies_without_waiting(folder: Any, said: Any = None, **changes: Any) -> bool:
+    config: Any = OTPOConfig(str(folder), bf16=False, accelerator_config=said, **changes).accelerator_config
+    return config.non_blocking
+
+
+def test_the_options_that_wait_are_off(tmp_path):
+    assert not OTPOConfig(str(tmp_path), bf16=False).logging_nan_inf_filter
+    for said in (None, {"split_batches": True}, {}, '{"split_batches": true}'):
+        assert copies_without_waiting(tmp_path, said)
+
+
+def test_the_options_that_wait_are_the_users(tmp_path):
+    assert OTPOConfig(str(tmp_path), bf16=False, logging_nan_inf_filter=True).logging_nan_inf_filter
+    assert not copies_without_waiting(tmp_path, dataloader_pin_memory=False)
+    (tmp_path / "accelerator.json").write_text("{}")
+    for said in ({"non_blocking": False}, '{"non_blocking": false}', str(tmp_path / "accelerator.json")):
+        assert not copies_without_waiting(tmp_path, said)
+
+
+def test_evaluation_in_the_middle_of_a_logging_interval(model_folder, tmp_path):
+    """What an evaluation counts, such as the tokens so far, is known before it."""
+    logs = []
+    for late in (False, True):
+        trainer = OTPOTrainer(
+            model_folder,
+            args=options(tmp_path, weighting="uniform", logging_steps=4, eval_strategy="steps", eval_steps=3),
+            train_dataset=make_pairs(),
+            eval_dataset=make_pairs(6, seed=3),
+        )
+        trainer._reads_late = late
+        logs.append(train_and_evaluate(trainer).log)
+    assert logs[1][0]["eval_num_tokens"] == logs[0][0]["eval_num_tokens"] > 0
+    rounded = {"logits/chosen", "logits/rejected"}
+    for got, want in zip(logs[1], logs[0], strict=True):
+        assert {key: got[key] for key in want if key not in rounded} == {
+            key: value for key, value in want.items() if key not in rounded
+        }
+
+
+def test_a_name_that_is_taken_is_refused_before_it_is_logged(model_folder, tmp_path):
+    for taken in ("logps/chosen", "weights/ess", "loss"):
+        trainer = make_trainer(AutoModelForCausalLM.from_pretrained(model_folder), tmp_path, make_pairs())
+        trainer.weighting = lambda batch, name=taken: TokenWeights(hashed_weights(batch), {name: 1.0})
+        trainer._reads_late = True
+        with pytest.raises(ValueError, match=f"logs a number as '{taken}'"):
+            trainer.train()
+        assert not trainer.state.log_history
