@@ -21,7 +21,7 @@ from pretraining_helpers import chain_documents
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from moe_backbone import CompassForCausalLM, preset
+from moe_backbone import CompassConfig, CompassForCausalLM, preset
 from moe_backbone.model.saved_code import AUTO_MAP
 from otpo.cli import pretrain
 from otpo.cli.pretraining.data import find_sources, load_rows
@@ -302,6 +302,9 @@ def test_overrides_of_the_configuration():
         "hidden_act": "silu", "rope_parameters": None, "rms_norm_eps": 1e-5
     }  # fmt: skip
     assert parse_overrides(None) == parse_overrides(" , ") == {}
+    whole = parse_overrides("mtp_loss_coef=0,router_aux_loss_coef=1,num_mtp_layers=1,use_cache=true")
+    assert [type(value) for value in whole.values()] == [float, float, int, bool]
+    assert CompassConfig(**whole).mtp_loss_coef == 0.0
 
 
 def test_the_documents_that_are_taken_are_drawn_by_the_seed(tmp_path, tokenizer):
@@ -427,9 +430,14 @@ def test_two_processes_learn_what_one_learns(tokenizer_folder, documents, tmp_pa
         ({"config_overrides": 'rope_parameters={"rope_type":"yarn"}'}, "Missing required keys in `rope_parameters`"),
         ({"config_overrides": 'rope_parameters={"rope_type":'}, "the value of `rope_parameters` is not JSON"),
         ({"config_overrides": "router_aux_loss_coef=NaN"}, "`router_aux_loss_coef` must be a finite number, got nan"),
+        ({"config_overrides": "initializer_range=-0.1"}, "`initializer_range` must be at least 0, got -0.1"),
+        ({"config_overrides": "rms_norm_eps=0"}, "`rms_norm_eps` must be above 0, got 0.0"),
+        ({"config_overrides": "hidden_size=33"}, "`hidden_size=33` must be a multiple of 4 with `experts_impl"),
+        ({"config_overrides": "moe_intermediate_size=36", "bf16": True}, "must be a multiple of 8 with"),
         ({"config_overrides": "num_experts=8,num_experts=4"}, "sets `num_experts` twice"),
         ({"remove_unused_columns": True}, "`remove_unused_columns` must stay false"),
         ({"label_smoothing_factor": 0.1}, "`label_smoothing_factor=0.1`"),
+        ({"use_liger_kernel": True}, "`use_liger_kernel`: Liger has no kernels for Compass"),
     ],
 )
 def test_refusals(tokenizer_folder, documents, tmp_path, capsys, changes, message):
