@@ -469,6 +469,21 @@ def test_a_mixture_that_can_not_be(tokenizer_folder, tmp_path, capsys, stage):
     assert f"`mixture={path}`: `stages[0].sources` must be a list, got 'a.jsonl'" in message
 
 
+@pytest.mark.parametrize("override", ["num_experts=8", "hidden_size=64", "vocab_size=96"])
+def test_a_checkpoint_of_other_sizes(tokenizer_folder, compass_folder, documents, tmp_path, capsys, override):
+    argv = arguments(
+        tokenizer_folder,
+        tmp_path,
+        preset=None,
+        model_name_or_path=compass_folder,
+        dataset_name=documents,
+        config_overrides=override,
+    )
+    assert f"weights are of other sizes than its configuration as `config_overrides={override}` ch" in refusal(
+        capsys, argv
+    )
+
+
 def test_a_checkpoint_of_another_kind(tokenizer_folder, documents, model_folder, tmp_path, capsys):
     argv = arguments(tokenizer_folder, tmp_path, preset=None, model_name_or_path=model_folder, dataset_name=documents)
     assert "its `model_type` is 'qwen3'; `otpo pretrain` trains 'compass' alone" in refusal(capsys, argv)

@@ -55,7 +55,16 @@ def make_model(
         compass: Any = new_model(CompassForCausalLM, config, **options)
     else:
         where = {"revision": revision} if revision else {}
-        compass = CompassForCausalLM.from_pretrained(name, config=config, **options, **where, **spread)
+        try:
+            compass = CompassForCausalLM.from_pretrained(name, config=config, **options, **where, **spread)
+        except RuntimeError as error:  # behind transformers' report of the weights
+            if "ignore_mismatched_sizes" not in str(error):
+                raise
+            changed = f" as `config_overrides={data.config_overrides}` changes it" if overrides else ""
+            raise ValueError(
+                f"`model_name_or_path={name}`: its weights are of other sizes than its configuration{changed}, as the "
+                "report above says. Leave the sizes as they are, or make a new model (`preset`)."
+            ) from error
     set_experts_implementation(compass, data.experts_implementation)
     halved = args.bf16 or args.fp16 or compass.dtype.itemsize == 2
     require_aligned_widths(config, data.experts_implementation, 2 if halved else 4)
