@@ -437,6 +437,7 @@ def test_two_processes_learn_what_one_learns(tokenizer_folder, documents, tmp_pa
         ({"config_overrides": "num_experts=8,num_experts=4"}, "sets `num_experts` twice"),
         ({"remove_unused_columns": True}, "`remove_unused_columns` must stay false"),
         ({"label_smoothing_factor": 0.1}, "`label_smoothing_factor=0.1`"),
+        ({"lr_scheduler_type": "warmup_stable_decay"}, "can't be used with `lr_scheduler_type=warmup_stable_decay`"),
         ({"use_liger_kernel": True}, "`use_liger_kernel`: Liger has no kernels for Compass"),
     ],
 )
