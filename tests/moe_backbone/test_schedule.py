@@ -24,7 +24,7 @@ def test_every_schedule_of_transformers_can_be_made(kind):
         ("cosine_with_min_lr", None, 1e-3, "One of min_lr or min_lr_rate should be set"),
         ("cosine_with_min_lr", {"min_lr": "low"}, 1e-3, "unsupported operand"),
         ("cosine_with_min_lr", {"min_lr": float("nan")}, 1e-3, "min_lr must be a finite number, got nan"),
-        ("polynomial", {"lr_end": -0.1}, 1e-3, "the learning rate would be -0.1"),
+        ("polynomial", {"lr_end": -0.1}, 1e-3, "the learning rate would be -0.0"),
         ("warmup_stable_decay", {}, 1e-3, "num_decay_steps"),
         ("polynomial", {"lr_end": 0.1}, 1e-3, "must be smaller than initial lr"),
         ("constant_with_warmup", {"min_lr": 0.1}, 1e-3, "takes no arguments, got {'min_lr': 0.1}"),

@@ -72,8 +72,8 @@ def require_schedule(kind: Any, arguments: Any, learning_rate: float) -> None:
     try:
         check_schedule(kind, arguments, learning_rate)
     except ValueError as error:
-        shown = "" if given is None else f"={given}"
-        raise ValueError(f"`lr_scheduler_kwargs{shown}` can't be used with `lr_scheduler_type={kind}`: {error}.") from error
+        shown = "`lr_scheduler_kwargs`" if given is None else f"`lr_scheduler_kwargs={given}`"
+        raise ValueError(f"{shown} can't be used with `lr_scheduler_type={kind}`: {error}.") from error
 
 
 def require_trackers(report_to: str | list[str] | None) -> None:
