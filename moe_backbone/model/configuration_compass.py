@@ -138,11 +138,14 @@ class CompassConfig(PreTrainedConfig):
             "router_aux_loss_coef",
             "router_z_loss_coef",
             "router_bias_update_speed",
+            "initializer_range",
         )
         for least, names in ((1, positive), (0, not_negative)):
             for name in names:
                 if getattr(self, name) < least:
                     raise ValueError(f"`{name}` must be at least {least}, got {getattr(self, name)}.")
+        if not self.rms_norm_eps > 0:  # the state of a padding token is 0, and a norm would divide it by 0
+            raise ValueError(f"`rms_norm_eps` must be above 0, got {self.rms_norm_eps}.")
 
         # Sizes that a layer's tensors would not fit: experts of a token, heads of a group, pairs of a head.
         if self.num_experts_per_tok > self.num_experts:

@@ -15,6 +15,7 @@ from transformers import SchedulerType
 from moe_backbone.model.config_checks import check_config, one_line_refusals
 from moe_backbone.model.configuration_compass import CompassConfig
 
+from .schedule import check_schedule
 from .schema import FieldError, build, check_fields, limits
 
 WHOLE = "train"
@@ -70,7 +71,7 @@ class Stage:
 
     name: str = field(
         metadata=limits(
-            form=(r"\w[\w .+-]{0,99}", "letters, digits and `_ - . +`, up to 100, since it names a folder")
+            form=(r"\w([\w .+-]{0,98}[\w.+-])?", "letters, digits and `_ - . +`, up to 100, since it names a folder")
         )
     )
     steps: int = field(metadata=limits(least=1))
@@ -90,6 +91,12 @@ class Stage:
         check_fields(self)
         if self.warmup_steps is not None and self.warmup_steps > 1 and self.warmup_steps % 1:
             raise FieldError(self, "warmup_steps", f"must be whole, or below 1 for a share, got {self.warmup_steps}.")
+        if self.lr_scheduler_type is not None:  # without one, the run's schedule has to take the arguments
+            try:
+                check_schedule(self.lr_scheduler_type, self.lr_scheduler_kwargs, self.learning_rate)
+            except ValueError as error:
+                problem = f"can't be used with {self.lr_scheduler_type}: {error}."
+                raise FieldError(self, "lr_scheduler_kwargs", problem) from error
         if self.rope_parameters is not None:
             try:
                 with one_line_refusals():  # a copy, since the configuration fills in what is left out

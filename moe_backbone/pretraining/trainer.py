@@ -60,6 +60,10 @@ class PretrainingConfig(TrainingArguments):
             raise ValueError(
                 "`remove_unused_columns` must stay false: it would remove the lengths of packed documents."
             )
+        if self.use_liger_kernel:
+            raise ValueError(
+                "`use_liger_kernel`: Liger has no kernels for Compass and would change nothing. Leave it out."
+            )
         if self.label_smoothing_factor:
             raise ValueError(
                 f"`label_smoothing_factor={self.label_smoothing_factor}`: the Trainer would compute a loss of its "

@@ -37,6 +37,7 @@ def test_sizes_are_at_least_one(name, value):
         ("router_z_loss_coef", -0.1),
         ("router_bias_update_speed", -0.1),
         ("mtp_loss_coef", -0.1),
+        ("initializer_range", -0.1),
     ],
 )
 def test_counts_and_coefficients_are_not_negative(name, value):
@@ -61,6 +62,12 @@ def test_counts_and_coefficients_are_not_negative(name, value):
 def test_sizes_that_do_not_fit_name_the_remedy(changes, remedy):
     with pytest.raises(ValueError, match=remedy):
         compass_config(**changes)
+
+
+@pytest.mark.parametrize("value", [0.0, -1e-6])
+def test_a_norm_that_would_divide_by_zero(value):
+    with pytest.raises(ValueError, match=f"`rms_norm_eps` must be above 0, got {value}"):
+        compass_config(rms_norm_eps=value)
 
 
 def test_a_wrong_type_fails():

@@ -352,6 +352,8 @@ def make_checkpoint(folder, file, layout):
     (folder / "global_step1").mkdir(parents=True)
     (folder / "trainer_state.json").write_text("{}")
     (folder / file).write_text(json.dumps(layout._asdict()))
+    if file not in (LAYOUT_FILE, "latest"):
+        (folder / "optimizer.bin").touch()
 
 
 @pytest.mark.parametrize(
@@ -364,6 +366,10 @@ def make_checkpoint(folder, file, layout):
         (
             "latest",
             "has the optimizer's states of DeepSpeed, and this run is without it. Run as the checkpoint was saved",
+        ),
+        (
+            "pytorch_model_fsdp.bin",
+            "has the optimizer's states of FSDP, and this run is without it. Run as the checkpoint was saved",
         ),
     ],
 )

@@ -81,6 +81,19 @@ def test_what_a_mixture_may_not_be(tmp_path, content, message):
         ({"name": "../x"}, "name` must be letters, digits and .* got '../x'"),
         ({"name": ""}, "name` must not be empty"),
         ({"name": 1}, "name` must be text, got 1"),
+        ({"name": "a "}, "name` must be letters, digits and .* got 'a '"),
+        (
+            {"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"least": 0.1}},
+            "lr_scheduler_kwargs` can't be used with cosine: .* unexpected keyword argument 'least'",
+        ),
+        (
+            {"lr_scheduler_type": "cosine_with_min_lr"},
+            "lr_scheduler_kwargs` can't be used with cosine_with_min_lr: One of min_lr or min_lr_rate should be set",
+        ),
+        (
+            {"lr_scheduler_type": "constant", "lr_scheduler_kwargs": {"min_lr": 0.1}},
+            "lr_scheduler_kwargs` can't be used with constant: constant takes no arguments",
+        ),
         (
             {"lr_scheduler_type": "cosin"},
             "lr_scheduler_type` must be one of linear, .* got 'cosin'. Did you mean 'cos",

@@ -248,6 +248,7 @@ def test_bfloat16_runs_the_experts_in_bfloat16(tmp_path, monkeypatch):
         ({"peak_tflops": 0.0}, "`peak_tflops` must be above 0"),
         ({"remove_unused_columns": True}, "`remove_unused_columns` must stay false"),
         ({"label_smoothing_factor": 0.1}, "`label_smoothing_factor=0.1`: the Trainer would compute a loss of its own"),
+        ({"use_liger_kernel": True}, "`use_liger_kernel`: Liger has no kernels for Compass"),
     ],
 )
 def test_options_out_of_range(tmp_path, options, message):

@@ -21,7 +21,7 @@ from pretraining_helpers import chain_documents
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from moe_backbone import CompassForCausalLM, preset
+from moe_backbone import CompassConfig, CompassForCausalLM, preset
 from moe_backbone.model.saved_code import AUTO_MAP
 from otpo.cli import pretrain
 from otpo.cli.pretraining.data import find_sources, load_rows
@@ -302,6 +302,9 @@ def test_overrides_of_the_configuration():
         "hidden_act": "silu", "rope_parameters": None, "rms_norm_eps": 1e-5
     }  # fmt: skip
     assert parse_overrides(None) == parse_overrides(" , ") == {}
+    whole = parse_overrides("mtp_loss_coef=0,router_aux_loss_coef=1,num_mtp_layers=1,use_cache=true")
+    assert [type(value) for value in whole.values()] == [float, float, int, bool]
+    assert CompassConfig(**whole).mtp_loss_coef == 0.0
 
 
 def test_the_documents_that_are_taken_are_drawn_by_the_seed(tmp_path, tokenizer):
@@ -427,9 +430,15 @@ def test_two_processes_learn_what_one_learns(tokenizer_folder, documents, tmp_pa
         ({"config_overrides": 'rope_parameters={"rope_type":"yarn"}'}, "Missing required keys in `rope_parameters`"),
         ({"config_overrides": 'rope_parameters={"rope_type":'}, "the value of `rope_parameters` is not JSON"),
         ({"config_overrides": "router_aux_loss_coef=NaN"}, "`router_aux_loss_coef` must be a finite number, got nan"),
+        ({"config_overrides": "initializer_range=-0.1"}, "`initializer_range` must be at least 0, got -0.1"),
+        ({"config_overrides": "rms_norm_eps=0"}, "`rms_norm_eps` must be above 0, got 0.0"),
+        ({"config_overrides": "hidden_size=33"}, "`hidden_size=33` must be a multiple of 4 with `experts_impl"),
+        ({"config_overrides": "moe_intermediate_size=36", "bf16": True}, "must be a multiple of 8 with"),
         ({"config_overrides": "num_experts=8,num_experts=4"}, "sets `num_experts` twice"),
         ({"remove_unused_columns": True}, "`remove_unused_columns` must stay false"),
         ({"label_smoothing_factor": 0.1}, "`label_smoothing_factor=0.1`"),
+        ({"lr_scheduler_type": "warmup_stable_decay"}, "can't be used with `lr_scheduler_type=warmup_stable_decay`"),
+        ({"use_liger_kernel": True}, "`use_liger_kernel`: Liger has no kernels for Compass"),
     ],
 )
 def test_refusals(tokenizer_folder, documents, tmp_path, capsys, changes, message):
@@ -459,6 +468,21 @@ def test_a_mixture_that_can_not_be(tokenizer_folder, tmp_path, capsys, stage):
     path.write_text("stages: [{name: long, steps: 1, sequence_length: 8, learning_rate: 1, sources: a.jsonl}]")
     message = refusal(capsys, arguments(tokenizer_folder, tmp_path, mixture=path, stage=stage))
     assert f"`mixture={path}`: `stages[0].sources` must be a list, got 'a.jsonl'" in message
+
+
+@pytest.mark.parametrize("override", ["num_experts=8", "hidden_size=64", "vocab_size=96"])
+def test_a_checkpoint_of_other_sizes(tokenizer_folder, compass_folder, documents, tmp_path, capsys, override):
+    argv = arguments(
+        tokenizer_folder,
+        tmp_path,
+        preset=None,
+        model_name_or_path=compass_folder,
+        dataset_name=documents,
+        config_overrides=override,
+    )
+    assert f"weights are of other sizes than its configuration as `config_overrides={override}` ch" in refusal(
+        capsys, argv
+    )
 
 
 def test_a_checkpoint_of_another_kind(tokenizer_folder, documents, model_folder, tmp_path, capsys):

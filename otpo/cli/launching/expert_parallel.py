@@ -110,17 +110,20 @@ def check_checkpoint(checkpoint: str, trainer: Any) -> None:
             f"`expert_parallel_size` as it was or to another size above 1, or {start}"
         )
     by_deepspeed = (Path(checkpoint) / "latest").is_file()
+    by_fsdp = any(Path(checkpoint).glob("pytorch_model_fsdp*"))
     if not by_deepspeed and not any(Path(checkpoint).glob("optimizer*")):
         raise ValueError(
             f"`resume_from_checkpoint={checkpoint}` has no optimizer's states (`save_only_model`), so the run "
             f"can't go on as it was. To go on without them, {start}"
         )
-    if by_deepspeed != trainer.is_deepspeed_enabled:
-        has, runs = ("the", "without") if by_deepspeed else ("no", "under")
-        raise ValueError(
-            f"`resume_from_checkpoint={checkpoint}` has {has} optimizer's states of DeepSpeed, and this run is {runs} "
-            f"it. Run as the checkpoint was saved, or {start}"
-        )
+    engines = (("DeepSpeed", by_deepspeed, trainer.is_deepspeed_enabled), ("FSDP", by_fsdp, trainer.is_fsdp_enabled))
+    for engine, saved, running in engines:
+        if saved != running:
+            has, runs = ("the", "without") if saved else ("no", "under")
+            raise ValueError(
+                f"`resume_from_checkpoint={checkpoint}` has {has} optimizer's states of {engine}, and this run is "
+                f"{runs} it. Run as the checkpoint was saved, or {start}"
+            )
 
 
 def model_options(options: RunArguments) -> dict[str, Any]:

@@ -1,8 +1,11 @@
 """Checks of a command's options that need neither model nor data, made before processes are launched."""
 
+import json
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
+from transformers import SchedulerType
 from transformers.integrations.integration_utils import (
     INTEGRATION_TO_CALLBACK,
     get_available_reporting_integrations,
@@ -41,6 +44,7 @@ def check_options_alone(values: Mapping[str, Any]) -> None:
         value = values.get(name)
         if value is not None and not least <= float(value) < float("inf"):
             raise ValueError(f"`{name}` must be a finite number of at least {least:g}, got {value}.")
+    require_schedule(values["lr_scheduler_type"], values["lr_scheduler_kwargs"], float(values["learning_rate"]))
     require_trackers(values["report_to"])
     if "weighting" in values:
         require_losses(values["loss_type"])
@@ -48,6 +52,28 @@ def check_options_alone(values: Mapping[str, Any]) -> None:
             found, known = values["f_divergence_type"], ", ".join(DIVERGENCES)
             raise ValueError(f"`f_divergence_type={found}` is not known. Set one of: {known}.")
     check_model_options(values)
+
+
+def require_schedule(kind: Any, arguments: Any, learning_rate: float) -> None:
+    """Raises a `ValueError` for arguments that the schedule of the learning rate can't be made of.
+
+    Args:
+        kind: One of transformers' schedules, or text that transformers refuses.
+        arguments: A mapping, as text or as it is; None for none.
+        learning_rate: The peak.
+    """
+    from moe_backbone.pretraining.schedule import check_schedule
+
+    kind, given = getattr(kind, "value", kind), arguments
+    with suppress(ValueError):  # what is no JSON is told when the options are parsed
+        arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
+    if kind not in {known.value for known in SchedulerType} or isinstance(arguments, str):
+        return
+    try:
+        check_schedule(kind, arguments, learning_rate)
+    except ValueError as error:
+        shown = "`lr_scheduler_kwargs`" if given is None else f"`lr_scheduler_kwargs={given}`"
+        raise ValueError(f"{shown} can't be used with `lr_scheduler_type={kind}`: {error}.") from error
 
 
 def require_trackers(report_to: str | list[str] | None) -> None:

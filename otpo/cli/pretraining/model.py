@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Iterator
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, get_args
 
 from transformers import AutoTokenizer
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRotaryEmbedding
@@ -20,6 +20,7 @@ from otpo.trl_seam import implementations, new_model
 from .options import ModelArguments, PretrainArguments
 
 _VOCABULARY_MULTIPLE = 64
+_GROUPED, _GROUPED_BYTES = ("grouped_mm", "memcpy"), 16  # run by torch's grouped products, and a row's alignment there
 _SET_ELSEWHERE = {f"{token}_token_id": "the tokenizer" for token in ("pad", "bos", "eos")}
 _SET_ELSEWHERE |= {"dtype": "the option `dtype`", "model_type": "Compass", "return_dict": "the training"}
 _WORDS = {"True": True, "False": False, "None": None}  # as Python writes what JSON writes small
@@ -54,8 +55,19 @@ def make_model(
         compass: Any = new_model(CompassForCausalLM, config, **options)
     else:
         where = {"revision": revision} if revision else {}
-        compass = CompassForCausalLM.from_pretrained(name, config=config, **options, **where, **spread)
+        try:
+            compass = CompassForCausalLM.from_pretrained(name, config=config, **options, **where, **spread)
+        except RuntimeError as error:  # behind transformers' report of the weights
+            if "ignore_mismatched_sizes" not in str(error):
+                raise
+            changed = f" as `config_overrides={data.config_overrides}` changes it" if overrides else ""
+            raise ValueError(
+                f"`model_name_or_path={name}`: its weights are of other sizes than its configuration{changed}, as the "
+                "report above says. Leave the sizes as they are, or make a new model (`preset`)."
+            ) from error
     set_experts_implementation(compass, data.experts_implementation)
+    halved = args.bf16 or args.fp16 or compass.dtype.itemsize == 2
+    require_aligned_widths(config, data.experts_implementation, 2 if halved else 4)
     return compass
 
 
@@ -149,6 +161,23 @@ def set_experts_implementation(model: CompassForCausalLM, name: str) -> None:
         raise ValueError(f"`experts_implementation={name}` was asked for, but transformers runs {running}.")
 
 
+def require_aligned_widths(config: CompassConfig, implementation: str, itemsize: int) -> None:
+    """Raises a `ValueError` for widths whose rows torch's grouped products can't take: these need whole 16 bytes.
+
+    Args:
+        config: Of the model.
+        implementation: How the experts are computed.
+        itemsize: Bytes of a number that the products compute with.
+    """
+    multiple = _GROUPED_BYTES // itemsize
+    for name in ("hidden_size", "moe_intermediate_size") if implementation in _GROUPED else ():
+        if getattr(config, name) % multiple:
+            raise ValueError(
+                f"`{name}={getattr(config, name)}` must be a multiple of {multiple} with `experts_implementation="
+                f"{implementation}` in this precision. Set it to one, or `experts_implementation` to eager."
+            )
+
+
 def parse_overrides(text: str | None) -> dict[str, Any]:
     """`name=value,name=value` as a mapping, values read as JSON; what is no JSON is text.
 
@@ -164,7 +193,7 @@ def parse_overrides(text: str | None) -> dict[str, Any]:
         if name in _SET_ELSEWHERE:
             raise ValueError(f"`config_overrides={text}`: `{name}` is set by {_SET_ELSEWHERE[name]}. Leave it out.")
         whole = isinstance(value, int) and not isinstance(value, bool)
-        changes[name] = float(value) if whole and CompassConfig.__annotations__.get(name) is float else value
+        changes[name] = float(value) if whole and _holds_floats_alone(name) else value
     return changes
 
 
@@ -192,6 +221,13 @@ def _assignments(text: str) -> Iterator[tuple[str, Any]]:
             value = _read_word(word.strip())
         yield name, value
         left = left.strip(", ")
+
+
+def _holds_floats_alone(name: str) -> bool:
+    """Whether an option takes a float and no whole number, which users write all the same where it is one."""
+    kind = CompassConfig.__annotations__.get(name)
+    kinds = get_args(kind) or (kind,)
+    return float in kinds and int not in kinds
 
 
 def _read_word(word: str) -> Any:
