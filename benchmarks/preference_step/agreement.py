@@ -132,15 +132,16 @@ def differences(found: Step, expected: Step, device: torch.device) -> dict[str, 
 def gate_of(trls: dict[str, Any] | None) -> Gate:
     """What is allowed of a contender's differences from a step in float32.
 
-    A loss of bfloat16 numbers is off by more than a fixed bound now and then, and so is a gradient's direction where a
-    router chooses other experts. So TRL's own differences from the same step are the yardstick.
+    A row's log-probability is a sum of hundreds of bfloat16 numbers, so a loss of few pairs is off by what chance will
+    have it: TRL's by 0.1% to 13% in the cases here. So the loss has a wide bound, and what decides is each parameter's
+    gradient: its direction may be as far off as that of TRL's own step in bfloat16.
 
     Args:
         trls: TRL's [`differences`] in bfloat16; None where the contender computes in float32 too.
     """
     if trls is None:
         return EXACT
-    loss, norm = max(1e-2, 3 * trls["loss_error"]), max(1e-2, 3 * trls["norm_error"])
+    loss, norm = max(5e-2, 3 * trls["loss_error"]), max(5e-2, 3 * trls["norm_error"])
     return Gate(loss, norm, math.inf, min(0.99, trls["cosine"] - 0.01))
 
 

@@ -3,7 +3,6 @@
 `torch.cuda.set_sync_debug_mode("error")` raises where torch itself would wait for the device.
 """
 
-import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,26 +16,26 @@ from otpo import OTPOConfig, OTPOTrainer
 
 pytestmark = pytest.mark.gpu
 
+STEPS = 6
 CASES: dict[str, dict[str, Any]] = {
-    "otpo": {"ot_reg": 0.1},
+    "otpo": {},
+    "float32": {"bf16": False},  # padded: flash attention takes half precision alone
+    "packed": {"row_layout": "packed"},
+    "padded": {"row_layout": "padded"},
     "uniform": {"weighting": "uniform"},
-    "bf16": {"bf16": True, "ot_reg": 0.1},
-    "checkpointing": {"bf16": True, "ot_reg": 0.1, "gradient_checkpointing": True},
+    "checkpointing": {"gradient_checkpointing": True},
     "exo_pair": {"weighting": "uniform", "loss_type": ["exo_pair"], "label_smoothing": 0.1},
     "three_losses": {"weighting": "sampo", "loss_type": ["sigmoid", "ipo", "sft"]},
-    "wpo": {"use_weighting": True, "ot_reg": 0.1},
-    "ld_alpha": {"ld_alpha": 0.5, "ot_reg": 0.1},
-    "precomputed": {"precompute_ref_log_probs": True, "ot_reg": 0.1},
-    "accumulation": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "ot_reg": 0.1},
+    "wpo": {"use_weighting": True},
+    "ld_alpha": {"ld_alpha": 0.5},
+    "precomputed": {"precompute_ref_log_probs": True},
+    "accumulation": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
 }
-STEPS = 6
-HAS_LAYOUTS = any(field.name == "row_layout" for field in dataclasses.fields(OTPOConfig))
 
 
 def gpu_options(folder: Any, **changes: Any) -> OTPOConfig:
-    if HAS_LAYOUTS:
-        changes["row_layout"] = "auto"
-    return OTPOConfig(**{**option_dict(folder, **changes), "use_cpu": False, "learning_rate": 1e-3})
+    settings = {"bf16": True, "ot_reg": 0.1, **changes}
+    return OTPOConfig(**{**option_dict(folder, **settings), "use_cpu": False, "learning_rate": 1e-3})
 
 
 @contextmanager
@@ -55,6 +54,14 @@ def allowed(function: Callable) -> Callable:
             return function(*args, **kwargs)
 
     return call
+
+
+def leave_out_padded_models(trainer: OTPOTrainer) -> None:
+    """In padded rows TRL's fused head asks which positions are scored, and transformers whether a mask is all ones."""
+    if trainer.layout.name == "padded":
+        for model in {trainer.model, trainer.ref_model} - {None}:
+            model.forward = allowed(model.forward)
+        trainer.accelerator.backward = allowed(trainer.accelerator.backward)
 
 
 class ErrorsFromTheSecondStep(TrainerCallback):
@@ -80,12 +87,7 @@ class ErrorsFromTheSecondStep(TrainerCallback):
 def test_a_step_waits_for_nothing(name, model_folder, tmp_path):
     args = gpu_options(tmp_path, logging_steps=STEPS, max_steps=STEPS, **CASES[name])
     trainer = OTPOTrainer(model_folder, args=args, train_dataset=make_pairs(64))
-    if not HAS_LAYOUTS:
-        # TRL's fused head asks which positions are scored, forward and backward, and transformers whether the mask is
-        # all ones.
-        for model in {trainer.model, trainer.ref_model} - {None}:
-            model.forward = allowed(model.forward)
-        trainer.accelerator.backward = allowed(trainer.accelerator.backward)
+    leave_out_padded_models(trainer)
     watch = ErrorsFromTheSecondStep()
     trainer.add_callback(watch)
     try:
@@ -104,7 +106,7 @@ def test_errors_are_raised_where_something_waits(model_folder, tmp_path):
 
     args = gpu_options(tmp_path, logging_steps=STEPS, max_steps=STEPS)
     trainer = Asking(model_folder, args=args, train_dataset=make_pairs(64))
-    trainer.model.forward = allowed(trainer.model.forward)
+    leave_out_padded_models(trainer)
     trainer.add_callback(ErrorsFromTheSecondStep())
     try:
         with pytest.raises(RuntimeError, match="synchronizing CUDA operation"):
@@ -118,9 +120,8 @@ def test_a_bad_step_is_found_one_step_late_and_not_saved(saves, model_folder, tm
     """All six pairs that can be trained on in each step; the third is bad."""
     model = AutoModelForCausalLM.from_pretrained(model_folder)
     saving: dict[str, Any] = {"save_strategy": "steps", "save_steps": 1} if saves else {}
-    args = gpu_options(
-        tmp_path / "out", max_length=40, per_device_train_batch_size=6, logging_steps=100, max_steps=9, **saving
-    )
+    steps = {"per_device_train_batch_size": 6, "logging_steps": 100, "max_steps": 9}
+    args = gpu_options(tmp_path / "out", max_length=40, **steps, **saving)
     trainer = OTPOTrainer(model, args=args, train_dataset=pairs_with_one_odd("chosen"))
     trainer.add_callback(At("on_step_begin", 2, lambda: poison(model, tokenizer.convert_tokens_to_ids(ODD))))
     with pytest.raises(FloatingPointError, match=r"row\(s\) 5 of the training.* after 2 optimizer step.*Nothing was"):
