@@ -47,8 +47,8 @@ class OTPOConfig(DPOConfig):
             trainer's attribute `layout` says which and why. Losses, weights and metrics are the same up to rounding.
             TRL's `padding_free=True` sets `"packed"`.
         compile_layers: Whether the decoder layers are compiled by `torch.compile`, see
-            [`otpo.layouts.compiled`]. None: on a GPU, for rows without padding, in runs of at least 300
-            micro-batches.
+            [`otpo.layouts.compiled`]. None: on a GPU, for dense models and rows without padding, in runs of at least
+            300 micro-batches.
         drop_identical_pairs: What happens to a pair whose chosen and rejected completions are the same tokens
             after truncation. It carries no preference. False: an error that names the row. True: the pair is
             dropped and counted. None: an error, but in streams, where it would end a training in its middle, the
@@ -90,8 +90,8 @@ class OTPOConfig(DPOConfig):
         default=None,
         metadata={
             "help": "Compile the model's decoder layers, all by one graph, for any lengths. The first steps take a "
-            "minute or two; later starts find what they need in torch's cache. Unset: on a GPU, for rows without "
-            "padding, in runs of at least 300 micro-batches."
+            "minute or two; later starts find what they need in torch's cache. Unset: on a GPU, for dense models and rows "
+            "without padding, in runs of at least 300 micro-batches."
         },
     )
     drop_identical_pairs: bool | None = field(

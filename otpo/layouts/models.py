@@ -153,7 +153,8 @@ class LaidOutModels:
         args = self._trainer.args
         wanted = args.compile_layers
         if wanted is None:
-            wanted = self.layout.way == "lengths" and compile_by_default(self._accelerator.device, micro_batches)
+            policy, device = self._models()[0], self._accelerator.device
+            wanted = self.layout.way == "lengths" and compile_by_default(policy, device, micro_batches)
         if not wanted or args.torch_compile:
             return
         engine = self._accelerator.distributed_type
