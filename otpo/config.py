@@ -90,8 +90,8 @@ class OTPOConfig(DPOConfig):
         default=None,
         metadata={
             "help": "Compile the model's decoder layers, all by one graph, for any lengths. The first steps take a "
-            "minute or two; later starts find what they need in torch's cache. Unset: on a GPU, for dense models and rows "
-            "without padding, in runs of at least 300 micro-batches."
+            "minute or two; later starts find what they need in torch's cache. Unset: on a GPU, for dense models and "
+            "rows without padding, in runs of at least 300 micro-batches."
         },
     )
     drop_identical_pairs: bool | None = field(

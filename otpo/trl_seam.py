@@ -357,7 +357,7 @@ class _AllLabelled(Tensor):
             if func is Tensor.masked_scatter:
                 return args[2].view_as(args[0])
         result = super().__torch_function__(func, types, args, kwargs or {})
-        stays = func in (Tensor.to, Tensor.__ne__)  # on its way to the device, and the comparison with -100
+        stays = func in (Tensor.to, Tensor.ne, Tensor.__ne__)  # on its way to the device, and the comparison with -100
         return result if stays or not isinstance(result, cls) else _plain(result)
 
 

@@ -12,6 +12,7 @@ import textwrap
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from accelerate.data_loader import DataLoaderShard, prepare_data_loader
 from accelerate.utils import FullyShardedDataParallelPlugin
 from helpers import make_pairs, options
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
 from trl import DPOConfig, DPOTrainer
 from trl.trainer import dpo_trainer
@@ -376,3 +378,28 @@ def test_the_check_leaves_no_trace(model_folder, tmp_path):
     assert {name: vars(trainer)[name] for name in before} == before
     found = trainer._metrics["train" if trainer.model.training else "eval"]
     assert len(found["rewards/margins"]) == 1
+
+
+class NoSelection(TorchDispatchMode):
+    """Raises where the number of true entries of a mask is asked for."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func.overloadpacket.__name__ not in ("nonzero", "index", "masked_select", "masked_scatter"), func
+        return func(*args, **(kwargs or {}))
+
+
+def test_labelled_positions_are_not_counted():
+    """The lines of TRL's head that `row_arguments` names, for labels all of which are there."""
+    labels = trl_seam.row_arguments(
+        {"attention_mask": None}, torch.arange(3), torch.tensor([4, 5, 6]), torch.ones(1, 3), router_logits=False
+    )["shift_labels"]
+    states = torch.randn(1, 3, 2, requires_grad=True)
+    with NoSelection():
+        labels = labels.to(states.device)
+        mask = labels != -100
+        chosen, targets = states[mask], labels[mask]
+        scores = chosen.sum(1)
+        back = scores.new_zeros(mask.shape).masked_scatter(mask, scores)
+    assert type(targets) is type(chosen) is type(back) is torch.Tensor
+    assert targets.tolist() == [4, 5, 6] and chosen.shape == (3, 2)
+    torch.testing.assert_close(back, states.sum(2))

@@ -170,7 +170,8 @@ def test_the_options_of_the_config_are_those_of_the_registry():
         own = name not in {entry.name for entry in dataclasses.fields(DPOConfig)}
         assert not own or entries[name].metadata["help"] == option.help
     inherited = {entry.name for entry in dataclasses.fields(DPOConfig)}
-    assert set(entries) - inherited - set(declared) == {"weighting", "drop_identical_pairs"}
+    of_steps = {"drop_identical_pairs", "row_layout", "compile_layers", "tokens_per_batch"}
+    assert set(entries) - inherited - set(declared) == {"weighting", *of_steps}
     help = entries["weighting"].metadata["help"]
     assert help == weightings_help() and all(f"'{name}'" in help for name in WEIGHTINGS)
 
