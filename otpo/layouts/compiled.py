@@ -47,34 +47,42 @@ def why_not_compile(causal_lm: Any, engine: DistributedType, *, hidden_layer: in
         return f"{engine.value} gathers parameters while a layer runs"
     if getattr(causal_lm, "quantization_method", None) is not None:
         return "the model is quantized"
+    if has_experts(causal_lm):
+        return (
+            "transformers records what routers return by hooks, at which compiled layers of experts fall into pieces"
+        )
     if hidden_layer != -1:
         return f"`hidden_layer={hidden_layer}` looks into a layer"
     return None
 
 
+def has_experts(causal_lm: Any) -> bool:
+    """Whether a model is a Mixture of Experts.
+
+    Its layers are not compiled: a step of four layers of Qwen3-30B-A3B took 182 ms compiled and 163 ms as it is (one
+    H100).
+    """
+    config = causal_lm.config.get_text_config()
+    return any(getattr(config, name, None) for name in _COUNTS_OF_EXPERTS)
+
+
 def compile_by_default(causal_lm: Any, device: torch.device, micro_batches: int) -> bool:
     """Whether compiling pays: for a dense model on a GPU, in a run that is long enough.
-
-    transformers records what routers return by hooks that `torch.compile` can't trace, so layers of experts fall into
-    pieces; a step of four layers of Qwen3-30B-A3B took 182 ms compiled and 163 ms as it is (one H100).
 
     Args:
         causal_lm: The policy.
         device: Where it runs.
         micro_batches: Of the whole run.
     """
-    config = causal_lm.config.get_text_config()
-    has_experts = any(getattr(config, name, None) for name in _COUNTS_OF_EXPERTS)
-    return device.type == "cuda" and micro_batches >= _ENOUGH_BATCHES and not has_experts
+    return device.type == "cuda" and micro_batches >= _ENOUGH_BATCHES and not has_experts(causal_lm)
 
 
-def compile_layers(causal_lm: Any) -> int:
-    """Compiles the decoder layers in place, at their next call; returns how many there are.
+def compile_layers(causal_lm: Any, **options: Any) -> None:
+    """Compiles the decoder layers in place, at their next call.
 
     Args:
         causal_lm: The model, or a PEFT model around it.
+        **options: Of `torch.compile`.
     """
-    layers = decoder_layers(causal_lm)
-    for layer in layers:
-        layer.compile(dynamic=True)
-    return len(layers)
+    for layer in decoder_layers(causal_lm):
+        layer.compile(dynamic=True, **options)
