@@ -49,9 +49,9 @@ from .training.lent import require_unwritten, tensor_versions
 from .training.pair_log import PairLog, pair_columns, pair_table, table_summary, trl_columns
 from .training.reference_cache import StoredRowsCollator, reference_key, without_stored
 from .training.reference_pass import reference_rows, with_reference_rows
-from .training.row_layouts import unpack_rows
 from .training.scoring import LossGroup, Scored, loss_groups, model_inputs
 from .training.start_check import is_same_start, require_same_start, start_gap
+from .training.stored_rows import unpack_rows
 from .training.timing import DeviceTimer
 from .training.token_batches import SHARE, BatchShare, make_budget, make_loader, share_steps
 from .training.watching import TrainerWatcher

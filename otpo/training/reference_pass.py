@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from .reference_cache import cache_file, stored_under, write_rows
-from .row_layouts import pack_rows
+from .stored_rows import pack_rows
 
 Score = Callable[[Mapping[str, Any], Tensor], Tensor]
 """From a batch and its mask to the reference's log-probability of each token, `(2B, T)`."""

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 from otpo import OTPOTrainer
 from otpo.training.late_numbers import LateGathered, LocalNumbers
 from otpo.training.late_reads import LateReads
-from otpo.training.row_layouts import unpack_rows
+from otpo.training.stored_rows import unpack_rows
 
 
 def test_a_step_is_read_when_the_next_one_ends():

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from otpo.training.metrics import averaged_over_pairs, reward_metrics, weight_metrics
-from otpo.training.row_layouts import pack_rows, unpack_rows
+from otpo.training.stored_rows import pack_rows, unpack_rows
 
 
 def mean(values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
