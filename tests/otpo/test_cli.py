@@ -344,9 +344,11 @@ def test_a_fault_in_training_keeps_its_trace(monkeypatch, model_folder, pairs_fi
 def test_a_run_in_a_process_of_its_own(model_folder, pairs_file, tmp_path):
     report = tmp_path / "reports/run.json"
     changes = {"do_eval": True, "test_split_size": 4, "report": report, "weighting": "budget"}
+    changes |= {"row_layout": "shared_prompt"}
     done = python("-m", "otpo.cli.align", *arguments(model_folder, pairs_file, tmp_path / "out", **changes))
     assert done.returncode == 0, done.stderr
-    for line in ("engine     NO, 1 process", "weighting  budget", "pairs      8 to train on, 4 to evaluate on"):
+    rows = "rows       shared_prompt (attention by a mask over all tokens of a batch; row_layout=shared_prompt)"
+    for line in ("engine     NO, 1 process", "weighting  budget", rows, "pairs      8 to train on, 4 to evaluate on"):
         assert line in done.stdout
     assert f"saved      model and tokenizer in {tmp_path / 'out'}" in done.stdout
     AutoTokenizer.from_pretrained(tmp_path / "out")
