@@ -261,7 +261,11 @@ class OTPOTrainer(DPOTrainer):
             if isinstance(callback, TrainerWatcher):
                 callback.attach(self)
         self._reads.forget()
-        result = super().train(*args, **kwargs)
+        try:
+            result = super().train(*args, **kwargs)
+        except Exception:
+            self._reads.read()  # an optimizer or a callback may have failed on what the step before has found
+            raise
         self._start_is_checked = True
         if self.state.global_step == 0:
             refuse_unread_stream(self.train_dataset, self.prepared_datasets.get(self.train_dataset))
@@ -357,6 +361,7 @@ class OTPOTrainer(DPOTrainer):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """As in transformers; batches of `tokens_per_batch` get to know their part in the step."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        trl_seam.copy_without_waiting(self.accelerator)
         share_steps(batches, self.accelerator.num_processes)
         return batches, items
 

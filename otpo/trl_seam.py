@@ -548,6 +548,20 @@ def loader_of_process(accelerator: Any, loader: DataLoader) -> DataLoader:
     )
 
 
+def copy_without_waiting(accelerator: Any) -> None:
+    """Lets the loader that is iterated over copy batches to the device as the options say.
+
+    `skip_first_batches` makes the loader of a resumed epoch anew without `non_blocking`, so that each batch would wait
+    for the device. The loaders read `_non_blocking` at each batch.
+
+    Args:
+        accelerator: The trainer's.
+    """
+    loader = accelerator.gradient_state.active_dataloader
+    if loader is not None:
+        loader._non_blocking = accelerator.non_blocking
+
+
 def has_own_sampler(trainer: Any) -> bool:
     """Whether a trainer's class chooses the order of training rows itself, by `Trainer._get_train_sampler`."""
     return type(trainer)._get_train_sampler is not DPOTrainer._get_train_sampler

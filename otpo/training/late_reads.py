@@ -29,13 +29,14 @@ class LateReads:
         return self._asked is not None
 
     def add(self, values: Tensor, then: Then) -> None:
-        """Hands a tensor's values to a function, at once outside of a step.
+        """Hands a tensor's values to a function: outside of a step at once, after all that was added before.
 
         Args:
             values: A tensor on the same device as the step's others. Nobody may write into it afterwards.
             then: Takes the values on the host. What it raises is raised by whoever reads.
         """
         if self._asked is None:
+            self.read()  # whoever looks between two steps learns first what was wrong with the one before
             then(values.detach().cpu())
         else:
             self._asked.append((values.detach(), then))

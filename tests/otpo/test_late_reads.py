@@ -83,6 +83,19 @@ def test_what_is_found_comes_before_an_error_that_it_led_to(step):
         raise RuntimeError("who knows why")
 
 
+def test_who_looks_between_two_steps_learns_first_what_the_last_one_found():
+    reads, seen = LateReads(), []
+    with reads.step():
+        reads.add(torch.tensor(1), seen.append)
+    reads.add(torch.tensor(2), seen.append)
+    assert seen == [1, 2]
+    with reads.step():
+        reads.add(torch.tensor(3), refuse)
+    with pytest.raises(ValueError, match="found 3"):
+        reads.add(torch.tensor(4), seen.append)
+    assert len(seen) == 2
+
+
 def test_who_interrupts_does_not_wait():
     reads = LateReads()
     with pytest.raises(KeyboardInterrupt), reads.step():
@@ -218,6 +231,28 @@ def test_a_weighting_that_fails_on_numbers_that_are_not_finite(model_folder, tmp
     with pytest.raises(FloatingPointError, match=r"row\(s\) 5 .* after 1 optimizer step") as error:
         trainer.train()
     assert "such states" in str(error.value.__context__)
+
+
+def fail(_: OTPOTrainer) -> None:
+    raise RuntimeError("who knows why")
+
+
+def look_at_another_pair(trainer: OTPOTrainer) -> None:
+    with torch.no_grad():
+        trainer.score_batch(trainer.model, trainer.collate([trainer.train_dataset[0]]))
+
+
+@pytest.mark.parametrize("then", [fail, look_at_another_pair])
+def test_the_bad_pair_is_named_whatever_comes_after_its_step(then, model_folder, tmp_path, tokenizer):
+    """An optimizer may fail on what it is given, and a callback sees a model that is bad for every pair."""
+    model = AutoModelForCausalLM.from_pretrained(model_folder)
+    trainer = late_trainer(model, tmp_path, per_device_train_batch_size=6, gradient_accumulation_steps=1)
+    trainer.add_callback(At("on_step_begin", 2, lambda: poison(model, tokenizer.convert_tokens_to_ids(ODD))))
+    trainer.add_callback(At("on_step_end", 3, lambda: then(trainer)))
+    with pytest.raises(FloatingPointError, match=r"row\(s\) 5 .* after 2 optimizer step") as error:
+        trainer.train()
+    assert trainer.state.global_step == 3
+    assert (then is fail) == ("who knows why" in str(error.value.__context__))
 
 
 def test_a_training_that_was_broken_off_leaves_nothing_to_the_next(model_folder, tmp_path, tokenizer):

@@ -238,6 +238,24 @@ def test_the_options_that_wait_are_the_users(tmp_path):
         assert not copies_without_waiting(tmp_path, said)
 
 
+@pytest.mark.parametrize("wait", [False, True])
+def test_a_resumed_epoch_copies_as_any_other(wait, model_folder, tmp_path):
+    """accelerate makes its loader anew, and would wait for each of its batches."""
+    saving = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1}
+    args = options(tmp_path, weighting="uniform", accelerator_config={"non_blocking": not wait}, **saving)
+    found: list[bool] = []
+
+    class Loaders(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            loader: Any = trainer.accelerator.gradient_state.active_dataloader
+            found.append(loader._non_blocking)
+
+    for checkpoint in (None, tmp_path / "checkpoint-1"):
+        trainer = OTPOTrainer(model_folder, args=args, train_dataset=make_pairs(), callbacks=[Loaders()])
+        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+    assert found == [not wait] * 5
+
+
 def test_evaluation_in_the_middle_of_a_logging_interval(model_folder, tmp_path):
     """What an evaluation counts, such as the tokens so far, is known before it."""
     logs = []

@@ -13,6 +13,7 @@ from helpers import ODD, At, folder_bytes, make_pairs, option_dict, pairs_with_o
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from otpo import OTPOConfig, OTPOTrainer
+from otpo.training.timing import DeviceTimer
 
 pytestmark = pytest.mark.gpu
 
@@ -113,6 +114,16 @@ def test_errors_are_raised_where_something_waits(model_folder, tmp_path):
             trainer.train()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_times_that_nobody_takes_keep_no_events():
+    timer, device = DeviceTimer(), torch.device("cuda")
+    for _ in range(50):
+        with timer.region(device):
+            torch.ones(8, device=device).sum()
+        torch.cuda.synchronize()
+    assert len(timer._running) == 1
+    assert len(timer.take()) == 50 and not timer.take()
 
 
 @pytest.mark.parametrize("saves", [True, False], ids=["save", "nobody"])

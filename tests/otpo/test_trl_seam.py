@@ -120,6 +120,10 @@ READ_BY: dict[str, tuple[Callable, list[str]]] = {
             "batch_sampler=new_batch_sampler,",
         ],
     ),
+    "copy_without_waiting": (
+        DataLoaderShard.__iter__,
+        ["while True:", "send_to_device(current_batch, self.device, non_blocking=self._non_blocking)"],
+    ),
     "has_own_sampler": (Trainer.get_train_dataloader, ["sampler_fn=self._get_train_sampler"]),
     "loss_factor": (
         Trainer.training_step,
