@@ -1,5 +1,6 @@
 """Rows without padding give what padded rows give: losses, every gradient, weights and metrics."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -216,6 +217,32 @@ def test_streams(layout, model_folder, tmp_path):
     assert len(history(streamed, "loss")) == 4
     assert "row_plan" in next(iter(stored.get_train_dataloader()))
     assert "row_plan" not in next(iter(streamed.get_train_dataloader()))
+
+
+@pytest.mark.lengthy
+def test_compiled_models(model_folder, tmp_path):
+    """`torch_compile` has wrapped the reference before the layout is chosen, and wraps the policy afterwards."""
+    torch._dynamo.reset()  # hooks of earlier trainers are not in its graphs
+    losses = []
+    for compiled in ({}, {"torch_compile": True, "torch_compile_backend": "aot_eager"}):
+        changes = {"row_layout": "shared_prompt", "max_steps": 2, **compiled}
+        trainer = make_trainer(model_folder, tmp_path, make_pairs(4), **changes)
+        trainer.train()
+        losses.append([loss for (loss,) in history(trainer, "loss")])
+    torch._dynamo.reset()
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_a_copy_of_a_model_is_asked_itself(model_folder, tmp_path):
+    trainer = make_trainer(model_folder, tmp_path, make_pairs(4), row_layout="packed")
+    copied = copy.deepcopy(trainer.model)
+    ids = torch.arange(5, 13)[None]
+    asked = {"input_ids": ids, "labels": ids, "fused_lm_head": True}
+    with torch.no_grad():
+        expected = copied(**asked).log_probs
+        for parameter in trainer.model.parameters():
+            parameter.zero_()
+        torch.testing.assert_close(copied(**asked).log_probs, expected, rtol=0, atol=0)
 
 
 def test_on_the_cpu_rows_are_padded_unless_asked(model_folder, tmp_path):
