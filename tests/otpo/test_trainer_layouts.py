@@ -210,6 +210,9 @@ def test_accumulation_evaluation_and_resuming(layout, model_folder, tmp_path):
 def test_streams(layout, model_folder, tmp_path):
     """Streams come without plans, which are made when the batch is there."""
     stored = make_trainer(model_folder, tmp_path, make_pairs(), row_layout=layout)
+    sent = {"accelerator_config": {"dispatch_batches": True}}
+    sent = make_trainer(model_folder, tmp_path, make_pairs(), row_layout=layout, **sent)
+    assert "row_plan" not in next(iter(sent.get_train_dataloader()))
     streamed = make_trainer(model_folder, tmp_path, make_pairs().to_iterable_dataset(), row_layout=layout)
     for trainer in (stored, streamed):
         trainer.args.dataloader_num_workers = 0
@@ -300,6 +303,38 @@ def test_a_batch_with_more_than_tokens_is_not_packed(model_folder, tmp_path):
     inputs = {**collate(trainer, [0, 1]), "token_type_ids": torch.zeros(1)}
     with pytest.raises(ValueError, match="the batch's token_type_ids"):
         trainer.compute_loss(trainer.model, inputs)
+
+
+def test_a_model_that_fails_without_a_word_is_named(model_folder, tmp_path):
+    trainer = make_trainer(model_folder, tmp_path, make_pairs(4), row_layout="packed")
+
+    def fail(_module: Any, _args: Any, kwargs: Any) -> None:
+        if "position_ids" in kwargs:
+            raise NotImplementedError
+
+    trainer.model.base_model.register_forward_pre_hook(fail, with_kwargs=True)
+    with pytest.raises(ValueError, match="Qwen3ForCausalLM, which fails on it: NotImplementedError"):
+        trainer.train()
+
+
+def test_a_batch_that_is_changed_is_planned_anew(model_folder, tmp_path):
+    """A subclass may change a batch after its loader has planned it."""
+
+    class Shorter(OTPOTrainer):
+        def score_batch(self, model: Any, inputs: Any, **arguments: Any) -> Any:
+            if self.state.global_step % 2:
+                inputs["completion_mask"][:, -3:] = 0  # in place
+            else:
+                inputs = {**inputs, "input_ids": inputs["input_ids"].clamp(max=40)}
+            return super().score_batch(model, inputs, **arguments)
+
+    losses = []
+    for layout in ("padded", "shared_prompt"):
+        changes = {"row_layout": layout, "weighting": "uniform", "loss_type": ["sft"]}
+        trainer = Shorter(model_folder, args=options(tmp_path, **changes), train_dataset=make_pairs())
+        trainer.train()
+        losses.append([loss for (loss,) in history(trainer, "loss")])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
 def test_answers_that_differ_in_their_prompts(model_folder, tmp_path):
