@@ -220,10 +220,12 @@ class OTPOTrainer(DPOTrainer):
     def _plans_rows(self, dataset: Any) -> Iterator[None]:
         """Lets loaders that are made inside the block plan the rows on the host.
 
-        Loaders of streams gather batches on one process and cut them anew for the others, so those are planned late.
+        Loaders of streams, and others by `dispatch_batches`, gather batches on one process and cut them anew for the
+        others, so those are planned late.
         """
         collator = self.data_collator
-        if self.layout.way is not None and not isinstance(dataset, IterableDataset):
+        is_cut_anew = isinstance(dataset, IterableDataset) or self.accelerator.dispatch_batches
+        if self.layout.way is not None and not is_cut_anew:
             self.data_collator = PlanningCollator(collator, share=self.layout.shares)
         try:
             yield
@@ -325,6 +327,11 @@ class OTPOTrainer(DPOTrainer):
     def collate(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         """A batch of rows of a prepared dataset, on the trainer's device, as [`score_batch`] takes it."""
         return self._prepare_inputs(self.data_collator(examples))
+
+    def _prepare_inputs(self, inputs):
+        inputs = super()._prepare_inputs(inputs)
+        self._laid_out.keep_plan(inputs)
+        return inputs
 
     # Training batches by a number of tokens
 

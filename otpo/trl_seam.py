@@ -283,6 +283,7 @@ def scores_rows(causal_lm: Any) -> None:
     Args:
         causal_lm: A causal language model with TRL's head, or a PEFT model around it.
     """
+    causal_lm = getattr(causal_lm, "_orig_mod", causal_lm)  # `torch_compile` has compiled the reference by now
     plain = causal_lm.get_base_model() if is_peft_model(causal_lm) else causal_lm
     fused = plain.forward
     if hasattr(fused, "scores_rows"):
@@ -290,8 +291,12 @@ def scores_rows(causal_lm: Any) -> None:
 
     @functools.wraps(fused.__func__)
     def forward(self: Any, *args: Any, scored_positions: Tensor | None = None, **kwargs: Any) -> Any:
+        # The model is `self`, which in a copy of the model is the copy.
         if scored_positions is None:
-            return fused(*args, **kwargs)
+            return fused.__func__(self, *args, **kwargs)
+        # Compilers can't trace such labels, nor do they count the labelled positions without waiting.
+        if not torch.compiler.is_compiling():
+            kwargs["shift_labels"] = _AllLabelled.of(kwargs["shift_labels"])
         return fused.__func__(_ScoredPositions(self, scored_positions), *args, **kwargs)
 
     forward.scores_rows = True  # pyright: ignore
@@ -314,7 +319,7 @@ def row_arguments(
     arguments = {name: value for name, value in tokens.items() if name != "attention_mask"}
     arguments |= {"scored_positions": scored, "row_attention": attention, "use_cache": False, "fused_lm_head": True}
     # TRL's head hands its `attention_mask` to the routers' loss, which weighs each token by it.
-    arguments |= {"shift_labels": _AllLabelled.of(targets[None]), "attention_mask": copies}
+    arguments |= {"shift_labels": targets[None], "attention_mask": copies}
     return {**arguments, "output_router_logits": True} if router_logits else arguments
 
 

@@ -23,7 +23,9 @@ from .plan import RowPlan
 
 _PREFIX = "otpo_rows_"
 # Options of attention functions that change the result and that the kernels don't know.
-_UNKNOWN_OPTIONS = ("softcap", "s_aux", "position_bias", "sinks")
+_UNKNOWN_OPTIONS = ("softcap", "s_aux", "position_bias", "sinks", "indices", "block_indices")
+# transformers takes a mask of four dimensions as it is, and makes none. Whoever adds to this one changes its shape.
+_NO_MASK = (1, 1, 1, 1)
 
 
 def attend_by_lengths(causal_lm: Any) -> None:
@@ -41,16 +43,28 @@ def attend_by_lengths(causal_lm: Any) -> None:
     causal_lm.set_attn_implementation(name)
 
 
+def attend_as_before(causal_lm: Any) -> None:
+    """Takes [`attend_by_lengths`] back."""
+    name = implementations(causal_lm.config)[0]
+    if name and name.startswith(_PREFIX):
+        causal_lm.set_attn_implementation(plain_implementation(name))
+
+
 def plain_implementation(name: str | None) -> str | None:
     """The attention that a model had before [`attend_by_lengths`]."""
     return name.removeprefix(_PREFIX) if name else name
 
 
-def lengths_arguments(plan: RowPlan) -> dict[str, Any]:
-    """What the model is called with so that its tokens see their own rows alone, by lengths."""
-    lengths = RowLengths(plan.segment_ends, plan.branch_ends, plan.shared_ends, plan.shared_tokens, *plan.longest)
-    # transformers takes a mask of four dimensions as it is, and makes none.
-    return {"row_lengths": lengths, "attention_mask": plan.ids.new_ones((1, 1, 1, 1), dtype=torch.bool)}
+def lengths_arguments(plan: RowPlan, longest_row: int | None = None) -> dict[str, Any]:
+    """What the model is called with so that its tokens see their own rows alone, by lengths.
+
+    Args:
+        plan: The rows.
+        longest_row: How many tokens a row of the run may have; None for any number.
+    """
+    ends = plan.segment_ends, plan.branch_ends, plan.shared_ends
+    lengths = RowLengths(*ends, plan.shared_tokens, *plan.longest, longest_row)
+    return {"row_lengths": lengths, "attention_mask": plan.ids.new_ones(_NO_MASK, dtype=torch.bool)}
 
 
 def flash_arguments(plan: RowPlan) -> dict[str, Any]:
@@ -90,9 +104,18 @@ def _rows_attention(
     """The attention function that transformers calls: `[1, heads, N, D]` in, `[1, N, H, D]` out."""
     if row_lengths is None:
         return otherwise(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **options)
+    # What the kernels can't do. Short rows look right all the same where a window or a choice of keys does not bind.
     unknown = [name for name in _UNKNOWN_OPTIONS if options.get(name) is not None]
-    if unknown or dropout:
-        raise NotImplementedError(f"attention with {unknown or 'dropout'} in rows without padding")
+    if dropout:
+        unknown.append("dropout")
+    if options.get("is_causal") is False:
+        unknown.append("is_causal=False")
+    if attention_mask is not None and attention_mask.shape != _NO_MASK:
+        unknown.append("a mask of its own")
+    if "sliding_window" not in options and _slides(module):
+        unknown.append("a sliding window that its mask alone tells")
+    if unknown:
+        raise NotImplementedError(f"attention with {', '.join(unknown)} in rows without padding")
 
     # Norms and rotary angles may leave float32 under autocast, which the kernels don't take.
     dtype = value.dtype
@@ -101,3 +124,12 @@ def _rows_attention(
     scale = query.size(-1) ** -0.5 if scaling is None else scaling
     query, key, value = (part[0].transpose(0, 1).to(dtype) for part in (query, key, value))
     return lengths_attention(query, key, value, row_lengths, scale, options.get("sliding_window"))[None], None
+
+
+def _slides(layer: nn.Module) -> bool:
+    """Whether an attention layer has a sliding window by its configuration."""
+    config: Any = getattr(layer, "config", None)
+    kinds, number = getattr(config, "layer_types", None), getattr(layer, "layer_idx", None)
+    if kinds and number is not None:
+        return kinds[number] == "sliding_attention"
+    return bool(getattr(config, "sliding_window", None)) and getattr(config, "use_sliding_window", True)

@@ -15,12 +15,12 @@ from accelerate.utils import is_peft_model
 from otpo.trl_seam import implementations
 
 from .attention import plain_implementation
-from .lengths_attention import flash_can_run
+from .lengths_attention import FLASH_DTYPES, binding_window, flash_can_run
 
 RowLayout = Literal["auto", "padded", "packed", "shared_prompt"]
 ROW_LAYOUTS: tuple[RowLayout, ...] = ("auto", "padded", "packed", "shared_prompt")
 
-_KNOWN_LAYERS = {"full_attention", "sliding_attention"}
+_KNOWN_LAYERS = {"full_attention", "sliding_attention", "global"}
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,10 @@ def choose_layout(
     if obstacle is not None:
         return Layout("padded", reason=f"because of {obstacle}")
     if way == "mask":
-        where = "float32 without autocast" if device.type == "cuda" else f"{device.type}"
+        where = f"{device.type}"
+        if device.type == "cuda":
+            is_half = (autocast or causal_lm.dtype) in FLASH_DTYPES
+            where = "this GPU, or this size of heads," if is_half else "float32 without autocast"
         return Layout("padded", reason=f"{where} has no attention by lengths; a mask would cost more than padding")
     if way == "flash":
         return Layout("packed", way, "transformers' flash attention shares no prompts; 'sdpa' does")
@@ -115,12 +118,22 @@ def obstacle_of(causal_lm: Any) -> str | None:
     config = causal_lm.config.get_text_config()
     if causal_lm.config.get_text_config() is not causal_lm.config:
         return "a model of text and something else"
-    unknown = sorted(set(getattr(config, "layer_types", None) or ()) - _KNOWN_LAYERS)
+    kinds = getattr(config, "layer_types", None) or getattr(config, "attention_layers", None) or ()
+    unknown = sorted(set(kinds) - _KNOWN_LAYERS)
     if unknown:
         return f"layers of kind {', '.join(unknown)}"
-    if getattr(config, "attention_dropout", 0.0):
-        return f"attention_dropout={config.attention_dropout}"
-    return None
+    plain = causal_lm.get_base_model() if is_peft_model(causal_lm) else causal_lm
+    if getattr(plain, "_is_stateful", False):  # transformers' word for recurrent layers
+        return f"the recurrent layers of {type(plain).__name__}"
+    dropout = _attention_dropout(plain, config)
+    return f"dropout of {dropout} in attention" if dropout else None
+
+
+def _attention_dropout(plain: Any, config: Any) -> float:
+    """Of attention probabilities: a number of the configuration, or a module, which `disable_dropout` reaches."""
+    numbers = [getattr(config, name, None) or 0.0 for name in ("attention_dropout", "attention_probs_dropout_prob")]
+    modules = [getattr(module, "p", 0.0) for name, module in plain.named_modules() if name.endswith("attn_dropout")]
+    return max(*numbers, *modules)
 
 
 def _way(
@@ -128,9 +141,10 @@ def _way(
 ) -> Literal["lengths", "flash", "mask"] | None:
     attention = plain_implementation(implementations(causal_lm.config)[0])
     config = causal_lm.config.get_text_config()
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    if attention == "sdpa" and flash_can_run(device, autocast or causal_lm.dtype, head_dim):
-        return "lengths"
+    if attention == "sdpa":
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        if flash_can_run(device, autocast or causal_lm.dtype, head_dim):
+            return "lengths"
     if attention in ("flash_attention_2", "flash_attention_3", "flash_attention_4"):
         return "flash"
     return "mask" if attention in ("sdpa", "eager") else None
@@ -145,5 +159,4 @@ def _window(causal_lm: Any) -> int | None:
 
 
 def _window_binds(causal_lm: Any, max_length: int | None) -> bool:
-    window = _window(causal_lm)
-    return window is not None and (max_length is None or max_length > window)
+    return binding_window(_window(causal_lm), max_length) is not None

@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-_FLASH_DTYPES = (torch.float16, torch.bfloat16)
+FLASH_DTYPES = (torch.float16, torch.bfloat16)
+"""What the kernels take."""
 _aten = torch.ops.aten
 
 
@@ -31,6 +32,7 @@ class RowLengths(NamedTuple):
     longest_segment: int
     longest_branch: int
     longest_shared: int
+    longest_row: int | None = None
 
 
 def lengths_attention(
@@ -44,15 +46,22 @@ def lengths_attention(
         value: `[N, K, D]`.
         lengths: The rows.
         scale: Multiplies the products of queries and keys.
-        window: How many tokens each one sees, itself included; None for all. Not with shared tokens.
+        window: How many tokens each one sees, itself included; None for all. Not with shared tokens, unless no row of
+            the run is longer.
 
     Raises:
         ValueError: A window, and shared tokens.
     """
+    window = binding_window(window, lengths.longest_row)
     if window is not None and lengths.shared_tokens:
         raise ValueError("A sliding window can't be told by lengths where pairs share a prefix: pack without sharing.")
     left = -1 if window is None else window - 1
-    return _attend(query, key, value, *lengths, scale, left)[0]
+    return _attend(query, key, value, *lengths[:-1], scale, left)[0]
+
+
+def binding_window(window: int | None, longest_row: int | None) -> int | None:
+    """A sliding window, or None if no row is longer than it."""
+    return None if window is not None and longest_row is not None and longest_row <= window else window
 
 
 def masked_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
@@ -85,7 +94,7 @@ def row_mask(pairs: Tensor, branches: Tensor) -> Tensor:
 
 def flash_can_run(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
     """Whether torch's flash kernels take such heads: half precision on a GPU of compute capability 8.0 or later."""
-    if device.type != "cuda" or torch.version.hip is not None or dtype not in _FLASH_DTYPES:
+    if device.type != "cuda" or torch.version.hip is not None or dtype not in FLASH_DTYPES:
         return False
     capable = torch.cuda.get_device_capability(device) >= (8, 0)
     return capable and head_dim <= 256 and head_dim % 8 == 0 and torch.backends.cuda.is_flash_attention_available()
@@ -116,7 +125,7 @@ def _attend(
     output, log_mass, *_ = _aten._flash_attention_forward(
         query, key, value, *segments, 0.0, True, False, scale=scale, window_size_left=left, window_size_right=0
     )
-    if not shared_tokens:
+    if shared_tokens in (0, len(query)):  # nothing is shared, or nothing is not
         return output, log_mass
 
     # What the branches see of their prefixes. A pair without one has the logarithm +inf there, which means no mass.
@@ -169,7 +178,7 @@ def _attend_backward(
         window_size_left=left,
         window_size_right=0,
     )
-    if not shared_tokens:
+    if shared_tokens in (0, len(query)):
         return grads
 
     # The same probabilities and outputs, of the whole softmax, over the prefixes.

@@ -12,8 +12,9 @@ from transformers.utils import logging
 
 from otpo import trl_seam
 from otpo.training.hidden_states import captured_states, evaluating
+from otpo.training.lent import writes_to
 
-from .attention import attend_by_lengths
+from .attention import attend_as_before, attend_by_lengths
 from .choice import ROW_LAYOUTS, Layout, choose_layout
 from .compiled import compile_by_default, compile_layers, why_not_compile
 from .plan import RowPlan
@@ -39,8 +40,10 @@ class LaidOutModels:
     def __init__(self, trainer: Any) -> None:
         self._trainer, self._accelerator = trainer, trainer.accelerator
         self._asked = trainer.args.row_layout
-        self._is_tried = self._compiling_is_decided = False
-        self._planned: tuple[Mapping[str, Any], RowPlan] | None = None  # the last batch's
+        self._tried: set[int] = set()  # ids of models
+        self._compiling_is_decided = False
+        # Of the last batch: what its plan is made of, with counts of writes; the plan that it came with; the plan.
+        self._planned: tuple[list[tuple[Tensor, int]], RowPlan | None, RowPlan] | None = None
 
         # Policy and reference take the same layout: what both can.
         options: dict[str, Any] = {
@@ -52,6 +55,11 @@ class LaidOutModels:
         layouts = [choose_layout(self._asked, model, **options) for model in self._models()]
         self.layout = min(layouts, key=lambda layout: ROW_LAYOUTS.index(layout.name))
         if len({layout.way for layout in layouts}) > 1:
+            if self._asked not in ("auto", "padded"):
+                raise ValueError(
+                    f"`row_layout={self._asked!r}` is not possible with a policy and a reference of different "
+                    "attention or precision. Load them alike, or set `row_layout='auto'`."
+                )
             self.layout = Layout("padded", reason="policy and reference have different attention")
         for model in self._models() if self.layout.way else ():
             trl_seam.scores_rows(model)
@@ -70,8 +78,7 @@ class LaidOutModels:
         Raises:
             ValueError: A layout that was asked for by name is not right for the model or the batch.
         """
-        if not self._is_tried:
-            self._is_tried = True
+        if id(self._accelerator.unwrap_model(model)) not in self._tried:
             self._try(model, inputs)
         state = self._trainer.state
         if not self._compiling_is_decided and trl_seam.mode_of(self._trainer) == "train" and state.max_steps > 0:
@@ -91,7 +98,8 @@ class LaidOutModels:
             arguments = trl_seam.policy_arguments(inputs, router_logits=router_logits)
         else:
             causal_lm = self._accelerator.unwrap_model(model)
-            arguments = planned_arguments(plan, self.layout, causal_lm, router_logits=router_logits)
+            longest = self._trainer.args.max_length
+            arguments = planned_arguments(plan, self.layout, causal_lm, longest, router_logits=router_logits)
         outputs = trl_seam.on_device(model(**arguments), inputs["input_ids"].device)
         return outputs if plan is None else as_padded(outputs, plan)
 
@@ -105,9 +113,22 @@ class LaidOutModels:
     def _plan(self, inputs: Mapping[str, Any]) -> RowPlan | None:
         if self.layout.way is None:
             return None
-        if self._planned is None or self._planned[0] is not inputs:
-            self._planned = inputs, plan_of(inputs, self.layout)
-        return self._planned[1]
+        tensors = [inputs[name] for name in PLANNED]
+        made_of = [(each, writes_to(each)) for each in tensors]
+        made = inputs.get(trl_seam.ROW_PLAN)
+        if self._planned is not None:
+            before, came_with, plan = self._planned
+            if all(new[0] is old[0] and new[1] == old[1] for new, old in zip(made_of, before, strict=True)):
+                return plan
+            if made is came_with:  # the batch is another one by now
+                inputs = {name: each for name, each in inputs.items() if name != trl_seam.ROW_PLAN}
+        self._planned = made_of, made, plan_of(inputs, self.layout)
+        return self._planned[2]
+
+    def keep_plan(self, inputs: Mapping[str, Any]) -> None:
+        """Remembers what the plan of a batch was made of, before anybody changes the batch."""
+        if trl_seam.ROW_PLAN in inputs:
+            self._plan(inputs)
 
     def _models(self) -> list[Any]:
         models = (self._trainer.model, self._trainer.ref_model)
@@ -115,23 +136,33 @@ class LaidOutModels:
 
     def _try(self, model: Any, inputs: Mapping[str, Any]) -> None:
         """Compares a few tokens in the chosen layout with padded ones, and goes back to padding where they differ."""
+        # A pass before training asks the reference alone, so the policy may come later.
+        reference = self._trainer.ref_model
+        self._tried.add(id(self._accelerator.unwrap_model(model)))
         if self.layout.way is None:
             return
         unknown = sorted(inputs.keys() - {*PLANNED, *trl_seam.REFERENCE_COLUMNS, trl_seam.ROW_PLAN})
         fault = f"the batch's {', '.join(unknown)}" if unknown else self._fault(model)
-        if fault is None and self._trainer.ref_model is not None and model is not self._trainer.ref_model:
-            fault = self._fault(self._trainer.ref_model)
+        if fault is None and reference is not None:
+            plain = id(self._accelerator.unwrap_model(reference))
+            fault = None if plain in self._tried else self._fault(reference)
+            self._tried.add(plain)
         if fault is None:
             return
         if self._asked != "auto":
             raise ValueError(f"`row_layout={self._asked!r}` is not possible with {fault}. Set `row_layout='auto'`.")
         self.layout = Layout("padded", reason=f"because of {fault}")
+        for each in self._models():  # models ask for the name of their attention
+            attend_as_before(each)
         logger.warning(f"Rows are {self.layout.describe()}.")
 
     def _fault(self, model: Any) -> str | None:
         """What is wrong with a model's hidden states in the chosen layout; the same answer on all processes."""
-        causal_lm, layout = self._accelerator.unwrap_model(model), self.layout
-        trial = trial_batch(causal_lm.config.get_text_config().vocab_size, self._accelerator.device)
+        causal_lm, layout, planned_before = self._accelerator.unwrap_model(model), self.layout, self._planned
+        device = self._accelerator.device
+        trial = trial_batch(causal_lm.config.get_text_config().vocab_size, device)
+        failure = "a hidden state is not finite, or another process failed"
+        gap = torch.full((), torch.inf, device=device)
         try:
             with torch.no_grad(), evaluating(model), captured_states(causal_lm) as captured:
                 self.ask(model, trial, router_logits=False)
@@ -140,12 +171,15 @@ class LaidOutModels:
             planned, padded = captured
             gap = state_gap(padded, planned, plan_of(trial, layout).to(planned.device))
         except Exception as error:  # whatever a model does with arguments that it does not know
-            return f"{type(causal_lm).__name__}, which fails on it: {str(error).splitlines()[0]}"
+            failure = (str(error) or type(error).__name__).splitlines()[0]
         finally:
-            self.layout = layout
-        largest = self._accelerator.gather(gap.to(self._accelerator.device).reshape(1)).max().item()
+            self.layout, self._planned = layout, planned_before
+        # A failure is a gap too: on all processes, whichever has seen it.
+        largest = self._accelerator.gather(gap.to(device).reshape(1)).max().item()
         if is_same_state(largest):
             return None
+        if largest == torch.inf:
+            return f"{type(causal_lm).__name__}, which fails on it: {failure}"
         return f"{type(causal_lm).__name__}, whose hidden states differ by {largest:.2f} of their norm"
 
     def _compile(self, micro_batches: int) -> None:

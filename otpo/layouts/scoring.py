@@ -28,17 +28,20 @@ def plan_of(inputs: Mapping[str, Any], layout: Layout) -> RowPlan:
     return plan_rows(*masks, share=layout.shares).to(inputs["input_ids"].device)
 
 
-def planned_arguments(plan: RowPlan, layout: Layout, causal_lm: Any, *, router_logits: bool) -> dict[str, Any]:
+def planned_arguments(
+    plan: RowPlan, layout: Layout, causal_lm: Any, longest_row: int | None, *, router_logits: bool
+) -> dict[str, Any]:
     """What the model is called with in place of the padded batch.
 
     Args:
         plan: The rows.
         layout: How attention tells them apart.
         causal_lm: The model without engines around it.
+        longest_row: How many tokens a row of the run may have; None for any number.
         router_logits: Whether the routers' loss is asked for.
     """
     if layout.way == "lengths":
-        attention = lengths_arguments(plan)
+        attention = lengths_arguments(plan, longest_row)
     elif layout.way == "flash":
         attention = flash_arguments(plan)
     else:

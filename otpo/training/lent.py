@@ -9,7 +9,12 @@ def tensor_versions(batch: PairBatch) -> dict[str, int]:
     """Counts the writes so far to each tensor that the weighting shares with the loss."""
     lent = {"hidden_states": batch.hidden_states}
     lent |= {f"inputs[{name!r}]": value for name, value in batch.inputs.items() if isinstance(value, Tensor)}
-    return {name: value._version for name, value in lent.items() if not value.is_inference()}
+    return {name: writes_to(value) for name, value in lent.items()}
+
+
+def writes_to(tensor: Tensor) -> int:
+    """Counts the writes to a tensor so far; 0 for one of inference mode, which does not know."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def require_unwritten(batch: PairBatch, versions: dict[str, int]) -> None:

@@ -1,5 +1,6 @@
 """Rows without padding give what padded rows give: losses, every gradient, weights and metrics."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -209,6 +210,9 @@ def test_accumulation_evaluation_and_resuming(layout, model_folder, tmp_path):
 def test_streams(layout, model_folder, tmp_path):
     """Streams come without plans, which are made when the batch is there."""
     stored = make_trainer(model_folder, tmp_path, make_pairs(), row_layout=layout)
+    sent = {"accelerator_config": {"dispatch_batches": True}}
+    sent = make_trainer(model_folder, tmp_path, make_pairs(), row_layout=layout, **sent)
+    assert "row_plan" not in next(iter(sent.get_train_dataloader()))
     streamed = make_trainer(model_folder, tmp_path, make_pairs().to_iterable_dataset(), row_layout=layout)
     for trainer in (stored, streamed):
         trainer.args.dataloader_num_workers = 0
@@ -216,6 +220,32 @@ def test_streams(layout, model_folder, tmp_path):
     assert len(history(streamed, "loss")) == 4
     assert "row_plan" in next(iter(stored.get_train_dataloader()))
     assert "row_plan" not in next(iter(streamed.get_train_dataloader()))
+
+
+@pytest.mark.lengthy
+def test_compiled_models(model_folder, tmp_path):
+    """`torch_compile` has wrapped the reference before the layout is chosen, and wraps the policy afterwards."""
+    torch._dynamo.reset()  # hooks of earlier trainers are not in its graphs
+    losses = []
+    for compiled in ({}, {"torch_compile": True, "torch_compile_backend": "aot_eager"}):
+        changes = {"row_layout": "shared_prompt", "max_steps": 2, **compiled}
+        trainer = make_trainer(model_folder, tmp_path, make_pairs(4), **changes)
+        trainer.train()
+        losses.append([loss for (loss,) in history(trainer, "loss")])
+    torch._dynamo.reset()
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_a_copy_of_a_model_is_asked_itself(model_folder, tmp_path):
+    trainer = make_trainer(model_folder, tmp_path, make_pairs(4), row_layout="packed")
+    copied = copy.deepcopy(trainer.model)
+    ids = torch.arange(5, 13)[None]
+    asked = {"input_ids": ids, "labels": ids, "fused_lm_head": True}
+    with torch.no_grad():
+        expected = copied(**asked).log_probs
+        for parameter in trainer.model.parameters():
+            parameter.zero_()
+        torch.testing.assert_close(copied(**asked).log_probs, expected, rtol=0, atol=0)
 
 
 def test_on_the_cpu_rows_are_padded_unless_asked(model_folder, tmp_path):
@@ -273,6 +303,38 @@ def test_a_batch_with_more_than_tokens_is_not_packed(model_folder, tmp_path):
     inputs = {**collate(trainer, [0, 1]), "token_type_ids": torch.zeros(1)}
     with pytest.raises(ValueError, match="the batch's token_type_ids"):
         trainer.compute_loss(trainer.model, inputs)
+
+
+def test_a_model_that_fails_without_a_word_is_named(model_folder, tmp_path):
+    trainer = make_trainer(model_folder, tmp_path, make_pairs(4), row_layout="packed")
+
+    def fail(_module: Any, _args: Any, kwargs: Any) -> None:
+        if "position_ids" in kwargs:
+            raise NotImplementedError
+
+    trainer.model.base_model.register_forward_pre_hook(fail, with_kwargs=True)
+    with pytest.raises(ValueError, match="Qwen3ForCausalLM, which fails on it: NotImplementedError"):
+        trainer.train()
+
+
+def test_a_batch_that_is_changed_is_planned_anew(model_folder, tmp_path):
+    """A subclass may change a batch after its loader has planned it."""
+
+    class Shorter(OTPOTrainer):
+        def score_batch(self, model: Any, inputs: Any, **arguments: Any) -> Any:
+            if self.state.global_step % 2:
+                inputs["completion_mask"][:, -3:] = 0  # in place
+            else:
+                inputs = {**inputs, "input_ids": inputs["input_ids"].clamp(max=40)}
+            return super().score_batch(model, inputs, **arguments)
+
+    losses = []
+    for layout in ("padded", "shared_prompt"):
+        changes = {"row_layout": layout, "weighting": "uniform", "loss_type": ["sft"]}
+        trainer = Shorter(model_folder, args=options(tmp_path, **changes), train_dataset=make_pairs())
+        trainer.train()
+        losses.append([loss for (loss,) in history(trainer, "loss")])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
 def test_answers_that_differ_in_their_prompts(model_folder, tmp_path):

@@ -84,7 +84,12 @@ READ_BY: dict[str, tuple[Callable, list[str]]] = {
             "def _fused_forward(",
             "getattr(self, backbone_attr)(*args, **kwargs)",
             "backbone_outputs.last_hidden_state",
+            "labels = shift_labels",
             "self.get_output_embeddings()",
+            "mask = labels != -100",
+            "hidden_states[mask] if compact",
+            "labels[mask] if compact",
+            "x.new_zeros(mask.shape).masked_scatter(mask, x)",
             "model.forward = types.MethodType(_fused_forward, model)",
         ],
     ),
@@ -93,10 +98,6 @@ READ_BY: dict[str, tuple[Callable, list[str]]] = {
         [
             "if shift_labels is None:",
             "labels = shift_labels",
-            "mask = labels != -100",
-            "hidden_states[mask] if compact",
-            "labels[mask] if compact",
-            "x.new_zeros(mask.shape).masked_scatter(mask, x)",
             'backbone_outputs.router_logits, num_experts, num_experts_per_tok, kwargs.get("attention_mask")',
         ],
     ),
@@ -393,10 +394,8 @@ class NoSelection(TorchDispatchMode):
 
 
 def test_labelled_positions_are_not_counted():
-    """The lines of TRL's head that `row_arguments` names, for labels all of which are there."""
-    labels = trl_seam.row_arguments(
-        {"attention_mask": None}, torch.arange(3), torch.tensor([4, 5, 6]), torch.ones(1, 3), router_logits=False
-    )["shift_labels"]
+    """The lines of TRL's head that `scores_rows` names, for labels all of which are there."""
+    labels = trl_seam._AllLabelled.of(torch.tensor([[4, 5, 6]]))
     states = torch.randn(1, 3, 2, requires_grad=True)
     with NoSelection():
         labels = labels.to(states.device)
