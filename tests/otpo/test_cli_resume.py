@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from typing import Any
 
 import pytest
 from cli_helpers import HANG, ROOT, arguments, refusal
@@ -57,7 +58,13 @@ def test_another_run_is_refused(changes, message, capsys, run, model_folder, pai
 
 
 def test_options_that_say_nothing_do_not_make_another_run():
-    names = {"use_peft": False, "lora_r": 8, "weighting": "otpo", "d2po_gamma": 0.9, "ot_max_iterations": 5}
+    names: dict[str, Any] = {
+        "use_peft": False,
+        "lora_r": 8,
+        "weighting": "otpo",
+        "d2po_gamma": 0.9,
+        "ot_max_iterations": 5,
+    }
     kinds, other = align.make_parser().dataclass_types, {**names, "lora_r": 64, "d2po_gamma": 0.5}
     other["ot_max_iterations"] = 5000  # which a warning of the solver advises to raise
     names |= {"row_layout": "auto", "compile_layers": None, "tokens_per_batch": 100}
