@@ -39,6 +39,7 @@ from .layouts.collator import PlanningCollator
 from .layouts.models import LaidOutModels
 from .training.finite_checks import (
     pairs_not_finite,
+    require_finite_everywhere,
     require_finite_pairs,
     require_finite_parameters,
     states_not_finite,
@@ -161,6 +162,9 @@ class OTPOTrainer(DPOTrainer):
         self._pair_log = PairLog()
         self._token_budget: tuple[Any, TokenBudget] | None = None  # of a dataset
         self._reads = LateReads()
+        self._found: list[
+            Tensor
+        ] = []  # by the checks of the micro-batch that runs, to be read late: pairs, `(B,)` bool
         # Checks of the first loss, made once: that TRL reads what it is handed, and that the reference is the policy.
         self._models_are_ready = False
         self._seam_is_checked = False
@@ -539,7 +543,10 @@ class OTPOTrainer(DPOTrainer):
             step=self.state.global_step,
             late=self._reads.in_step,
         )
-        self._reads.add(pairs_not_finite(bad), check)
+        found = pairs_not_finite(bad)
+        self._reads.add(found, check)
+        if self._reads.in_step:
+            self._found.append(found)
 
     # The loss
 
@@ -549,6 +556,7 @@ class OTPOTrainer(DPOTrainer):
         Whatever logs, evaluates or saves reads it before, so that no checkpoint follows a step with numbers that are
         not finite.
         """
+        self._found.clear()
         with self._reads.step(late=self._reads_late):
             return super().training_step(*args, **kwargs)
 
@@ -675,15 +683,17 @@ class OTPOTrainer(DPOTrainer):
         gather: Any = self.accelerator.gather
         counted = share.of_all if share else 1
         if late is not None:
-            row, summary = late.row(), table.summary()
+            row, summary, step = late.row(), table.summary(), self.state.global_step
+            found = torch.stack([pairs.sum() for pairs in self._found]).sum() if self._found else row.new_zeros(())
 
             def enter(rows: Tensor) -> None:
+                require_finite_everywhere(rows[:, -1], step)
                 late.enter(rows[:, : len(row)])
                 # Where pairs are repeated, each process has one.
-                summaries = rows[:kept, len(row) :].unflatten(1, summary.shape)
+                summaries = rows[:kept, len(row) : -1].unflatten(1, summary.shape)
                 self._pair_log.add(mode, collected, table, summaries, counted)
 
-            self._reads.add(gather(torch.cat([row, summary.flatten()])[None]), enter)
+            self._reads.add(gather(torch.cat([row, summary.flatten(), found.double()[None]])[None]), enter)
         elif mode == "eval":
             self._pair_log.add_evaluated(collected, table, gather(table.values).cpu()[:kept])
         else:

@@ -23,7 +23,8 @@ def require_finite_pairs(
 ) -> None:
     """Raises a `FloatingPointError` that names the pairs that have a number that is not finite.
 
-    A process that raises ends alone; its launcher ends the others.
+    A process that raises ends alone, and its launcher ends the others, but where numbers are read late: there all end,
+    see [`require_finite_everywhere`].
 
     Args:
         bad: `(B,)` bool on the host, see [`pairs_not_finite`].
@@ -48,6 +49,24 @@ def require_finite_pairs(
         "Resume from the last checkpoint with a lower `learning_rate` or `max_grad_norm`, or with bf16 in place of "
         "fp16; if it is step 0, the model's weights, the weighting or this pair's text are at fault."
     )
+
+
+def require_finite_everywhere(found: Tensor, step: int) -> None:
+    """Raises a `FloatingPointError` where a process has found what is not finite, on those too that have not.
+
+    Such a process names its pair itself, by [`require_finite_pairs`]. The others would log its numbers, and blame
+    pairs of theirs for what an update has made of the model.
+
+    Args:
+        found: `(P,)` on the host, how often each of the processes has found something, the same on all of them.
+        step: Optimizer steps done before the numbers were made.
+    """
+    processes = found.nonzero().flatten().tolist()
+    if processes:
+        raise FloatingPointError(
+            f"Numbers of process(es) {processes} are not finite after {step} optimizer step(s); the error there names "
+            "the pair. Nothing was saved after them, though the model in memory may have been updated."
+        )
 
 
 def states_not_finite(states: Tensor, logps: Tensor, mask: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from typing import Any
 
 import pytest
 from cli_helpers import HANG, ROOT, arguments, refusal
@@ -57,11 +58,20 @@ def test_another_run_is_refused(changes, message, capsys, run, model_folder, pai
 
 
 def test_options_that_say_nothing_do_not_make_another_run():
-    names = {"use_peft": False, "lora_r": 8, "weighting": "otpo", "d2po_gamma": 0.9, "ot_max_iterations": 5}
+    names: dict[str, Any] = {
+        "use_peft": False,
+        "lora_r": 8,
+        "weighting": "otpo",
+        "d2po_gamma": 0.9,
+        "ot_max_iterations": 5,
+    }
     kinds, other = align.make_parser().dataclass_types, {**names, "lora_r": 64, "d2po_gamma": 0.5}
     other["ot_max_iterations"] = 5000  # which a warning of the solver advises to raise
+    names |= {"row_layout": "auto", "compile_layers": None, "tokens_per_batch": 100}
+    other |= {"row_layout": "padded", "compile_layers": True, "tokens_per_batch": 100}
     assert run_identity(kinds, names) == run_identity(kinds, other)
-    assert run_identity(kinds, names) != run_identity(kinds, {**names, "use_peft": True})
+    for changes in ({"use_peft": True}, {"tokens_per_batch": 200}):  # other batches
+        assert run_identity(kinds, names) != run_identity(kinds, {**names, **changes})
     assert run_identity(kinds, {"pad_token": "{end"}) == {"pad_token": "{end"}
 
 

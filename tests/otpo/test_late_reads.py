@@ -271,6 +271,28 @@ def test_a_training_that_was_broken_off_leaves_nothing_to_the_next(model_folder,
 
 
 @pytest.mark.lengthy
+def test_processes_stop_together_and_none_blames_a_pair_of_its_own(model_folder, tmp_path):
+    """The bad pair is one process's; the other one logs nothing of it, and says where to look."""
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_backend", "c10d"]
+    ended = python(
+        *launch,
+        "--rdzv_endpoint",
+        "localhost:0",
+        str(ROOT / "tests" / "bad_pair_worker.py"),
+        model_folder,
+        str(tmp_path),
+    )
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    for name, losses in (("log", 2), ("nobody", 0)):
+        found = [json.loads((tmp_path / f"{name}-{rank}.json").read_text()) for rank in (0, 1)]
+        assert [step for _, step, _ in found] == [3, 3]
+        assert [len(logged) for _, _, logged in found] == [losses, losses]
+        named = [rank for rank, (said, _, _) in enumerate(found) if "row(s) 5 of the training dataset" in said]
+        assert len(named) == 1
+        assert f"Numbers of process(es) {named} are not finite after 2 optimizer step(s)" in found[1 - named[0]][0]
+
+
+@pytest.mark.lengthy
 def test_two_processes_log_the_same_late(model_folder, other_model_folder, tmp_path):
     """Nine pairs in batches of two: the last step of an epoch is filled up, where TRL's counts leave a process out."""
     launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_backend", "c10d"]
