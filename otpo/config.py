@@ -6,7 +6,7 @@ from typing import Any
 from trl import DPOConfig
 
 from .data.token_budget import check_budget_options
-from .layouts.choice import ROW_LAYOUTS, RowLayout
+from .layouts.names import ROW_LAYOUTS, RowLayout
 from .transport.options import TransportOptions
 from .transport.registry import Cost, CostScale, Solver
 from .weighting.registry import (

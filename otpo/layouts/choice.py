@@ -16,9 +16,7 @@ from otpo.trl_seam import implementations
 
 from .attention import plain_implementation
 from .lengths_attention import FLASH_DTYPES, binding_window, flash_can_run
-
-RowLayout = Literal["auto", "padded", "packed", "shared_prompt"]
-ROW_LAYOUTS: tuple[RowLayout, ...] = ("auto", "padded", "packed", "shared_prompt")
+from .names import RowLayout
 
 _KNOWN_LAYERS = {"full_attention", "sliding_attention", "global"}
 

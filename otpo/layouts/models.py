@@ -15,8 +15,9 @@ from otpo.training.hidden_states import captured_states, evaluating
 from otpo.training.lent import writes_to
 
 from .attention import attend_as_before, attend_by_lengths
-from .choice import ROW_LAYOUTS, Layout, choose_layout
+from .choice import Layout, choose_layout
 from .compiled import compile_by_default, compile_layers, why_not_compile
+from .names import ROW_LAYOUTS
 from .plan import RowPlan
 from .scoring import PLANNED, as_padded, padded_states, plan_of, planned_arguments
 from .trial import is_same_state, state_gap, trial_batch
