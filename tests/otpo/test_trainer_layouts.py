@@ -173,9 +173,10 @@ def test_any_lengths(data, model_folder, tmp_path):
             found.append(step(trainer, inputs))
         for loss, grads, _ in found[1:]:
             assert loss == pytest.approx(found[0][0], rel=1e-5)
+            # Answers may be the same, whose gradients cancel: then rounding is that of each alone.
             scale = max(float(value.abs().max()) for value in grads.values())
             for key, value in found[0][1].items():
-                assert torch.allclose(grads[key], value, rtol=1e-4, atol=1e-5 * max(scale, 1e-3)), key
+                assert torch.allclose(grads[key], value, rtol=1e-4, atol=1e-5 * max(scale, 0.1)), key
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
