@@ -162,9 +162,7 @@ class OTPOTrainer(DPOTrainer):
         self._pair_log = PairLog()
         self._token_budget: tuple[Any, TokenBudget] | None = None  # of a dataset
         self._reads = LateReads()
-        self._found: list[
-            Tensor
-        ] = []  # by the checks of the micro-batch that runs, to be read late: pairs, `(B,)` bool
+        self._found: list[Tensor] = []  # by the checks of a micro-batch that is read late: pairs, `(B,)` bool
         # Checks of the first loss, made once: that TRL reads what it is handed, and that the reference is the policy.
         self._models_are_ready = False
         self._seam_is_checked = False

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from accelerate import DistributedType
 from accelerate.data_loader import prepare_data_loader
-from accelerate.utils import is_peft_model, parse_flag_from_env
+from accelerate.utils import parse_flag_from_env
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 from torch.overrides import TorchFunctionMode
@@ -31,6 +31,7 @@ from trl import DPOTrainer
 from trl.models.utils import prepare_deepspeed
 from trl.trainer.utils import FusedCausalLMOutput, get_config_model_id
 
+from .plain_model import without_adapter
 from .training.late_numbers import LateGathered, LateNumber, LocalNumbers
 
 REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
@@ -284,7 +285,7 @@ def scores_rows(causal_lm: Any) -> None:
         causal_lm: A causal language model with TRL's head, or a PEFT model around it.
     """
     causal_lm = getattr(causal_lm, "_orig_mod", causal_lm)  # `torch_compile` has compiled the reference by now
-    plain = causal_lm.get_base_model() if is_peft_model(causal_lm) else causal_lm
+    plain = without_adapter(causal_lm)
     fused = plain.forward
     if hasattr(fused, "scores_rows"):
         return
@@ -397,7 +398,7 @@ def bring_router_logits_to_head(causal_lm: Any) -> None:
     """
     if len({parameter.device for parameter in causal_lm.parameters()}) < 2:
         return
-    plain = causal_lm.get_base_model() if is_peft_model(causal_lm) else causal_lm
+    plain = without_adapter(causal_lm)
     device = plain.get_output_embeddings().weight.device
 
     def move(_module: Any, _args: Any, outputs: Any) -> None:

@@ -55,6 +55,12 @@ def launched(*arguments: str) -> list[str]:
     return ["-m", "accelerate.commands.launch", *launch]
 
 
+def two_processes(worker: str) -> list[str]:
+    """The words after `python` that start a script of the tests' folder in two processes of torch's."""
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_backend", "c10d"]
+    return [*launch, "--rdzv_endpoint", "localhost:0", str(ROOT / "tests" / worker)]
+
+
 def refusal(main: Callable[[list[str]], int], capsys: Any, argv: list[str]) -> str:
     """The one message of a command line that is refused."""
     capsys.readouterr()

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from accelerate.utils import is_peft_model
 
+from otpo.plain_model import without_adapter
 from otpo.trl_seam import implementations
 
 from .attention import plain_implementation
@@ -97,7 +98,7 @@ def choose_layout(
     if obstacle is not None:
         return Layout("padded", reason=f"because of {obstacle}")
     if way == "mask":
-        where = f"{device.type}"
+        where = device.type
         if device.type == "cuda":
             is_half = (autocast or causal_lm.dtype) in FLASH_DTYPES
             where = "this GPU, or this size of heads," if is_half else "float32 without autocast"
@@ -114,13 +115,13 @@ def obstacle_of(causal_lm: Any) -> str | None:
     if is_peft_model(causal_lm) and any(each.is_prompt_learning for each in causal_lm.peft_config.values()):
         return "a prompt-learning adapter, which prepends tokens to each row"
     config = causal_lm.config.get_text_config()
-    if causal_lm.config.get_text_config() is not causal_lm.config:
+    if config is not causal_lm.config:
         return "a model of text and something else"
     kinds = getattr(config, "layer_types", None) or getattr(config, "attention_layers", None) or ()
     unknown = sorted(set(kinds) - _KNOWN_LAYERS)
     if unknown:
         return f"layers of kind {', '.join(unknown)}"
-    plain = causal_lm.get_base_model() if is_peft_model(causal_lm) else causal_lm
+    plain = without_adapter(causal_lm)
     if getattr(plain, "_is_stateful", False):  # transformers' word for recurrent layers
         return f"the recurrent layers of {type(plain).__name__}"
     dropout = _attention_dropout(plain, config)

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 from accelerate import DistributedType
-from accelerate.utils import is_peft_model
+
+from otpo.plain_model import decoder_layers, without_adapter
 
 # With fewer micro-batches than this the minute of compiling is not earned back.
 _ENOUGH_BATCHES = 300
@@ -22,17 +23,6 @@ _COUNTS_OF_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 _WHOLE_LAYERS = {DistributedType.NO, DistributedType.MULTI_GPU}
 
 
-def decoder_layers(causal_lm: Any) -> Any:
-    """The list of a model's decoder layers, or None if it has no list called `layers`.
-
-    Args:
-        causal_lm: The model, or a PEFT model around it.
-    """
-    plain = causal_lm.get_base_model() if is_peft_model(causal_lm) else causal_lm
-    layers = getattr(plain.base_model.get_decoder(), "layers", None)
-    return layers if isinstance(layers, torch.nn.ModuleList) else None
-
-
 def why_not_compile(causal_lm: Any, engine: DistributedType, *, hidden_layer: int) -> str | None:
     """What keeps the layers from being compiled; None if nothing does.
 
@@ -41,7 +31,7 @@ def why_not_compile(causal_lm: Any, engine: DistributedType, *, hidden_layer: in
         engine: Of the run.
         hidden_layer: The layer that hidden states are taken before, by a hook that a graph would leave out.
     """
-    if decoder_layers(causal_lm) is None:
+    if decoder_layers(without_adapter(causal_lm).base_model) is None:
         return f"{type(causal_lm).__name__} has no list called `layers`"
     if engine not in _WHOLE_LAYERS:
         return f"{engine.value} gathers parameters while a layer runs"
@@ -84,5 +74,5 @@ def compile_layers(causal_lm: Any, **options: Any) -> None:
         causal_lm: The model, or a PEFT model around it.
         **options: Of `torch.compile`.
     """
-    for layer in decoder_layers(causal_lm):
+    for layer in decoder_layers(without_adapter(causal_lm).base_model) or ():
         layer.compile(dynamic=True, **options)

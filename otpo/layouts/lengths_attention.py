@@ -34,6 +34,21 @@ class RowLengths(NamedTuple):
     longest_shared: int
     longest_row: int | None = None
 
+    @property
+    def segments(self) -> tuple[Tensor, Tensor, int, int]:
+        """How the kernels are told of each segment over itself: ends and longest of queries and of keys."""
+        return self.segment_ends, self.segment_ends, self.longest_segment, self.longest_segment
+
+    @property
+    def crossing(self) -> tuple[Tensor, Tensor, int, int]:
+        """The same of the branches over their prefixes."""
+        return self.branch_ends, self.shared_ends, self.longest_branch, self.longest_shared
+
+    def parts(self, tokens: int) -> tuple[slice, slice] | None:
+        """The prefixes and the branches within all tokens; None if nothing is shared, or nothing is not."""
+        shared = self.shared_tokens
+        return None if shared in (0, tokens) else (slice(None, shared), slice(shared, None))
+
 
 def lengths_attention(
     query: Tensor, key: Tensor, value: Tensor, lengths: RowLengths, scale: float, window: int | None = None
@@ -56,7 +71,9 @@ def lengths_attention(
     if window is not None and lengths.shared_tokens:
         raise ValueError("A sliding window can't be told by lengths where pairs share a prefix: pack without sharing.")
     left = -1 if window is None else window - 1
-    return _attend(query, key, value, *lengths[:-1], scale, left)[0]
+    # Contiguous before they are kept for the gradient, which would copy them again.
+    parts = (part.contiguous() for part in (query, key, value))
+    return _attend(*parts, *lengths[:-1], scale, left)[0]
 
 
 def binding_window(window: int | None, longest_row: int | None) -> int | None:
@@ -121,19 +138,19 @@ def _attend(
 ) -> tuple[Tensor, Tensor]:
     """The output `[N, H, D]`, and the logarithm of the softmax's mass `[H, N]` in float32."""
     query, key, value = (part.contiguous() for part in (query, key, value))
-    segments = (segment_ends, segment_ends, longest_segment, longest_segment)
+    longest = (longest_segment, longest_branch, longest_shared)
+    lengths = RowLengths(segment_ends, branch_ends, shared_ends, shared_tokens, *longest)
     output, log_mass, *_ = _aten._flash_attention_forward(
-        query, key, value, *segments, 0.0, True, False, scale=scale, window_size_left=left, window_size_right=0
+        query, key, value, *lengths.segments, 0.0, True, False, scale=scale, window_size_left=left, window_size_right=0
     )
-    if shared_tokens in (0, len(query)):  # nothing is shared, or nothing is not
+    parts = lengths.parts(len(query))
+    if parts is None:
         return output, log_mass
 
     # What the branches see of their prefixes. A pair without one has the logarithm +inf there, which means no mass.
-    prefix = slice(None, shared_tokens)
-    branch = slice(shared_tokens, None)
-    crossing = (branch_ends, shared_ends, longest_branch, longest_shared)
+    prefix, branch = parts
     seen, seen_mass, *_ = _aten._flash_attention_forward(
-        query[branch], key[prefix], value[prefix], *crossing, 0.0, False, False, scale=scale
+        query[branch], key[prefix], value[prefix], *lengths.crossing, 0.0, False, False, scale=scale
     )
     seen_mass = seen_mass.masked_fill(seen_mass == math.inf, -math.inf)
 
@@ -171,22 +188,25 @@ def _attend_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad, query, key, value = (part.contiguous() for part in (grad, query, key, value))
     unused = torch.zeros(2, dtype=torch.uint64, device=query.device), query.new_empty(0)  # of dropout
-    segments = (segment_ends, segment_ends, longest_segment, longest_segment)
+    longest = (longest_segment, longest_branch, longest_shared)
+    lengths = RowLengths(segment_ends, branch_ends, shared_ends, shared_tokens, *longest)
     grads = _aten._flash_attention_backward(
-        *(grad, query, key, value, output, log_mass, *segments, 0.0, True, *unused),
+        *(grad, query, key, value, output, log_mass, *lengths.segments, 0.0, True, *unused),
         scale=scale,
         window_size_left=left,
         window_size_right=0,
     )
-    if shared_tokens in (0, len(query)):
+    parts = lengths.parts(len(query))
+    if parts is None:
         return grads
 
     # The same probabilities and outputs, of the whole softmax, over the prefixes.
-    prefix = slice(None, shared_tokens)
-    branch = slice(shared_tokens, None)
-    crossing = (branch_ends, shared_ends, longest_branch, longest_shared)
-    parts = (grad[branch], query[branch], key[prefix], value[prefix], output[branch], log_mass[:, branch].contiguous())
-    of_branch, of_key, of_value = _aten._flash_attention_backward(*parts, *crossing, 0.0, False, *unused, scale=scale)
+    prefix, branch = parts
+    of_branch, of_key, of_value = _aten._flash_attention_backward(
+        *(grad[branch], query[branch], key[prefix], value[prefix], output[branch], log_mass[:, branch].contiguous()),
+        *(*lengths.crossing, 0.0, False, *unused),
+        scale=scale,
+    )
     grad_query, grad_key, grad_value = grads
     grad_query[branch] += of_branch
     grad_key[prefix] += of_key

@@ -9,9 +9,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from accelerate.utils import is_peft_model
 from torch import Tensor, nn
 from transformers import AutoConfig
+
+from otpo.plain_model import decoder_layers, without_adapter
 
 
 @contextmanager
@@ -24,7 +25,7 @@ def captured_states(causal_lm: Any, layer: int = -1) -> Iterator[list[Tensor]]:
         causal_lm: The model, or a PEFT model around it, without engines around that.
         layer: See [`check_hidden_layer`].
     """
-    backbone = _without_adapter(causal_lm).base_model
+    backbone = without_adapter(causal_lm).base_model
     captured: list[Tensor] = []
     # Hooks are left out of compiled graphs: a graph would go on filling the list of the step it was traced in.
     if layer in (-1, _count(backbone)):
@@ -32,8 +33,8 @@ def captured_states(causal_lm: Any, layer: int = -1) -> Iterator[list[Tensor]]:
             torch.compiler.disable(lambda _module, _args, output: captured.append(output.last_hidden_state.detach()))
         )
     else:
-        layers, count = _layers(backbone), _count(backbone)
-        assert count is not None
+        layers, count = decoder_layers(backbone), _count(backbone)
+        assert layers is not None and count is not None
         index = layer % (count + 1)
         # What leaves a layer enters the next, whatever else layers return. This also holds for the embeddings' output.
         handle = layers[index].register_forward_pre_hook(
@@ -56,7 +57,7 @@ def check_hidden_layer(causal_lm: Any, layer: int) -> None:
     """
     if layer == -1:
         return
-    causal_lm = _without_adapter(causal_lm)
+    causal_lm = without_adapter(causal_lm)
     count = _count(causal_lm.base_model)
     if count is None:
         raise ValueError(
@@ -108,18 +109,9 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def _without_adapter(causal_lm: Any) -> Any:
-    return causal_lm.get_base_model() if is_peft_model(causal_lm) else causal_lm
-
-
-def _layers(backbone: Any) -> Any:
-    """The decoder's layers: those of the text model where there are several models inside."""
-    return getattr(backbone.get_decoder(), "layers", None)
-
-
 def _count(backbone: Any) -> int | None:
     """L; a list may go on with layers that the backbone does not run, such as those of multi-token prediction."""
-    listed = isinstance(_layers(backbone), nn.ModuleList)
+    listed = decoder_layers(backbone) is not None
     return backbone.config.get_text_config().num_hidden_layers if listed else None
 
 

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from cli_helpers import ROOT, python
+from cli_helpers import python, two_processes
 from helpers import hashed_weights, make_pairs, option_dict
 from transformers import AutoModelForCausalLM
 from trl import DPOConfig, DPOTrainer
@@ -44,9 +44,7 @@ def test_batches_do_not_matter(pairs, model_folder, other_model_folder, tmp_path
 def test_two_processes_count_no_pair_twice(model_folder, other_model_folder, tmp_path):
     """Of five pairs in batches of four, two processes see three pairs twice; and the first process saves alone."""
     want = evaluate(model_folder, other_model_folder, tmp_path, 5, 1, weighting=hashed_weights)
-    launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_backend", "c10d"]
-    launch += ["--rdzv_endpoint", "localhost:0", str(ROOT / "tests" / "ddp_worker.py")]
-    ended = python(*launch, model_folder, other_model_folder, str(tmp_path))
+    ended = python(*two_processes("ddp_worker.py"), model_folder, other_model_folder, str(tmp_path))
     assert ended.returncode == 0, ended.stderr[-2000:]
     got = json.loads((tmp_path / "metrics.json").read_text())
     for name in want:

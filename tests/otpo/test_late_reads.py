@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from cli_helpers import ROOT, python
+from cli_helpers import python, two_processes
 from helpers import (
     ODD,
     At,
@@ -273,15 +273,7 @@ def test_a_training_that_was_broken_off_leaves_nothing_to_the_next(model_folder,
 @pytest.mark.lengthy
 def test_processes_stop_together_and_none_blames_a_pair_of_its_own(model_folder, tmp_path):
     """The bad pair is one process's; the other one logs nothing of it, and says where to look."""
-    launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_backend", "c10d"]
-    ended = python(
-        *launch,
-        "--rdzv_endpoint",
-        "localhost:0",
-        str(ROOT / "tests" / "bad_pair_worker.py"),
-        model_folder,
-        str(tmp_path),
-    )
+    ended = python(*two_processes("bad_pair_worker.py"), model_folder, str(tmp_path))
     assert ended.returncode == 0, ended.stderr[-2000:]
     for name, losses in (("log", 2), ("nobody", 0)):
         found = [json.loads((tmp_path / f"{name}-{rank}.json").read_text()) for rank in (0, 1)]
@@ -295,9 +287,7 @@ def test_processes_stop_together_and_none_blames_a_pair_of_its_own(model_folder,
 @pytest.mark.lengthy
 def test_two_processes_log_the_same_late(model_folder, other_model_folder, tmp_path):
     """Nine pairs in batches of two: the last step of an epoch is filled up, where TRL's counts leave a process out."""
-    launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_backend", "c10d"]
-    launch += ["--rdzv_endpoint", "localhost:0", str(ROOT / "tests" / "late_worker.py")]
-    ended = python(*launch, model_folder, other_model_folder, str(tmp_path))
+    ended = python(*two_processes("late_worker.py"), model_folder, other_model_folder, str(tmp_path))
     assert ended.returncode == 0, ended.stderr[-2000:]
     logs = {late: json.loads((tmp_path / f"{late}.json").read_text()) for late in ("False", "True")}
     assert len(logs["True"]) == len(logs["False"]) == 5

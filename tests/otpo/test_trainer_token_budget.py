@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from budget_helpers import BUDGET, PAIRS, as_one_batch, assert_same_gradients, rows_by_step, still_trainer
-from cli_helpers import ROOT, arguments, python, refusal
+from cli_helpers import arguments, python, refusal, two_processes
 from datasets import load_dataset
 from helpers import assert_same_parameters, history, make_pairs, options, train_and_evaluate, with_images
 from transformers import Trainer
@@ -109,9 +109,7 @@ def test_max_steps_end_in_an_epoch(model_folder, tmp_path):
 @pytest.mark.lengthy
 def test_two_processes_make_the_steps_of_one(model_folder, other_model_folder, tmp_path):
     """Of 13 pairs, so that one process repeats a pair, which does not count; and resuming there."""
-    launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_backend", "c10d"]
-    launch += ["--rdzv_endpoint", "localhost:0", str(ROOT / "tests" / "token_budget_worker.py")]
-    ended = python(*launch, model_folder, other_model_folder, str(tmp_path))
+    ended = python(*two_processes("token_budget_worker.py"), model_folder, other_model_folder, str(tmp_path))
     assert ended.returncode == 0, ended.stderr[-3000:]
     found: dict[str, Any] = torch.load(tmp_path / "steps.pt")
     trainer, _ = still_trainer(model_folder, other_model_folder, tmp_path / "alone")
