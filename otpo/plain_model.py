@@ -1,14 +1,20 @@
 """A model without what is around it, and where its decoder's layers are."""
 
+import sys
 from typing import Any
 
-from accelerate.utils import is_peft_model
 from torch import nn
+
+
+def has_adapter(causal_lm: Any) -> bool:
+    """Whether PEFT is around a model. accelerate looks for PEFT's package on the disk each time that it is asked."""
+    peft = sys.modules.get("peft")
+    return peft is not None and isinstance(causal_lm, peft.PeftModel)
 
 
 def without_adapter(causal_lm: Any) -> Any:
     """The causal language model, of which a PEFT model around it may be given."""
-    return causal_lm.get_base_model() if is_peft_model(causal_lm) else causal_lm
+    return causal_lm.get_base_model() if has_adapter(causal_lm) else causal_lm
 
 
 def decoder_layers(backbone: Any) -> Any:

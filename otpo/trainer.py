@@ -20,7 +20,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from datasets.fingerprint import Hasher
 from torch import Tensor
@@ -37,6 +36,7 @@ from .data.token_budget import TokenBudget
 from .layouts.choice import Layout
 from .layouts.collator import PlanningCollator
 from .layouts.models import LaidOutModels
+from .plain_model import has_adapter
 from .training.finite_checks import (
     pairs_not_finite,
     require_finite_everywhere,
@@ -190,7 +190,7 @@ class OTPOTrainer(DPOTrainer):
         self._own_names = frozenset(self.dropped_pairs)
         # Where the device works on its own, a training step does not wait for what it has to check and to log.
         self._reads_late: bool = self.accelerator.device.type == "cuda"
-        self._reference_is_copy = ref_model is None and not is_peft_model(self.model)
+        self._reference_is_copy = ref_model is None and not has_adapter(self.model)
         if weighting is None and args.weighting == "ld":
             self.ld_alpha = None  # the weights carry it
         self.token_budget()  # what it refuses is refused before training
@@ -421,7 +421,7 @@ class OTPOTrainer(DPOTrainer):
 
         def ask(inputs: Mapping[str, Any], mask: Tensor) -> Tensor:
             self._laid_out.settle(model, inputs)
-            return self._reference_logps(model, inputs, mask)
+            return self._reference_logps(model, inputs)
 
         return reference_rows(loader, name, ask, self.accelerator, quiet=bool(self.args.disable_tqdm))
 
@@ -454,7 +454,7 @@ class OTPOTrainer(DPOTrainer):
         """
         # The policy, with its hidden states taken on the way.
         mask = inputs["completion_mask"][:, 1:].bool()
-        causal_lm = self.accelerator.unwrap_model(self.model)
+        causal_lm = self._laid_out.unwrapped(self.model)
         self._laid_out.settle(model, inputs)
         with captured_states(causal_lm, self.args.hidden_layer) as captured:
             outputs = self._ask(model, inputs, router_logits=self.aux_loss_enabled)
@@ -485,7 +485,7 @@ class OTPOTrainer(DPOTrainer):
             reference_logps = self._stored_logps(inputs, mask)
         elif reference:
             reference_model = self.model if self.ref_model is None else self.ref_model
-            reference_logps = self._reference_logps(reference_model, inputs, mask)
+            reference_logps = self._reference_logps(reference_model, inputs)
         bad = ~weights.isfinite() | (~reference_logps.isfinite() & mask)
         self._require_finite(bad, "Weights or reference log-probabilities", inputs)
         return Scored(outputs, logps, reference_logps, weights, mask, metrics, batch)
@@ -511,13 +511,14 @@ class OTPOTrainer(DPOTrainer):
         # Positions outside the mask may hold NaN, which would spoil the sums, even times zero.
         return values.detach().to(device=mask.device, dtype=dtype).masked_fill(~mask, 0.0), metrics
 
-    def _reference_logps(self, model: Callable[..., Any], inputs: Mapping[str, Any], mask: Tensor) -> Tensor:
+    def _reference_logps(self, model: Callable[..., Any], inputs: Mapping[str, Any]) -> Tensor:
         """The reference's log-probability of each token, `(2B, T)`, under the adapters of TRL's own reference pass."""
 
         def answer(**_of_padded_rows: Any) -> Any:
             return self._ask(model, inputs)
 
-        return trl_seam.reference_logps(super().compute_ref_log_probs, answer, inputs, mask)
+        compute = super().compute_ref_log_probs.__func__
+        return trl_seam.reference_logps(compute, self, self._laid_out.unwrapped(self.model), answer, inputs)
 
     def _stored_logps(self, inputs: Mapping[str, Any], mask: Tensor) -> Tensor:
         missing = [name for name in REFERENCE_COLUMNS if name not in inputs]
@@ -621,7 +622,7 @@ class OTPOTrainer(DPOTrainer):
 
     def _summed(self, logps: Tensor, inputs: Mapping[str, Any]) -> tuple[Tensor, ...]:
         """Sums per-token log-probabilities as TRL does, `ld_alpha` included: `(B,)` of chosen and of rejected."""
-        return trl_seam.summed(super().compute_ref_log_probs, logps, inputs)
+        return trl_seam.summed(super().compute_ref_log_probs.__func__, self, logps, inputs)
 
     def _check_start(self, model: Any, inputs: Mapping[str, Any], scored: Scored) -> None:
         """Refuses a reference that is made as the policy's copy and isn't one, before this trainer's first step.

@@ -28,10 +28,10 @@ from torch.nn.functional import logsigmoid
 from torch.overrides import TorchFunctionMode
 from torch.utils.data import DataLoader
 from trl import DPOTrainer
-from trl.models.utils import prepare_deepspeed
-from trl.trainer.utils import FusedCausalLMOutput, get_config_model_id
+from trl.models.utils import disable_gradient_checkpointing, prepare_deepspeed
+from trl.trainer.utils import FusedCausalLMOutput, get_config_model_id, use_adapter
 
-from .plain_model import without_adapter
+from .plain_model import has_adapter, without_adapter
 from .training.late_numbers import LateGathered, LateNumber, LocalNumbers
 
 REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
@@ -251,27 +251,90 @@ def require_known_loss(trainer: Any, compute_loss: Callable[..., Any], *, late: 
         )
 
 
-def reference_logps(compute_ref_log_probs: Callable[..., Any], model: Any, inputs: Any, mask: Tensor) -> Tensor:
+def reference_logps(
+    compute_ref_log_probs: Callable[..., Any], trainer: Any, policy: Any, model: Any, inputs: Mapping[str, Any]
+) -> Tensor:
     """The reference's log-probability of each token, `(2B, T)`.
 
-    `DPOTrainer.compute_ref_log_probs` calls the model under the reference's adapter, without gradients, and reads its
-    `log_probs`; it returns their sums, and the tokens' own are kept on the way.
+    `DPOTrainer.compute_ref_log_probs` calls the model without gradients, and reads its `log_probs`; it returns their
+    sums, and the tokens' own are kept on the way.
 
     Args:
-        compute_ref_log_probs: `DPOTrainer.compute_ref_log_probs` of a trainer.
-        model: The reference.
+        compute_ref_log_probs: `DPOTrainer.compute_ref_log_probs`, as a function of a trainer.
+        trainer: The trainer.
+        policy: Its policy without its engine.
+        model: The reference, with its engine.
         inputs: A collated batch.
-        mask: `(2B, T)` bool.
     """
     kept: list[Tensor] = []
 
     def keep(**arguments: Any) -> Any:
-        outputs = on_device(model(**arguments), mask.device)
-        kept.append(outputs.log_probs[:, -mask.size(1) :])
+        outputs = on_device(model(**arguments), inputs["completion_mask"].device)
+        kept.append(outputs.log_probs[:, 1 - inputs["completion_mask"].size(1) :])
         return outputs
 
-    compute_ref_log_probs(keep, inputs)
+    with policy_as_reference(trainer, policy) if trainer.ref_model is None else nullcontext():
+        compute_ref_log_probs(_ReferenceOfItsOwn(trainer), keep, inputs)
     return kept.pop()
+
+
+class _ReferenceOfItsOwn:
+    """What `DPOTrainer.compute_ref_log_probs` reads of a trainer whose reference is another model than its policy.
+
+    It switches adapters and checkpointing of the policy off and on around each call, also around one that only sums:
+    four walks through all modules and more, which take longer than the step of a small model. What is needed of it,
+    [`policy_as_reference`] does in one walk.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self.accelerator, self.args, self.ld_alpha = trainer.accelerator, trainer.args, trainer.ld_alpha
+        self.model = SimpleNamespace(is_gradient_checkpointing=False)
+        self.ref_model = self.model
+
+
+@contextmanager
+def policy_as_reference(trainer: Any, policy: Any) -> Iterator[None]:
+    """The policy without its adapter, or with the adapter that TRL keeps as "ref", and without checkpointing.
+
+    PEFT's layers look at `_disable_adapters`, which `PeftModel.disable_adapter` sets in all of them after it has
+    listed every layer's status, and then switches gradients off and on, which a pass without gradients has no use for.
+
+    Args:
+        trainer: The trainer.
+        policy: Its policy without its engine.
+    """
+    if not has_adapter(policy):
+        with disable_gradient_checkpointing(trainer.model, trainer.args.gradient_checkpointing_kwargs):
+            yield
+        return
+    from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    # What does more than look at the attribute, or has more to say, is left to PEFT.
+    active = policy.peft_config[policy.active_adapter]
+    tuner: Any = type(policy.base_model)
+    is_plain = getattr(tuner, "disable_adapter_layers", None) is BaseTuner.disable_adapter_layers
+    if "ref" in policy.peft_config or not is_plain or getattr(active, "bias", "none") != "none":
+        with (
+            disable_gradient_checkpointing(trainer.model, trainer.args.gradient_checkpointing_kwargs),
+            use_adapter(policy, "ref" if "ref" in policy.peft_config else None),
+        ):
+            yield
+        return
+    switched: list[tuple[Any, str, bool]] = []
+    for module in policy.modules():
+        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
+            switched.append((module, "_disable_adapters", True))
+        if getattr(module, "gradient_checkpointing", False):
+            switched.append((module, "gradient_checkpointing", False))
+    before = [getattr(module, name) for module, name, _ in switched]
+    for module, name, value in switched:
+        setattr(module, name, value)
+    try:
+        yield
+    finally:
+        for (module, name, _), value in zip(switched, before, strict=True):
+            setattr(module, name, value)
 
 
 def scores_rows(causal_lm: Any) -> None:
@@ -371,12 +434,18 @@ def _plain(tensor: Tensor) -> Tensor:
     return tensor.as_subclass(Tensor) if isinstance(tensor, _AllLabelled) else tensor
 
 
-def summed(compute_ref_log_probs: Callable[..., Any], logps: Tensor, inputs: Any) -> tuple[Tensor, ...]:
+def summed(compute_ref_log_probs: Callable[..., Any], trainer: Any, logps: Tensor, inputs: Any) -> tuple[Tensor, ...]:
     """Sums of per-token log-probabilities `(2B, T)` as TRL makes them, `(B,)` of chosen and of rejected.
 
     `DPOTrainer.compute_ref_log_probs` sums what its model answers, with `ld_alpha` past the shorter response.
+
+    Args:
+        compute_ref_log_probs: `DPOTrainer.compute_ref_log_probs`, as a function of a trainer.
+        trainer: The trainer.
+        logps: `(2B, T)`.
+        inputs: A collated batch.
     """
-    return compute_ref_log_probs(lambda **_: SimpleNamespace(log_probs=logps), inputs)
+    return compute_ref_log_probs(_ReferenceOfItsOwn(trainer), lambda **_: SimpleNamespace(log_probs=logps), inputs)
 
 
 def on_device(outputs: Any, device: torch.device) -> Any:

@@ -132,6 +132,7 @@ def first_step(case: Case, contender: Contender, device: torch.device, *, keeps:
     own = {} if contender.is_trl else {"weighting": "uniform"}
     if exact:
         own["bf16"] = False
+        case = case._replace(checkpointing=True)  # twice the memory, and the same gradients
     with running(case, contender, device, 1, [keeper, clock], STRETCH, logging_steps=1, **own) as trainer:
         keeper.trainer = trainer
         loss = trainer.train().training_loss

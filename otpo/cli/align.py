@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from accelerate.utils import is_peft_model
 from transformers import set_seed
 from trl import (
     DatasetMixtureConfig,
@@ -22,6 +21,7 @@ from trl import (
 
 from otpo import OTPOConfig, OTPOTrainer
 from otpo.data.loading import DataArguments, RowArguments, load_pairs
+from otpo.plain_model import has_adapter
 
 from .launching.engine import count_rows, describe_run, rows_in_step
 from .models.loading import (
@@ -166,7 +166,7 @@ def describe_reference(trainer: OTPOTrainer, data: AlignArguments) -> str:
     if name is not None:
         revision = "" if data.ref_model_revision == "main" else f", {data.ref_model_revision}"
         text = f"{name}{revision}"
-    elif not is_peft_model(trainer.model):
+    elif not has_adapter(trainer.model):
         text = "the model as it starts"
     elif "ref" in trainer.model.peft_config:
         text = "the adapter as it starts, on the same model"

@@ -258,11 +258,10 @@ def _trainer(policy: Any, reference: Any, args: Any, data: "Dataset", processor:
     """A trainer of the pairs, all of which can be weighed."""
     import copy
 
-    from accelerate.utils import is_peft_model
-
     from otpo import OTPOTrainer
+    from otpo.plain_model import has_adapter
 
-    adapted = is_peft_model(policy)
+    adapted = has_adapter(policy)
     # Without a reference it is never asked, and a shallow copy spares a second model in memory.
     stand_in = copy.copy(policy) if reference is None and not adapted else reference
     trainer = OTPOTrainer(policy, stand_in, args=args, train_dataset=data, processing_class=processor)

@@ -18,7 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from otpo.trl_seam import implementations
 
-from .lengths_attention import RowLengths, lengths_attention, row_mask
+from .lengths_attention import Bounds, RowLengths, lengths_attention, row_mask
 from .plan import RowPlan
 
 _PREFIX = "otpo_rows_"
@@ -63,7 +63,8 @@ def lengths_arguments(plan: RowPlan, longest_row: int | None = None) -> dict[str
         longest_row: How many tokens a row of the run may have; None for any number.
     """
     ends = plan.segment_ends, plan.branch_ends, plan.shared_ends
-    lengths = RowLengths(*ends, plan.shared_tokens, *plan.longest, longest_row)
+    bounds = Bounds(plan.shared_tokens, *plan.longest)
+    lengths = RowLengths(*ends, bounds, plan.shared_tokens > 0, longest_row)
     return {"row_lengths": lengths, "attention_mask": plan.ids.new_ones(_NO_MASK, dtype=torch.bool)}
 
 

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from accelerate.utils import is_peft_model
 
-from otpo.plain_model import without_adapter
+from otpo.plain_model import has_adapter, without_adapter
 from otpo.trl_seam import implementations
 
 from .attention import plain_implementation
@@ -112,7 +111,7 @@ def choose_layout(
 
 def obstacle_of(causal_lm: Any) -> str | None:
     """What keeps a model's rows padded, whatever the device; None if nothing is known."""
-    if is_peft_model(causal_lm) and any(each.is_prompt_learning for each in causal_lm.peft_config.values()):
+    if has_adapter(causal_lm) and any(each.is_prompt_learning for each in causal_lm.peft_config.values()):
         return "a prompt-learning adapter, which prepends tokens to each row"
     config = causal_lm.config.get_text_config()
     if config is not causal_lm.config:

@@ -23,31 +23,62 @@ _aten = torch.ops.aten
 
 
 class RowLengths(NamedTuple):
-    """Which tokens belong together, see [`otpo.layouts.plan.RowPlan`]."""
+    """Which tokens belong together, see [`otpo.layouts.plan.RowPlan`].
+
+    Attributes:
+        segment_ends: See there.
+        branch_ends: See there.
+        shared_ends: See there.
+        bounds: The other numbers of the plan, as the kernels are told.
+        shares: Whether any token is shared.
+        longest_row: How many tokens a row of the run may have; None for any number.
+    """
 
     segment_ends: Tensor
     branch_ends: Tensor
     shared_ends: Tensor
-    shared_tokens: int
-    longest_segment: int
-    longest_branch: int
-    longest_shared: int
+    bounds: "Bounds"
+    shares: bool
     longest_row: int | None = None
 
-    @property
-    def segments(self) -> tuple[Tensor, Tensor, int, int]:
-        """How the kernels are told of each segment over itself: ends and longest of queries and of keys."""
-        return self.segment_ends, self.segment_ends, self.longest_segment, self.longest_segment
 
-    @property
-    def crossing(self) -> tuple[Tensor, Tensor, int, int]:
-        """The same of the branches over their prefixes."""
-        return self.branch_ends, self.shared_ends, self.longest_branch, self.longest_shared
+class Bounds:
+    """Numbers of a batch that kernels need on the host: a tensor there, which nobody moves to the device.
 
-    def parts(self, tokens: int) -> tuple[slice, slice] | None:
-        """The prefixes and the branches within all tokens; None if nothing is shared, or nothing is not."""
-        shared = self.shared_tokens
-        return None if shared in (0, tokens) else (slice(None, shared), slice(shared, None))
+    Numbers by themselves would be guarded by a compiled graph, which asks for another graph when two of them that were
+    equal at first differ. Engines move tensors within tuples and dictionaries to the device, and reading them there
+    would be a wait; of an object of this class they know nothing.
+
+    Attributes:
+        values: `[4]` int64 on the CPU: how many tokens are shared, and bounds of the longest segment, branch and
+            shared part.
+    """
+
+    def __init__(self, shared_tokens: int, longest_segment: int, longest_branch: int, longest_shared: int) -> None:
+        self.values = torch.tensor([shared_tokens, longest_segment, longest_branch, longest_shared])
+
+
+class _Calls(NamedTuple):
+    """The two calls of the kernels, each told by ends and longest lengths of queries and of keys.
+
+    Attributes:
+        segments: Each segment over itself.
+        crossing: The branches over their prefixes.
+        parts: The prefixes and the branches within all tokens; None if nothing is shared, or nothing is not.
+    """
+
+    segments: tuple[Tensor, Tensor, int, int]
+    crossing: tuple[Tensor, Tensor, int, int]
+    parts: tuple[slice, slice] | None
+
+
+def _calls(tokens: int, segment_ends: Tensor, branch_ends: Tensor, shared_ends: Tensor, bounds: Tensor) -> _Calls:
+    shared, longest_segment, longest_branch, longest_shared = bounds.tolist()  # on the CPU, so nothing waits
+    return _Calls(
+        (segment_ends, segment_ends, longest_segment, longest_segment),
+        (branch_ends, shared_ends, longest_branch, longest_shared),
+        None if shared in (0, tokens) else (slice(None, shared), slice(shared, None)),
+    )
 
 
 def lengths_attention(
@@ -68,12 +99,12 @@ def lengths_attention(
         ValueError: A window, and shared tokens.
     """
     window = binding_window(window, lengths.longest_row)
-    if window is not None and lengths.shared_tokens:
+    if window is not None and lengths.shares:
         raise ValueError("A sliding window can't be told by lengths where pairs share a prefix: pack without sharing.")
     left = -1 if window is None else window - 1
     # Contiguous before they are kept for the gradient, which would copy them again.
     parts = (part.contiguous() for part in (query, key, value))
-    return _attend(*parts, *lengths[:-1], scale, left)[0]
+    return _attend(*parts, *lengths[:3], lengths.bounds.values, scale, left)[0]
 
 
 def binding_window(window: int | None, longest_row: int | None) -> int | None:
@@ -129,28 +160,23 @@ def _attend(
     segment_ends: Tensor,
     branch_ends: Tensor,
     shared_ends: Tensor,
-    shared_tokens: int,
-    longest_segment: int,
-    longest_branch: int,
-    longest_shared: int,
+    bounds: Tensor,
     scale: float,
     left: int,
 ) -> tuple[Tensor, Tensor]:
     """The output `[N, H, D]`, and the logarithm of the softmax's mass `[H, N]` in float32."""
     query, key, value = (part.contiguous() for part in (query, key, value))
-    longest = (longest_segment, longest_branch, longest_shared)
-    lengths = RowLengths(segment_ends, branch_ends, shared_ends, shared_tokens, *longest)
+    calls = _calls(len(query), segment_ends, branch_ends, shared_ends, bounds)
     output, log_mass, *_ = _aten._flash_attention_forward(
-        query, key, value, *lengths.segments, 0.0, True, False, scale=scale, window_size_left=left, window_size_right=0
+        query, key, value, *calls.segments, 0.0, True, False, scale=scale, window_size_left=left, window_size_right=0
     )
-    parts = lengths.parts(len(query))
-    if parts is None:
+    if calls.parts is None:
         return output, log_mass
 
     # What the branches see of their prefixes. A pair without one has the logarithm +inf there, which means no mass.
-    prefix, branch = parts
+    prefix, branch = calls.parts
     seen, seen_mass, *_ = _aten._flash_attention_forward(
-        query[branch], key[prefix], value[prefix], *lengths.crossing, 0.0, False, False, scale=scale
+        query[branch], key[prefix], value[prefix], *calls.crossing, 0.0, False, False, scale=scale
     )
     seen_mass = seen_mass.masked_fill(seen_mass == math.inf, -math.inf)
 
@@ -179,32 +205,27 @@ def _attend_backward(
     segment_ends: Tensor,
     branch_ends: Tensor,
     shared_ends: Tensor,
-    shared_tokens: int,
-    longest_segment: int,
-    longest_branch: int,
-    longest_shared: int,
+    bounds: Tensor,
     scale: float,
     left: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad, query, key, value = (part.contiguous() for part in (grad, query, key, value))
     unused = torch.zeros(2, dtype=torch.uint64, device=query.device), query.new_empty(0)  # of dropout
-    longest = (longest_segment, longest_branch, longest_shared)
-    lengths = RowLengths(segment_ends, branch_ends, shared_ends, shared_tokens, *longest)
+    calls = _calls(len(query), segment_ends, branch_ends, shared_ends, bounds)
     grads = _aten._flash_attention_backward(
-        *(grad, query, key, value, output, log_mass, *lengths.segments, 0.0, True, *unused),
+        *(grad, query, key, value, output, log_mass, *calls.segments, 0.0, True, *unused),
         scale=scale,
         window_size_left=left,
         window_size_right=0,
     )
-    parts = lengths.parts(len(query))
-    if parts is None:
+    if calls.parts is None:
         return grads
 
     # The same probabilities and outputs, of the whole softmax, over the prefixes.
-    prefix, branch = parts
+    prefix, branch = calls.parts
     of_branch, of_key, of_value = _aten._flash_attention_backward(
         *(grad[branch], query[branch], key[prefix], value[prefix], output[branch], log_mass[:, branch].contiguous()),
-        *(*lengths.crossing, 0.0, False, *unused),
+        *(*calls.crossing, 0.0, False, *unused),
         scale=scale,
     )
     grad_query, grad_key, grad_value = grads
@@ -220,13 +241,13 @@ def _(_grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: object) -> t
 
 
 def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:3], *output, *inputs[3:6])
-    ctx.numbers = inputs[6:]
+    ctx.save_for_backward(*inputs[:3], *output, *inputs[3:7])
+    ctx.numbers = inputs[7:]
 
 
 def _backward(ctx: Any, grad: Tensor, _grad_log_mass: Tensor) -> tuple[Tensor | None, ...]:
     grads = _attend_backward(grad, *ctx.saved_tensors, *ctx.numbers)
-    return (*grads, *[None] * 9)
+    return (*grads, *[None] * 6)
 
 
 _attend.register_autograd(_backward, setup_context=_keep_for_backward)

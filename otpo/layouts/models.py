@@ -42,6 +42,7 @@ class LaidOutModels:
         self._trainer, self._accelerator = trainer, trainer.accelerator
         self._asked = trainer.args.row_layout
         self._tried: set[int] = set()  # ids of models
+        self._unwrapped: dict[int, tuple[Any, Any]] = {}  # by ids of models: they, and what is in them
         self._compiling_is_decided = False
         # Of the last batch: what its plan is made of, with counts of writes; the plan that it came with; the plan.
         self._planned: tuple[list[tuple[Tensor, int]], RowPlan | None, RowPlan] | None = None
@@ -79,7 +80,7 @@ class LaidOutModels:
         Raises:
             ValueError: A layout that was asked for by name is not right for the model or the batch.
         """
-        if id(self._accelerator.unwrap_model(model)) not in self._tried:
+        if id(self.unwrapped(model)) not in self._tried:
             self._try(model, inputs)
         state = self._trainer.state
         if not self._compiling_is_decided and trl_seam.mode_of(self._trainer) == "train" and state.max_steps > 0:
@@ -98,11 +99,17 @@ class LaidOutModels:
         if plan is None:
             arguments = trl_seam.policy_arguments(inputs, router_logits=router_logits)
         else:
-            causal_lm = self._accelerator.unwrap_model(model)
+            causal_lm = self.unwrapped(model)
             longest = self._trainer.args.max_length
             arguments = planned_arguments(plan, self.layout, causal_lm, longest, router_logits=router_logits)
         outputs = trl_seam.on_device(model(**arguments), inputs["input_ids"].device)
         return outputs if plan is None else as_padded(outputs, plan)
+
+    def unwrapped(self, model: Any) -> Any:
+        """A model without its engine. accelerate walks through all modules for it, so each model is asked for once."""
+        if id(model) not in self._unwrapped:
+            self._unwrapped[id(model)] = model, self._accelerator.unwrap_model(model)
+        return self._unwrapped[id(model)][1]
 
     def scored_states(self, states: Tensor, inputs: Mapping[str, Any]) -> Tensor:
         """Hidden states as the backbone returned them for a batch, at the scored positions, `(R, T, D)`."""
@@ -133,19 +140,19 @@ class LaidOutModels:
 
     def _models(self) -> list[Any]:
         models = (self._trainer.model, self._trainer.ref_model)
-        return [self._accelerator.unwrap_model(model) for model in models if model is not None]
+        return [self.unwrapped(model) for model in models if model is not None]
 
     def _try(self, model: Any, inputs: Mapping[str, Any]) -> None:
         """Compares a few tokens in the chosen layout with padded ones, and goes back to padding where they differ."""
         # A pass before training asks the reference alone, so the policy may come later.
         reference = self._trainer.ref_model
-        self._tried.add(id(self._accelerator.unwrap_model(model)))
+        self._tried.add(id(self.unwrapped(model)))
         if self.layout.way is None:
             return
         unknown = sorted(inputs.keys() - {*PLANNED, *trl_seam.REFERENCE_COLUMNS, trl_seam.ROW_PLAN})
         fault = f"the batch's {', '.join(unknown)}" if unknown else self._fault(model)
         if fault is None and reference is not None:
-            plain = id(self._accelerator.unwrap_model(reference))
+            plain = id(self.unwrapped(reference))
             fault = None if plain in self._tried else self._fault(reference)
             self._tried.add(plain)
         if fault is None:
@@ -159,7 +166,7 @@ class LaidOutModels:
 
     def _fault(self, model: Any) -> str | None:
         """What is wrong with a model's hidden states in the chosen layout; the same answer on all processes."""
-        causal_lm, layout, planned_before = self._accelerator.unwrap_model(model), self.layout, self._planned
+        causal_lm, layout, planned_before = self.unwrapped(model), self.layout, self._planned
         device = self._accelerator.device
         trial = trial_batch(causal_lm.config.get_text_config().vocab_size, device)
         failure = "a hidden state is not finite, or another process failed"

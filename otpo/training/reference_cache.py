@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
-from accelerate.utils import is_peft_model
 from datasets import Dataset, config
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from otpo.data.token_table import ROWS_AT_ONCE, TOKEN_COLUMNS, blocks
+from otpo.plain_model import has_adapter
 from otpo.trl_seam import REFERENCE_COLUMNS, implementations
 from otpo.version import __version__
 
@@ -52,7 +52,7 @@ def reference_key(dataset: Dataset, model: Any, parameters: str, *settings: Any)
 
 def describe_model(model: Any) -> dict[str, Any]:
     """What a model computes with beside its parameters: modules, configuration, adapters, implementations, dtypes."""
-    adapters = model.peft_config if is_peft_model(model) else {}
+    adapters = model.peft_config if has_adapter(model) else {}
     configs = [model.config, model.config.get_text_config()]
     return {
         "modules": repr(model),

@@ -20,6 +20,7 @@ from accelerate import Accelerator
 from accelerate.data_loader import DataLoaderShard, prepare_data_loader
 from accelerate.utils import FullyShardedDataParallelPlugin
 from helpers import make_pairs, options
+from peft import PeftModel
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
@@ -67,15 +68,29 @@ READ_BY: dict[str, tuple[Callable, list[str]]] = {
     "reference_logps": (
         DPOTrainer.compute_ref_log_probs,
         [
-            "adapter_context = use_adapter(",
+            "if self.ref_model is None and is_peft_model(self.model):",
             "torch.no_grad()",
             "self.accelerator.autocast()",
             "model(**model_kwargs, labels=labels, fused_lm_head=True).log_probs",
         ],
     ),
+    "policy_as_reference": (
+        PeftModel.disable_adapter,
+        ["is_prompt_learning", "is_adaption_prompt", "self.base_model.disable_adapter_layers()"],
+    ),
     "summed": (
         DPOTrainer.compute_ref_log_probs,
-        ["fused_lm_head=True).log_probs", "if self.ld_alpha is None:", "self.ld_alpha *", "return ref_logps.chunk(2"],
+        [
+            # What is read of `_ReferenceOfItsOwn` in the trainer's place.
+            "self.accelerator.device",
+            "self.ref_model is None",
+            "disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs)",
+            "self.accelerator.autocast()",
+            "fused_lm_head=True).log_probs",
+            "if self.ld_alpha is None:",
+            "self.ld_alpha *",
+            "return ref_logps.chunk(2",
+        ],
     ),
     "scores_rows": (
         add_fused_lm_head,
