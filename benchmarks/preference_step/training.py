@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import itertools
+import os
 import statistics
 import tempfile
 import time
@@ -130,12 +131,18 @@ def first_step(case: Case, contender: Contender, device: torch.device, *, keeps:
     """
     keeper, clock = GradientKeeper(keeps=keeps), Clock(Span(1, 1, 1), device)
     own = {} if contender.is_trl else {"weighting": "uniform"}
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION")
     if exact:
         own["bf16"] = False
+        os.environ["ACCELERATE_MIXED_PRECISION"] = "no"  # which accelerate's launcher has set
         case = case._replace(checkpointing=True)  # twice the memory, and the same gradients
-    with running(case, contender, device, 1, [keeper, clock], STRETCH, logging_steps=1, **own) as trainer:
-        keeper.trainer = trainer
-        loss = trainer.train().training_loss
+    try:
+        with running(case, contender, device, 1, [keeper, clock], STRETCH, logging_steps=1, **own) as trainer:
+            keeper.trainer = trainer
+            loss = trainer.train().training_loss
+    finally:
+        if precision is not None:
+            os.environ["ACCELERATE_MIXED_PRECISION"] = precision
     return Step(loss, keeper.gradients, clock.first_step_s - keeper.seconds)
 
 

@@ -19,6 +19,10 @@ _ENOUGH_BATCHES = 300
 # How configurations of Mixture-of-Experts models call their number of experts.
 _COUNTS_OF_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
+# Inductor computes a norm's gradients in another way where tokens are few, and asks for a second graph, which takes ten
+# seconds, at the first batch on the other side of that number. The steps are as fast without.
+_ANOTHER_WAY = "triton.mix_order_reduction"
+
 # Engines that leave the layers' parameters where they are while a layer runs.
 _WHOLE_LAYERS = {DistributedType.NO, DistributedType.MULTI_GPU}
 
@@ -74,5 +78,7 @@ def compile_layers(causal_lm: Any, **options: Any) -> None:
         causal_lm: The model, or a PEFT model around it.
         **options: Of `torch.compile`.
     """
+    if "backend" not in options and _ANOTHER_WAY in torch._inductor.list_options():
+        options["options"] = {_ANOTHER_WAY: False, **options.get("options", {})}
     for layer in decoder_layers(without_adapter(causal_lm).base_model) or ():
         layer.compile(dynamic=True, **options)
