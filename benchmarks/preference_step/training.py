@@ -180,7 +180,8 @@ def timed_steps(
     }
     gpu = recognise_gpu(torch.cuda.get_device_name()) if on_gpu else None
     row["mfu"] = round(rate * flops / (case.gpus * gpu.tflops * 1e12), 4) if gpu else ""
-    row["peak_mib"] = round(clock.peak / harness.MIB) if on_gpu else ""
+    # What an engine before left behind is not this trainer's.
+    row["peak_mib"] = round(clock.peak / harness.MIB) - row["before_mib"] if on_gpu else ""
     return row, clock.profile
 
 
@@ -269,8 +270,9 @@ def running(
         try:
             yield trainer
         finally:
-            if getattr(trainer, "deepspeed", None) is not None:
-                trainer.deepspeed.destroy()
+            for engine in (getattr(trainer, "deepspeed", None), trainer.ref_model):
+                if hasattr(engine, "destroy"):
+                    engine.destroy()
             trainer.accelerator.free_memory()
 
 
