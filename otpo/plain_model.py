@@ -1,9 +1,12 @@
-"""A model without what is around it, and where its decoder's layers are."""
+"""A model without what is around it, where its decoder's layers are, and what kind they are of."""
 
 import sys
 from typing import Any
 
 from torch import nn
+
+# How configurations of Mixture-of-Experts models call their number of experts.
+_COUNTS_OF_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
 def has_adapter(causal_lm: Any) -> bool:
@@ -25,3 +28,9 @@ def decoder_layers(backbone: Any) -> Any:
     """
     layers = getattr(backbone.get_decoder(), "layers", None)
     return layers if isinstance(layers, nn.ModuleList) else None
+
+
+def has_experts(causal_lm: Any) -> bool:
+    """Whether a model is a Mixture of Experts."""
+    config = causal_lm.config.get_text_config()
+    return any(getattr(config, name, None) for name in _COUNTS_OF_EXPERTS)

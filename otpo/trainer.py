@@ -56,6 +56,7 @@ from .training.stored_rows import unpack_rows
 from .training.timing import DeviceTimer
 from .training.token_batches import SHARE, BatchShare, make_budget, make_loader, share_steps
 from .training.watching import TrainerWatcher
+from .training.whole_layers import gather_whole_layers, require_trained_leaves
 from .transport.solve import warn_unsolved
 from .trl_seam import REFERENCE_COLUMNS
 from .weighting import WEIGHTINGS, PairBatch, TokenWeights, Weighting
@@ -167,7 +168,7 @@ class OTPOTrainer(DPOTrainer):
         self._models_are_ready = False
         self._seam_is_checked = False
         self._start_is_checked = False
-        with trl_seam.loads_on_one_device(args):
+        with trl_seam.loads_on_one_device(args), trl_seam.before_sharding(partial(gather_whole_layers, trained=False)):
             try:
                 super().__init__(
                     model,
@@ -200,6 +201,8 @@ class OTPOTrainer(DPOTrainer):
         if self._models_are_ready:
             return
         self._models_are_ready = True
+        if self.is_deepspeed_enabled:
+            gather_whole_layers(self.model, trained=True)
         check_hidden_layer(self.model, self.args.hidden_layer)
         for model in (self.model, self.ref_model):
             if model is not None:
@@ -563,6 +566,8 @@ class OTPOTrainer(DPOTrainer):
         share: BatchShare | None = inputs.pop(SHARE, None)
         if not self._seam_is_checked:
             trl_seam.require_known_loss(self, super()._compute_loss, late=self._reads_late)
+            if self.is_deepspeed_enabled:
+                require_trained_leaves(self.model)
             self._seam_is_checked = True
         late = trl_seam.LateMetrics(self) if self._reads.in_step else None
         mode = trl_seam.mode_of(self)

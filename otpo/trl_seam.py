@@ -29,6 +29,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.data import DataLoader
 from trl import DPOTrainer
 from trl.models.utils import disable_gradient_checkpointing, prepare_deepspeed
+from trl.trainer import dpo_trainer
 from trl.trainer.utils import FusedCausalLMOutput, get_config_model_id, use_adapter
 
 from .plain_model import has_adapter, without_adapter
@@ -676,6 +677,24 @@ def loads_on_one_device(args: Any) -> Iterator[None]:
         yield
         return
     with _replaced(args, model_init_kwargs={**chosen, "device_map": None}):
+        yield
+
+
+@contextmanager
+def before_sharding(change: Callable[[Any], Any]) -> Iterator[None]:
+    """Has a reference changed before DeepSpeed's engine is made around it inside the block.
+
+    `DPOTrainer.__init__` loads the reference and hands it to `prepare_deepspeed` at once.
+
+    Args:
+        change: What is called with the model.
+    """
+
+    def prepare(model: Any, accelerator: Any) -> Any:
+        change(model)
+        return prepare_deepspeed(model, accelerator)
+
+    with _replaced(dpo_trainer, prepare_deepspeed=prepare):
         yield
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from flash_in_float64 import backward, forward
 from helpers import make_pairs, options, random_batch
 from torch import nn
 from transformers import (
@@ -21,7 +22,7 @@ from transformers import (
 from otpo import OTPOTrainer
 from otpo.layouts.attention import _rows_attention, attend_as_before, attend_by_lengths, lengths_arguments
 from otpo.layouts.choice import obstacle_of
-from otpo.layouts.lengths_attention import binding_window, lengths_attention
+from otpo.layouts.lengths_attention import binding_window, lengths_attention, masked_attention, row_mask
 from otpo.layouts.plan import plan_rows
 
 SMALL: dict[str, Any] = {"vocab_size": 330, "hidden_size": 32}
@@ -62,6 +63,37 @@ def test_a_window_that_no_row_reaches_is_none():
         lengths_attention(part, part, part, lengths_arguments(plan, 65)["row_lengths"], 1.0, 64)
     with pytest.raises(NotImplementedError, match="'CPU' backend"):  # it got as far as the kernel
         lengths_attention(part, part, part, lengths_arguments(plan, 64)["row_lengths"], 1.0, 64)
+
+
+@pytest.mark.parametrize("share", [True, False], ids=["shared", "packed"])
+@pytest.mark.parametrize("alike", [False, True], ids=["", "answers_begin_alike"])
+@pytest.mark.parametrize(
+    "lengths",
+    [
+        ([40, 3, 20, 1], [5, 9, 29, 1], [6, 1, 7, 30]),
+        ([0, 0, 3], [4, 9, 2], [5, 1, 7]),  # pairs without a prompt
+        ([17], [1], [1]),
+        ([12, 5], [4, 2], [4, 6]),
+    ],
+    ids=["four", "no_prompt", "one_token", "two"],
+)
+def test_two_calls_are_one_attention(lengths, alike, share, monkeypatch):
+    """What is made of the kernels' answers, and of their gradients, to float64's rounding; the kernels are written
+    out, as they run on a GPU alone."""
+    written_out = SimpleNamespace(_flash_attention_forward=forward, _flash_attention_backward=backward)
+    monkeypatch.setattr("otpo.layouts.lengths_attention._aten", written_out)
+    plan = plan_rows(**random_batch(*lengths, answers_begin_alike=alike), share=share)
+    torch.manual_seed(0)
+    parts = [torch.randn(plan.ids.size(1), heads, 8, dtype=torch.float64) for heads in (6, 2, 2)]
+    ours, theirs = ([part.clone().requires_grad_() for part in parts] for _ in range(2))
+    found = lengths_attention(*ours, lengths_arguments(plan)["row_lengths"], 0.3)
+    expected = masked_attention(*theirs, row_mask(plan.pairs, plan.branches), 0.3)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    grad = torch.randn_like(expected)
+    found.backward(grad)
+    expected.backward(grad)
+    for name, one, other in zip(("query", "key", "value"), ours, theirs, strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=0, atol=1e-12, msg=name)
 
 
 def test_models_that_no_trial_of_short_rows_finds_out():

@@ -153,6 +153,10 @@ READ_BY: dict[str, tuple[Callable, list[str]]] = {
             "ref_model_init_kwargs = dict(args.model_init_kwargs or {})",
         ],
     ),
+    "before_sharding": (
+        DPOTrainer.__init__,
+        ["self.ref_model = ref_model", "self.ref_model = prepare_deepspeed(self.ref_model, self.accelerator)"],
+    ),
     "use_one_gpu": (Trainer, ["self.args._n_gpu = 1", "if self.args.n_gpu > 1:"]),
     "new_model": (PreTrainedModel, ["def _from_config(cls, config, **kwargs)"]),
     "leave_boolean_buffers_to_ranks": (DistributedDataParallel, ["_ddp_params_and_buffers_to_ignore"]),
@@ -299,7 +303,7 @@ def test_nothing_else_private_is_leaned_on():
     files = [path for path in folder.rglob("*.py") if path.name != "trl_seam.py"]
     found = {str(path.relative_to(folder)): sorted(set(private_names(path))) for path in files}
     # torch's own count of writes to a tensor, which autograd goes by, and its flash kernels, whose public call has no
-    # gradient of the logarithm that it returns. Options of torch's compiler are listed by a package of that name alone.
+    # gradient of the logarithm that it returns. Options of torch's compiler are listed by its package. ZeRO-3's mark.
     assert {name: names for name, names in found.items() if names} == {
         "training/lent.py": ["_version"],
         "layouts/compiled.py": ["_inductor"],
