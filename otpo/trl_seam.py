@@ -326,7 +326,7 @@ def policy_as_reference(trainer: Any, policy: Any) -> Iterator[None]:
     for module in policy.modules():
         if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
             switched.append((module, "_disable_adapters", True))
-        if getattr(module, "gradient_checkpointing", False):
+        if vars(module).get("gradient_checkpointing"):  # PEFT's wrappers would answer for the model
             switched.append((module, "gradient_checkpointing", False))
     before = [getattr(module, name) for module, name, _ in switched]
     for module, name, value in switched:

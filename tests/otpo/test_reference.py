@@ -1,5 +1,6 @@
 """The reference: precomputed or not it is the same, and it is the policy's copy unless the user gives another."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,11 +15,11 @@ from helpers import (
     parameters,
     train_and_evaluate,
 )
-from peft import LoraConfig
+from peft import IA3Config, LoHaConfig, LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 from written_loss import LORA, SGD, load, uneven_pairs
 
-from otpo import OTPOTrainer
+from otpo import OTPOTrainer, trl_seam
 
 
 @pytest.mark.parametrize(
@@ -142,3 +143,50 @@ def test_a_changed_model_is_found_behind_noise(model_folder, tmp_path):
         model.lm_head.weight.mul_(3.0)
     with pytest.raises(RuntimeError, match="differ from the policy's"):
         make_trainer(model, tmp_path, make_pairs(), disable_dropout=False).train()
+
+
+ADAPTERS: dict[str, Any] = {
+    "lora": lambda: LoraConfig(**LORA, init_lora_weights=False),
+    "dora": lambda: LoraConfig(**LORA, init_lora_weights=False, use_dora=True),
+    "head": lambda: LoraConfig(**LORA, init_lora_weights=False, modules_to_save=["lm_head"]),
+    "tokens": lambda: LoraConfig(**LORA, init_lora_weights=False, trainable_token_indices=[3, 4]),
+    "bias": lambda: LoraConfig(**LORA, init_lora_weights=False, bias="all"),
+    "loha": lambda: LoHaConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_weights=False),
+    "ia3": lambda: IA3Config(
+        target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"], task_type="CAUSAL_LM"
+    ),
+    "prompt": lambda: PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
+}
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+@pytest.mark.filterwarnings("ignore:Careful, disabling adapter layers with bias")
+def test_the_policy_without_its_adapter_is_peft_s_and_comes_back(name, model_folder, tmp_path):
+    """One walk that sets flags has the result of PEFT's own switch, and leaves nothing behind."""
+    model: Any = get_peft_model(AutoModelForCausalLM.from_pretrained(model_folder), ADAPTERS[name]())
+    with torch.no_grad():
+        for parameter in model.parameters():  # those that start as ones and zeros too
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    model.gradient_checkpointing_enable()
+    trainer: Any = SimpleNamespace(model=model, args=SimpleNamespace(gradient_checkpointing_kwargs=None))
+
+    def state() -> Any:
+        flags = [(sorted(vars(module)), vars(module).get("_disable_adapters")) for module in model.modules()]
+        checkpointing = [vars(module).get("gradient_checkpointing") for module in model.modules()]
+        return flags, checkpointing, [parameter.requires_grad for parameter in model.parameters()]
+
+    ids = torch.arange(5, 25).view(2, 10)
+    with torch.no_grad():
+        adapted = model(input_ids=ids).logits[:, -10:]
+        with model.disable_adapter():
+            expected = model(input_ids=ids).logits
+        before = state()
+        with pytest.raises(KeyError), trl_seam.policy_as_reference(trainer, model):
+            assert not any(vars(module).get("gradient_checkpointing") for module in model.modules())
+            found = model(input_ids=ids).logits
+            raise KeyError
+        assert state() == before
+        assert torch.equal(found, expected)
+        assert torch.equal(model(input_ids=ids).logits[:, -10:], adapted)
+    assert not torch.equal(found, adapted)
