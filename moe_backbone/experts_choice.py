@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from .memcpy_experts import NAME
 
@@ -56,6 +57,11 @@ class Choice(NamedTuple):
 
     name: str
     reason: str | None
+
+
+def known_experts() -> list[str]:
+    """The names that `experts_implementation` may have: ours, transformers', and whatever else was registered."""
+    return list(dict.fromkeys([NAME, "grouped_mm", "batched_mm", "eager", *sorted(ALL_EXPERTS_FUNCTIONS)]))
 
 
 def choose_experts(kinds: Sequence[ExpertsKind], device_type: str, itemsize: int, has_triton: bool) -> Choice:

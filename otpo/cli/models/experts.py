@@ -9,9 +9,8 @@ from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedModel
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from moe_backbone.experts_choice import ExpertsKind, choose_experts, find_experts, obstacle
+from moe_backbone.experts_choice import ExpertsKind, choose_experts, find_experts, known_experts, obstacle
 from moe_backbone.memcpy_experts import NAME
 from otpo.cli.options.run_options import RunArguments
 
@@ -58,7 +57,7 @@ class Running(NamedTuple):
 
 def require_known(name: str) -> None:
     """Raises a `ValueError` unless `experts_implementation` is a name that can be asked for."""
-    known = list(dict.fromkeys([AUTO, NAME, "grouped_mm", "batched_mm", "eager", *sorted(ALL_EXPERTS_FUNCTIONS)]))
+    known = [AUTO, *known_experts()]
     if name not in known:
         raise ValueError(f"`{_OPTION}={name}` is not known. Set one of: {', '.join(known)}.")
 
