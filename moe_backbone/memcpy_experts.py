@@ -4,7 +4,9 @@ Shapes: T tokens, K slots of a token, R = T * K rows grouped by expert, E expert
 A tensor's suffix is its shape.
 
 Importing this module, as `import moe_backbone` does, registers the name, so that any model whose experts go through
-transformers' interface takes it: `from_pretrained(..., experts_implementation="memcpy")`.
+transformers' interface takes it: `from_pretrained(..., experts_implementation="memcpy")`. Without the option a model,
+Compass too, has transformers' default, `grouped_mm`. [`experts_choice`] says where `memcpy` is the better one, and the
+training commands of otpo go by that.
 """
 
 from typing import Any

@@ -201,6 +201,7 @@ class OTPOTrainer(DPOTrainer):
         if self._models_are_ready:
             return
         self._models_are_ready = True
+        self.on_models_loaded()
         if self.is_deepspeed_enabled:
             gather_whole_layers(self.model, trained=True)
         check_hidden_layer(self.model, self.args.hidden_layer)
@@ -208,6 +209,12 @@ class OTPOTrainer(DPOTrainer):
             if model is not None:
                 trl_seam.bring_router_logits_to_head(model)
         self._laid_out = LaidOutModels(self)
+
+    def on_models_loaded(self) -> None:
+        """Called once when policy and reference are loaded and neither has run; override it to set how they run.
+
+        It does nothing here: a model runs as whoever loaded it said, its attention and its experts too.
+        """
 
     def create_accelerator_and_postprocess(self) -> None:
         """As in transformers; under FSDP2 the models' outputs keep their precision."""

@@ -24,6 +24,7 @@ from otpo.data.loading import DataArguments, RowArguments, load_pairs
 from otpo.plain_model import has_adapter
 
 from .launching.engine import count_rows, describe_run, rows_in_step
+from .models.experts import Request, read_request, set_trainers_experts
 from .models.loading import (
     find_origin,
     load_adapted,
@@ -91,7 +92,9 @@ def make_trainer(
     from .launching.expert_parallel import model_options, trainer_class
     from .models.compass import freeze_adapters_of_mtp, mtp_options
 
+    # What the options contradict each other in, before anything is loaded.
     origin = find_origin("model_name_or_path", require_model(model), model.model_revision)
+    experts = read_request(data, args.model_init_kwargs)
     trusted = args.trust_remote_code
     config = load_config(origin, trusted)
     reference: Any = None
@@ -102,7 +105,7 @@ def make_trainer(
         require_same_vocabulary("ref_model_name_or_path", config, reference_config)
     set_seed(args.seed)  # what is drawn before the trainer is made must agree across processes
     train, evaluation = load_pairs(data, mixture, seed=args.seed, evaluate=args.do_eval)
-    of_class = trainer_class(OTPOTrainer, data, config)
+    of_class = trainer_class(_with_experts(experts, data), data, config)
     chosen = with_model_options(args.model_init_kwargs, model, origin.revision)
     shared = on_one_device(args, {**model_options(data), **chosen})
     kwargs = {**mtp_options(config), **shared}
@@ -126,6 +129,17 @@ def make_trainer(
     return trainer
 
 
+def _with_experts(request: Request, data: AlignArguments) -> type[OTPOTrainer]:
+    """The trainer whose experts run as asked before its constructor computes the reference, where it does."""
+
+    class Trainer(OTPOTrainer):
+        def on_models_loaded(self) -> None:
+            set_trainers_experts(request, self, data)
+
+    Trainer.__name__ = OTPOTrainer.__name__
+    return Trainer
+
+
 def describe(trainer: OTPOTrainer, parsed: tuple[Any, ...]) -> dict[str, str]:
     """What really runs, line by line."""
     from .models.compass import describe_mtp
@@ -142,6 +156,7 @@ def describe(trainer: OTPOTrainer, parsed: tuple[Any, ...]) -> dict[str, str]:
         "rows": trainer.layout.describe(),
         "pairs": f"{count_rows(trainer.train_dataset)} to train on, {count_rows(trainer.eval_dataset)} to evaluate "
         f"on, {describe_step(trainer)}",
+        **parsed[0].notes,
         **describe_mtp(trainer.model),
     }
     dropped = {name: sum(counts.values()) for name, counts in trainer.dropped_pairs.items() if counts}

@@ -14,11 +14,9 @@ from transformers import set_seed
 from trl import ScriptArguments, TrlParser
 
 from moe_backbone import PRESETS
-from moe_backbone.planning.counting import count_parameters
 from moe_backbone.pretraining.documents import Stage, read_mixture
 from moe_backbone.pretraining.trainer import PretrainingConfig, PretrainingTrainer
 from otpo.data.loading import RowArguments
-from otpo.trl_seam import implementations
 
 from .launching.engine import count_rows, describe_run, rows_in_step
 from .launching.expert_parallel import trainer_class
@@ -106,14 +104,9 @@ def describe(
     """What really runs, line by line; of a `stage` also what it sets and what the options that were `said` do."""
     data, args, model = parsed
     config: Any = trainer.model.config  # pyright: ignore
-    counts = count_parameters(config)
     rows = rows_in_step(trainer)
     lines = describe_run(trainer, data.previous_stage or model.model_name_or_path or data.preset)
-    _, experts = implementations(config)
-    lines["experts"] = (
-        f"{config.num_experts}, {config.num_experts_per_tok} a token, {config.num_shared_experts} shared, "
-        f"{counts.active:,} parameters active, run by {experts}"
-    )
+    lines["experts"] = data.notes["experts"]
     if stage is not None:
         lines["stage"] = describe_stage(stage, args, said or {})
     lines |= data.notes

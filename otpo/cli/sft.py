@@ -28,6 +28,7 @@ from otpo.data.instruction_checks import check_instructions, instruction_form, i
 from otpo.data.loading import RowArguments, load_rows
 
 from .launching.engine import count_rows, describe_run, rows_in_step
+from .models.experts import read_request, set_trainers_experts
 from .models.loading import (
     find_origin,
     load_adapted,
@@ -93,6 +94,7 @@ def make_trainer(data: SftArguments, args: SFTConfig, model: ModelConfig, mixtur
 
     # What the options contradict each other in, before anything is loaded.
     origin = find_origin("model_name_or_path", require_model(model), model.model_revision)
+    experts = read_request(data, args.model_init_kwargs)
     if model.use_peft and model.lora_target_parameters and model.lora_dropout:
         raise ValueError(
             f"`lora_dropout={model.lora_dropout}` with `lora_target_parameters`, for which PEFT has no dropout. Set "
@@ -131,6 +133,7 @@ def make_trainer(data: SftArguments, args: SFTConfig, model: ModelConfig, mixtur
         quantization_config=None if origin.adapted else quantization,
         peft_config=get_peft_config(model),
     )
+    set_trainers_experts(experts, trainer, data)
     freeze_adapters_of_mtp(trainer.model)
     require_rows(train, trainer.train_dataset, args)
     return trainer
@@ -201,8 +204,10 @@ def describe(trainer: SFTTrainer, parsed: tuple[Any, ...]) -> dict[str, str]:
     }
     if args.packing:
         lines["packing"] = f"{args.packing_strategy}, blocks of up to {args.max_length} tokens"
+    lines |= parsed[0].notes
     if trainer.aux_loss_enabled:
-        lines["experts"] = f"load-balancing loss weighed with {trainer.router_aux_loss_coef:g}, no z-loss"
+        balance = f"load-balancing loss weighed with {trainer.router_aux_loss_coef:g}, no z-loss"
+        lines["experts"] = "; ".join(filter(None, [lines.get("experts"), balance]))
     return {**lines, **describe_mtp(trainer.model)}
 
 

@@ -233,6 +233,9 @@ def test_alignment_from_the_command_line(compass_folder, pairs_file, tmp_path, b
         assert done.returncode == 0, done.stderr[-4000:]
         found[size] = json.loads((out / "report.json").read_text())["metrics"]["train"]
         assert ("parallel   2 of 4 in each process" in done.stdout) == (size == 2)
+        spread = "the layers of expert parallelism, whose rows memcpy moves" if backend == "deepspeed" else "memcpy"
+        running = spread if size == 2 else "grouped_mm"
+        assert f"experts    run by {running}, the reference's too" in done.stdout
         AutoModelForCausalLM.from_pretrained(out)
         assert (out / "modeling_compass.py").is_file()
         assert json.loads((out / "config.json").read_text())["auto_map"] == AUTO_MAP

@@ -102,6 +102,21 @@ def test_models_agree_with_their_eager_experts(name):
     assert_gradients_close(results["memcpy"][1], results["eager"][1], **CLOSE)
 
 
+@pytest.mark.parametrize("name", ["qwen3_moe", "mixtral", "olmoe", "compass"])
+def test_autocast_over_float32_weights_is_that_of_grouped_mm(name):
+    """As the training commands run it by default; router weights come in bfloat16, or in float32."""
+    ids = prompts()
+    results = {}
+    for implementation in ("grouped_mm", "memcpy"):
+        model = make_model(name, implementation)
+        with torch.autocast("cpu", torch.bfloat16):
+            output = model(ids, labels=ids, use_cache=False)
+        output.loss.backward()
+        results[implementation] = output, gradients(model)
+    torch.testing.assert_close(results["memcpy"][0].logits, results["grouped_mm"][0].logits, rtol=0.05, atol=0.05)
+    assert_gradients_close(results["memcpy"][1], results["grouped_mm"][1], rtol=0.05, atol=0.05)
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_it_is_used_from_from_pretrained_and_not_saved(name, tmp_path, monkeypatch):
     make_model(name).save_pretrained(tmp_path)

@@ -20,6 +20,7 @@ from huggingface_hub import ModelCard
 from pretraining_helpers import chain_documents
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from moe_backbone import CompassConfig, CompassForCausalLM, preset
 from moe_backbone.model.saved_code import AUTO_MAP
@@ -398,7 +399,7 @@ def test_two_processes_learn_what_one_learns(tokenizer_folder, documents, tmp_pa
         ({"config_overrides": "experts=3"}, "'experts=3' is no `name=value` of an option of CompassConfig"),
         ({"config_overrides": "num_experts=3"}, "`num_experts_per_tok=4` is above `num_experts=3`"),
         ({"config_overrides": "num_mtp_layers=0,mtp_loss_coef=0.5"}, "but `num_mtp_layers` is 0"),
-        ({"experts_implementation": "fast"}, "fast"),
+        ({"experts_implementation": "fast"}, "`experts_implementation=fast` is not known. Set one of: auto, memcpy"),
         ({"resume_from_checkpoint": True}, "there is no checkpoint in `output_dir="),
         ({"sequence_length": 1}, "`sequence_length` must be at least 2"),
         ({"dataset_name": "otpo/demo-corpus", "dataset_config": "many"}, "number of documents to generate"),
@@ -432,8 +433,14 @@ def test_two_processes_learn_what_one_learns(tokenizer_folder, documents, tmp_pa
         ({"config_overrides": "router_aux_loss_coef=NaN"}, "`router_aux_loss_coef` must be a finite number, got nan"),
         ({"config_overrides": "initializer_range=-0.1"}, "`initializer_range` must be at least 0, got -0.1"),
         ({"config_overrides": "rms_norm_eps=0"}, "`rms_norm_eps` must be above 0, got 0.0"),
-        ({"config_overrides": "hidden_size=33"}, "`hidden_size=33` must be a multiple of 4 with `experts_impl"),
-        ({"config_overrides": "moe_intermediate_size=36", "bf16": True}, "must be a multiple of 8 with"),
+        (
+            {"config_overrides": "hidden_size=33", "experts_implementation": "grouped_mm"},
+            "`hidden_size=33` of CompassExperts must be a multiple of 4 in this precision. Change that, or set",
+        ),
+        (
+            {"config_overrides": "moe_intermediate_size=36", "bf16": True, "experts_implementation": "memcpy"},
+            "`moe_intermediate_size=36` of CompassExperts must be a multiple of 8",
+        ),
         ({"config_overrides": "num_experts=8,num_experts=4"}, "sets `num_experts` twice"),
         ({"remove_unused_columns": True}, "`remove_unused_columns` must stay false"),
         ({"label_smoothing_factor": 0.1}, "`label_smoothing_factor=0.1`"),
@@ -468,6 +475,38 @@ def test_a_mixture_that_can_not_be(tokenizer_folder, tmp_path, capsys, stage):
     path.write_text("stages: [{name: long, steps: 1, sequence_length: 8, learning_rate: 1, sources: a.jsonl}]")
     message = refusal(capsys, arguments(tokenizer_folder, tmp_path, mixture=path, stage=stage))
     assert f"`mixture={path}`: `stages[0].sources` must be a list, got 'a.jsonl'" in message
+
+
+@pytest.mark.parametrize(("name", "told"), [(None, "run by grouped_mm"), ("memcpy", "run by memcpy (`experts_impl")])
+def test_the_experts_run_as_the_header_says(tokenizer_folder, documents, tmp_path, capsys, monkeypatch, name, told):
+    called = set()
+    for known in ("memcpy", "grouped_mm"):
+        function = ALL_EXPERTS_FUNCTIONS[known]
+        counting = lambda *args, known=known, function=function: called.add(known) or function(*args)  # noqa: E731
+        monkeypatch.setitem(ALL_EXPERTS_FUNCTIONS._global_mapping, known, counting)
+    argv = arguments(
+        tokenizer_folder,
+        tmp_path,
+        dataset_name=documents,
+        max_train_rows=100,
+        max_steps=1,
+        experts_implementation=name,
+    )
+    assert pretrain.main(argv) == 0
+    assert f", {told}" in capsys.readouterr().out
+    assert called == {name or "grouped_mm"}
+
+
+def test_widths_that_grouped_products_cannot_take(tokenizer_folder, documents, tmp_path, capsys):
+    argv = arguments(
+        tokenizer_folder, tmp_path, dataset_name=documents, max_train_rows=100, max_steps=1,
+        config_overrides="moe_intermediate_size=33",
+    )  # fmt: skip
+    assert pretrain.main(argv) == 0
+    line = (
+        "run by eager, not by memcpy or grouped_mm: `moe_intermediate_size=33` of CompassExperts must be a multiple of"
+    )
+    assert line in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("override", ["num_experts=8", "hidden_size=64", "vocab_size=96"])

@@ -88,7 +88,7 @@ def test_a_run_in_a_process_of_its_own(compass_folder, messages_file, tmp_path):
         "engine     NO, 1 process",
         "loss       nll of the assistant's tokens, learning rate 0.01",
         "rows       8 to train on, 4 to evaluate on, 2 in a step",
-        "experts    load-balancing loss weighed with 0.1, no z-loss",
+        "experts    run by grouped_mm; load-balancing loss weighed with 0.1, no z-loss",
         "mtp        1 layer(s) frozen: their loss is left out, `mtp_loss_coef` is set to 0",
     ):
         assert line in done.stdout

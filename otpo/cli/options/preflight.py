@@ -13,6 +13,7 @@ from transformers.integrations.integration_utils import (
     is_flytekit_available,
 )
 
+from otpo.cli.models.experts import require_known
 from otpo.cli.models.loading import find_origin, load_config
 
 from .writing import require_writable_file, require_writable_folder
@@ -51,6 +52,7 @@ def check_options_alone(values: Mapping[str, Any]) -> None:
         if values["f_divergence_type"] not in DIVERGENCES:
             found, known = values["f_divergence_type"], ", ".join(DIVERGENCES)
             raise ValueError(f"`f_divergence_type={found}` is not known. Set one of: {known}.")
+    require_known(values["experts_implementation"])
     check_model_options(values)
 
 

@@ -36,6 +36,9 @@ class RunArguments:
         expert_parallel_size: Processes of a machine that share the experts of a Mixture-of-Experts model.
         expert_parallel_backend: One of [`EXPERT_PARALLEL_BACKENDS`].
         save_code: Whether checkpoints of a Compass model carry the model's code.
+        experts_implementation: Which of transformers' experts functions runs the experts of a Mixture-of-Experts
+            model; see `otpo.cli.models.experts`.
+        notes: Lines for the header, found while the models were made.
     """
 
     report: str | None = field(
@@ -66,6 +69,15 @@ class RunArguments:
             "where otpo is not installed."
         },
     )
+    experts_implementation: str = field(
+        default="auto",
+        metadata={
+            "help": "What computes the experts of a Mixture-of-Experts model, and of its reference: auto, memcpy, "
+            "grouped_mm, batched_mm, eager, or another that transformers has. auto is memcpy on a GPU (rows moved by "
+            "Triton kernels), grouped_mm on the CPU and where memcpy can't run, eager where neither can."
+        },
+    )
+    notes: dict[str, str] = field(default_factory=dict, init=False)
 
 
 @dataclass

@@ -11,16 +11,17 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRotaryEmbed
 
 from moe_backbone import PRESETS, CompassConfig, CompassForCausalLM, preset
 from moe_backbone.model.config_checks import check_config, describe_longer_rows, one_line_refusals
+from moe_backbone.planning.counting import count_parameters
 from moe_backbone.pretraining.documents import Stage
 from moe_backbone.pretraining.trainer import PretrainingConfig
 from otpo.cli.launching.expert_parallel import model_options
+from otpo.cli.models.experts import read_request, set_experts
 from otpo.cli.models.loading import require_folder
-from otpo.trl_seam import implementations, new_model
+from otpo.trl_seam import new_model
 
 from .options import ModelArguments, PretrainArguments
 
 _VOCABULARY_MULTIPLE = 64
-_GROUPED, _GROUPED_BYTES = ("grouped_mm", "memcpy"), 16  # run by torch's grouped products, and a row's alignment there
 _SET_ELSEWHERE = {f"{token}_token_id": "the tokenizer" for token in ("pad", "bos", "eos")}
 _SET_ELSEWHERE |= {"dtype": "the option `dtype`", "model_type": "Compass", "return_dict": "the training"}
 _WORDS = {"True": True, "False": False, "None": None}  # as Python writes what JSON writes small
@@ -30,6 +31,7 @@ def make_model(
     data: PretrainArguments, args: PretrainingConfig, model: ModelArguments, tokenizer: Any, stage: Stage | None
 ) -> CompassForCausalLM:
     """A new model of the preset, or the checkpoint's, with the options that the stage and the command line change."""
+    experts = read_request(data)
     name = data.previous_stage or model.model_name_or_path
     revision = None if data.previous_stage else model.model_revision
     rope = None if stage is None else stage.rope_parameters
@@ -65,9 +67,8 @@ def make_model(
                 f"`model_name_or_path={name}`: its weights are of other sizes than its configuration{changed}, as the "
                 "report above says. Leave the sizes as they are, or make a new model (`preset`)."
             ) from error
-    set_experts_implementation(compass, data.experts_implementation)
-    halved = args.bf16 or args.fp16 or compass.dtype.itemsize == 2
-    require_aligned_widths(config, data.experts_implementation, 2 if halved else 4)
+    told = set_experts(experts, [compass], args.device.type, args.bf16 or args.fp16)
+    data.notes["experts"] = f"{describe_sizes(config)}, {told}"
     return compass
 
 
@@ -153,29 +154,12 @@ def load_tokenizer(name: str | None, revision: str | None, option: str) -> Any:
     return tokenizer
 
 
-def set_experts_implementation(model: CompassForCausalLM, name: str) -> None:
-    """Has the experts computed as `name` says; raises a `ValueError` where transformers would do it otherwise."""
-    model.set_experts_implementation(name)
-    _, running = implementations(model.config)
-    if running != name:
-        raise ValueError(f"`experts_implementation={name}` was asked for, but transformers runs {running}.")
-
-
-def require_aligned_widths(config: CompassConfig, implementation: str, itemsize: int) -> None:
-    """Raises a `ValueError` for widths whose rows torch's grouped products can't take: these need whole 16 bytes.
-
-    Args:
-        config: Of the model.
-        implementation: How the experts are computed.
-        itemsize: Bytes of a number that the products compute with.
-    """
-    multiple = _GROUPED_BYTES // itemsize
-    for name in ("hidden_size", "moe_intermediate_size") if implementation in _GROUPED else ():
-        if getattr(config, name) % multiple:
-            raise ValueError(
-                f"`{name}={getattr(config, name)}` must be a multiple of {multiple} with `experts_implementation="
-                f"{implementation}` in this precision. Set it to one, or `experts_implementation` to eager."
-            )
+def describe_sizes(config: CompassConfig) -> str:
+    """How many experts there are, and what of the model a token takes."""
+    return (
+        f"{config.num_experts}, {config.num_experts_per_tok} a token, {config.num_shared_experts} shared, "
+        f"{count_parameters(config).active:,} parameters active"
+    )
 
 
 def parse_overrides(text: str | None) -> dict[str, Any]:

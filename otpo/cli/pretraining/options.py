@@ -29,13 +29,11 @@ class PretrainArguments(RunArguments, RowArguments):
         preset: Name of a preset, for a new model.
         config_overrides: Options of its configuration, `name=value,name=value`; also of a checkpoint's.
         tokenizer_name_or_path: Tokenizer, for a new model.
-        experts_implementation: How the experts are computed.
         mixture: YAML file with stages, in place of `dataset_name`.
         stage: The one stage of the mixture to run.
         text_column: Column of the dataset with the text, or `input_ids`.
         previous_stage: Folder of the model that the stage before has left, for a stage among several. The command sets
             it itself.
-        notes: Lines for the header, found while the model was made.
     """
 
     preset: str | None = field(
@@ -51,9 +49,6 @@ class PretrainArguments(RunArguments, RowArguments):
     tokenizer_name_or_path: str | None = field(
         default=None, metadata={"help": "Tokenizer of a new model. Unset: the one of `model_name_or_path`."}
     )
-    experts_implementation: str = field(
-        default="grouped_mm", metadata={"help": "How experts are computed: grouped_mm, memcpy, batched_mm or eager."}
-    )
     mixture: str | None = field(
         default=None, metadata={"help": "YAML file with stages and weighted sources, in place of `dataset_name`."}
     )
@@ -63,7 +58,6 @@ class PretrainArguments(RunArguments, RowArguments):
         metadata={"help": "Column of the dataset with the text. Unset: `input_ids` where there is one, else `text`."},
     )
     previous_stage: str | None = field(default=None, metadata={"help": argparse.SUPPRESS})
-    notes: dict[str, str] = field(default_factory=dict, init=False)
 
 
 @dataclass
