@@ -2,22 +2,19 @@
 
 import contextlib
 import gc
-import itertools
 import os
 import statistics
 import tempfile
-import time
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from transformers import TrainerCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer_callback import PrinterCallback
 from trl import DPOConfig, DPOTrainer
 
 from benchmarks import harness
-from benchmarks.kernel_trace import busy_time, kernels_of, largest_groups
+from benchmarks.kernel_trace import largest_groups
 from benchmarks.preference_step.agreement import GradientKeeper, Step
 from benchmarks.preference_step.cases import (
     MAX_LENGTH,
@@ -31,6 +28,7 @@ from benchmarks.preference_step.cases import (
     make_tokenizer,
     real_tokens,
 )
+from benchmarks.step_clock import Clock, Span
 from moe_backbone.planning.hardware import recognise_gpu
 from otpo import OTPOConfig, OTPOTrainer
 
@@ -44,79 +42,6 @@ checkpointing computes again are not counted, nor are the adapters' own products
 COLUMNS = ("real_tokens", "ms", "host_ms", "window_ms", "tokens_per_s", "mfu", "idle_share", "peak_mib")
 COLUMNS += ("before_mib", "first_step_s", "again_s", "step_ms")
 GROUPS = 12
-
-
-class Span(NamedTuple):
-    """Steps to warm up, to time and to profile, in this order."""
-
-    warmup: int
-    steps: int
-    profiled: int
-
-    @property
-    def total(self) -> int:
-        """All of them."""
-        return sum(self)
-
-
-class Clock(TrainerCallback):
-    """Times steps from end to end without waiting for the device in any of them, then profiles a few more.
-
-    The device is waited for where training begins, after the first step, and around the timed and the profiled steps.
-    """
-
-    def __init__(self, span: Span, device: torch.device) -> None:
-        self.span, self.on_gpu = span, device.type == "cuda"
-        self.begun = self.first_step_s = self.window_s = self.idle_share = 0.0
-        self.host_marks: list[float] = []
-        self.marks: list[Any] = []
-        self.profile: Any = None
-        self.peak = 0
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.begun = self._now()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        done, (warmup, steps, profiled) = state.global_step, self.span
-        if done == 1:
-            self.first_step_s = self._now() - self.begun
-        if done == warmup:
-            self.window_s = -self._now()
-        if warmup <= done <= warmup + steps:
-            self._mark()
-        if done == warmup + steps:
-            self.window_s += self._now()
-            self.peak = torch.cuda.max_memory_allocated() if self.on_gpu else 0
-            activity = torch.profiler.ProfilerActivity
-            self.profile = torch.profiler.profile(activities=[activity.CUDA if self.on_gpu else activity.CPU])
-            self.profile.__enter__()
-            self.begun = self._now()
-        if done == warmup + steps + profiled:
-            wall = self._now() - self.begun
-            self.profile.__exit__(None, None, None)
-            busy = busy_time(kernels_of(self.profile, on_gpu=self.on_gpu)) / 1e6
-            self.idle_share = 1 - busy / wall
-
-    def step_ms(self) -> list[float]:
-        """Each timed step on the device's clock, or the host's where there is no GPU."""
-        if not self.on_gpu:
-            return self.host_ms()
-        return [start.elapsed_time(end) for start, end in itertools.pairwise(self.marks)]
-
-    def host_ms(self) -> list[float]:
-        """Each timed step on the host's clock, which runs ahead of the device where nothing waits."""
-        return [1e3 * (end - start) for start, end in itertools.pairwise(self.host_marks)]
-
-    def _mark(self) -> None:
-        self.host_marks.append(time.perf_counter())
-        if self.on_gpu:
-            self.marks.append(torch.cuda.Event(enable_timing=True))
-            self.marks[-1].record()
-
-    def _now(self) -> float:
-        if self.on_gpu:
-            torch.cuda.synchronize()
-        return time.perf_counter()
 
 
 def first_step(case: Case, contender: Contender, device: torch.device, *, keeps: bool, exact: bool = False) -> Step:

@@ -1,0 +1,279 @@
+"""`otpo pretrain` as its user types it, one process a variant: tokens a second, MFU, idle time, memory, and the loss.
+
+Each variant is one command line on the same tokens from the same seed. The first variant, grouped products without
+anything compiled, is what the others' losses are compared with: a time is printed only where the mean loss up to the
+last timed step agrees to 0.5%.
+
+    python -m benchmarks.pretraining
+    python -m benchmarks.pretraining --shapes compass-small --variants grouped_mm default
+    python -m benchmarks.pretraining --figure benchmarks/results/pretraining_h100.csv
+"""
+
+import argparse
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from rich.console import Console
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
+from transformers import trainer as transformers_trainer
+
+from benchmarks import harness
+from benchmarks.figures import close_empty, grouped_bars, legend, machine_line, number, save
+from benchmarks.step_clock import Clock, Span
+from otpo.cli.pretrain import main as pretrain
+
+TOLERANCE = 5e-3
+"""Of a loss, relative."""
+COLUMNS = ("shape", "variant", "status", "steps", "loss", "loss_error", "ms", "tokens_per_s", "mfu", "idle_share")
+COLUMNS += ("peak_mib", "first_step_s", "run_s", "step_ms", "speedup", "command")
+_QWEN = "hidden_size=2048,num_hidden_layers=4,num_attention_heads=32,num_key_value_heads=4,head_dim=128"
+_QWEN += ",moe_intermediate_size=768,num_experts=128,num_experts_per_tok=8,num_mtp_layers=0"
+SHAPES: dict[str, list[str]] = {
+    "compass-small": ["--preset", "compass-small"],
+    # One expert of compass-v3 has 302M parameters, and each takes 16 bytes: four of them in two layers fit 80 GB.
+    "compass-v3-width": [
+        *("--preset", "compass-v3", "--config_overrides"),
+        "num_hidden_layers=2,num_experts=4,num_experts_per_tok=2,num_mtp_layers=0",
+        *("--per_device_train_batch_size", "2"),
+    ],
+    "qwen3-30b-a3b-4-layers": ["--preset", "compass-small", "--config_overrides", _QWEN],
+    "compass-tiny": ["--preset", "compass-tiny", "--sequence_length", "128", "--per_device_train_batch_size", "2"],
+}
+"""What each shape adds to the command."""
+LARGE = tuple(name for name in SHAPES if name != "compass-tiny")
+GROUPED = "grouped_mm"
+VARIANTS: dict[str, list[str]] = {
+    GROUPED: ["--experts_implementation", "grouped_mm"],
+    "memcpy": ["--experts_implementation", "memcpy"],
+    "default": [],
+}
+"""What each variant adds; `default` is what a user gets who says nothing."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs what the arguments ask for; 1 if a variant has no time."""
+    args = parse(arguments)
+    console = Console(width=160, highlight=False)
+    if args.child:
+        return child(json.loads(args.child))
+    if args.figure:
+        console.print(f"{draw(args.figure)}")
+        return 0
+    rows = run(args, console)
+    console.print(f"{draw(args.output)}\n{args.output}")
+    return 0 if all(row["status"] == "ok" for row in rows) else 1
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", default=list(LARGE), choices=list(SHAPES), metavar="NAME")
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS), metavar="NAME")
+    parser.add_argument("--warmup", type=int, default=4, help="steps before the timed ones, at least 1")
+    parser.add_argument("--steps", type=int, default=16, help="timed steps")
+    parser.add_argument("--profiled", type=int, default=2, help="steps after them, under the profiler")
+    parser.add_argument("--output", type=Path, help="default: benchmarks/results/pretraining_GPU.csv")
+    parser.add_argument("--figure", type=Path, metavar="CSV", help="only draw this CSV")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    args = parser.parse_args(arguments)
+    if min(args.steps, args.warmup, args.profiled) < 1:
+        parser.error("--steps, --warmup and --profiled must be at least 1")
+    args.output = args.output or Path("benchmarks/results") / f"pretraining_{name_of_machine()}.csv"
+    return args
+
+
+def name_of_machine() -> str:
+    if not torch.cuda.is_available():
+        return "cpu"
+    from benchmarks.planning import name_of_gpu
+
+    return name_of_gpu()
+
+
+def run(args: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
+    """Every variant of every shape, [`GROUPED`] first; the CSV is written after each one, for runs that are killed."""
+    span = Span(args.warmup, args.steps, args.profiled)
+    names = [GROUPED, *(name for name in args.variants if name != GROUPED)]
+    rows: list[dict[str, Any]] = []
+    machine = harness.describe_machine("transformers")
+    with tempfile.TemporaryDirectory() as folder:
+        for shape in args.shapes:
+            data = make_data(Path(folder), shape, span)
+            expected: dict[str, Any] | None = None
+            for name in names:
+                row: dict[str, Any] = dict.fromkeys(COLUMNS, "") | {"shape": shape, "variant": name}
+                row["steps"] = span.steps
+                row |= measure(command(shape, name, data, span), span, Path(folder))
+                row = judged(row, expected)
+                expected = row if name == GROUPED else expected
+                if name in args.variants:
+                    rows.append(row | machine)
+                    harness.write_rows(args.output, rows)
+                    console.print(line(row))
+    return rows
+
+
+def make_data(folder: Path, shape: str, span: Span) -> dict[str, Path]:
+    """Seeded tokens as a Parquet file, more than the steps need, and a tokenizer of that many words."""
+    tiny = shape == "compass-tiny"
+    words, length, rows = (500, 128, 4) if tiny else (32_000, 4096, 8)
+    draw = random.Random(0)
+    # A language to learn: a token's successor is one of a few, so that losses of right and wrong steps differ soon.
+    successors = [[draw.randrange(3, words) for _ in range(4)] for _ in range(words)]
+    documents: list[list[int]] = []
+    for _ in range(span.total * rows):
+        token, document = draw.randrange(3, words), []
+        for _ in range(length):
+            document.append(token)
+            token = draw.choice(successors[token])
+        documents.append(document)
+    data = {"tokens": folder / f"{shape}.parquet", "tokenizer": folder / f"tokenizer_{words}"}
+    Dataset.from_dict({"input_ids": documents}).to_parquet(data["tokens"])
+    names = ["<pad>", "<bos>", "<eos>", *(f"w{i}" for i in range(words - 3))]
+    tokenizer = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="<pad>"))
+    special = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(data["tokenizer"])
+    return data
+
+
+def command(shape: str, variant: str, data: dict[str, Path], span: Span) -> list[str]:
+    """The words behind `otpo pretrain`; a shape's and a variant's come last and win."""
+    common = ["--tokenizer_name_or_path", str(data["tokenizer"]), "--dataset_name", str(data["tokens"])]
+    common += ["--sequence_length", "4096", "--per_device_train_batch_size", "4", "--max_steps", str(span.total)]
+    # One log, of all steps that count: each log waits for the device.
+    common += ["--logging_steps", str(span.warmup + span.steps)]
+    common += ["--save_strategy", "no", "--report_to", "none", "--seed", "0"]
+    if not torch.cuda.is_available():
+        common += ["--use_cpu", "true", "--bf16", "false"]
+    return [*common, *SHAPES[shape], *VARIANTS[variant]]
+
+
+def measure(words: list[str], span: Span, folder: Path) -> dict[str, Any]:
+    """Runs a command in a process of its own, with a clock among its trainer's callbacks."""
+    result = folder / "result.json"
+    result.unlink(missing_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as output:
+        told = json.dumps({"words": [*words, "--output_dir", output], "span": span, "result": str(result)})
+        ended = subprocess.run(
+            [sys.executable, "-m", "benchmarks.pretraining", "--child", told],
+            check=False,
+            capture_output=True,
+            text=True,
+        )
+    shown = {"command": " ".join(["otpo pretrain", *words]).replace(str(folder), "DATA")}
+    if ended.returncode or not result.exists():
+        last = [each for each in ended.stderr.splitlines() if each.strip()][-1:] or ["no message"]
+        return shown | {"status": f"failed: {last[0][:160]}"}
+    return shown | json.loads(result.read_text())
+
+
+def child(told: dict[str, Any]) -> int:
+    """The command itself, timed; transformers gives every trainer the callbacks of a list."""
+    span = Span(*told["span"])
+    on_gpu = torch.cuda.is_available()
+    clock = PretrainingClock(span, torch.device("cuda" if on_gpu else "cpu"))
+    transformers_trainer.DEFAULT_CALLBACKS.append(clock)  # an instance serves as well as a class
+    code = pretrain(told["words"])
+    if code or not clock.logs:
+        return code or 1
+    # The log's seconds hold the first step too; the ratio of its MFU and its rate is the model's operations a token.
+    log = clock.logs[0]
+    tokens = log["tokens_per_second"] * log["seconds"] / (span.warmup + span.steps)
+    rate = tokens * span.steps / clock.window_s
+    row: dict[str, Any] = {"status": "ok", "loss": log["loss"]}
+    row |= {"ms": round(statistics.median(clock.step_ms()), 2), "tokens_per_s": round(rate)}
+    row |= {"idle_share": round(clock.idle_share, 4), "first_step_s": round(clock.first_step_s, 2)}
+    row["step_ms"] = " ".join(f"{ms:.1f}" for ms in clock.step_ms())
+    row["run_s"] = round(clock.run_s, 1)
+    if on_gpu:
+        row["peak_mib"] = round(clock.peak / harness.MIB)
+        row["mfu"] = round(rate * log["mfu"] / log["tokens_per_second"], 4)
+    Path(told["result"]).write_text(json.dumps(row))
+    return 0
+
+
+class PretrainingClock(Clock):
+    """Keeps what the trainer logs, too."""
+
+    def __init__(self, span: Span, device: torch.device) -> None:
+        super().__init__(span, device)
+        self.logs: list[dict[str, float]] = []
+        self.run_s = 0.0
+        self._began = 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        self._began = self.begun
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if logs and "loss" in logs:
+            self.logs.append({**logs, "seconds": self._now() - self._began})
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.run_s = self._now() - self._began
+
+
+def judged(row: dict[str, Any], expected: dict[str, Any] | None) -> dict[str, Any]:
+    """The row with its loss compared, and without times where that differs."""
+    if row["status"] != "ok" or expected is None:
+        return row if row["status"] != "ok" else row | {"loss_error": 0.0, "speedup": 1.0}
+    if expected["status"] != "ok":
+        return _without_times(row, f"nothing to compare with, {GROUPED}: {expected['status']}")
+    error = abs(row["loss"] / expected["loss"] - 1)
+    row["loss_error"] = float(f"{error:.3e}")
+    if not error <= TOLERANCE:
+        return _without_times(row, f"wrong: the loss is off by {error:.1e}")
+    return row | {"speedup": round(row["tokens_per_s"] / expected["tokens_per_s"], 3)}
+
+
+def _without_times(row: dict[str, Any], status: str) -> dict[str, Any]:
+    kept = ("shape", "variant", "steps", "loss", "loss_error", "command")
+    return {name: row[name] if name in kept else "" for name in row} | {"status": status}
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row for the terminal."""
+    name = f"{row['shape']:<24}{row['variant']:<12}"
+    if row["status"] != "ok":
+        return f"{name} {row['status']}"
+    words = [f"{row['ms']} ms", f"{row['tokens_per_s']} tokens/s", f"{row['speedup']} x", f"idle {row['idle_share']}"]
+    if row["mfu"] != "":
+        words += [f"MFU {row['mfu']}", f"{row['peak_mib'] / 1024:.1f} GiB"]
+    return f"{name} " + ", ".join([*words, f"loss {row['loss']:.4f}", f"first step {row['first_step_s']} s"])
+
+
+def draw(path: Path) -> Path:
+    """Tokens a second of each variant, a group for each shape."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = harness.read_rows(path)
+    shapes, names = (list(dict.fromkeys(row[column] for row in rows)) for column in ("shape", "variant"))
+    found = {(row["variant"], row["shape"]): number(row["tokens_per_s"]) / 1e3 for row in rows}
+    heights = {name: [found.get((name, shape), float("nan")) for shape in shapes] for name in names}
+    figure, panel = plt.subplots(figsize=(8, 4), layout="constrained")
+    for bars in grouped_bars(panel, shapes, heights, [f"C{i}" for i in range(len(names))]):
+        panel.bar_label(bars, fmt="%.1f", fontsize=7, padding=2)
+    panel.margins(y=0.15)
+    panel.set(ylabel="thousand tokens a second", title="otpo pretrain")
+    legend(figure, [panel])
+    close_empty([panel])
+    figure.suptitle(machine_line(rows, "torch", "transformers"))
+    return save(figure, path)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    sys.exit(main())

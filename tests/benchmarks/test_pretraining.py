@@ -1,0 +1,40 @@
+"""Variants of one command get times where their losses agree, on the CPU with a tiny model."""
+
+import pytest
+
+from benchmarks import harness, pretraining
+from benchmarks.pretraining import GROUPED, judged, line, main
+
+SHORT = ["--shapes", "compass-tiny", "--warmup", "1", "--steps", "2", "--profiled", "1"]
+
+
+@pytest.mark.lengthy
+def test_commands_are_timed_as_they_are_typed(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(pretraining.VARIANTS, "other_rate", ["--router_aux_loss_coef", "no number"])
+    path = tmp_path / "pretraining.csv"
+    assert main([*SHORT, "--variants", GROUPED, "memcpy", "other_rate", "--output", str(path)]) == 1
+    grouped, memcpy, failed = harness.read_rows(path)
+    for row in (grouped, memcpy):
+        assert row["status"] == "ok" and float(row["tokens_per_s"]) > 0 and 0 < float(row["idle_share"]) < 1
+        assert len(row["step_ms"].split()) == 2 and row["mfu"] == row["peak_mib"] == ""
+        # About 2 rows of 128 tokens in the time of a step.
+        assert float(row["tokens_per_s"]) * float(row["ms"]) / 1e3 == pytest.approx(256, rel=0.5)
+        assert row["command"].startswith("otpo pretrain --tokenizer_name_or_path DATA/")
+    assert float(grouped["loss"]) == pytest.approx(float(memcpy["loss"]), rel=1e-5)
+    assert failed["status"].startswith("failed: ") and failed["ms"] == ""
+    assert path.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
+    assert "other_rate" in capsys.readouterr().out
+
+
+def test_who_learns_something_else_has_no_time():
+    row = dict.fromkeys(pretraining.COLUMNS, "") | {"status": "ok", "loss": 4.0, "tokens_per_s": 100, "ms": 1.0}
+    row |= {"shape": "a", "variant": GROUPED, "idle_share": 0.1, "first_step_s": 1.0}
+    first = judged(dict(row), None)
+    assert first["speedup"] == 1.0
+    close = judged({**row, "loss": 4.01, "tokens_per_s": 150}, first)
+    assert close["speedup"] == 1.5 and close["loss_error"] == 0.0025 and "1.5 x" in line(close)
+    for loss in (4.03, float("nan")):
+        wrong = judged({**row, "loss": loss}, first)
+        assert wrong["status"].startswith("wrong: the loss is off by") and wrong["ms"] == wrong["tokens_per_s"] == ""
+    lost = judged(dict(row), wrong)
+    assert lost["status"].startswith("nothing to compare with, grouped_mm: wrong")
