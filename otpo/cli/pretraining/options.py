@@ -30,6 +30,7 @@ class PretrainArguments(RunArguments, RowArguments):
         config_overrides: Options of its configuration, `name=value,name=value`; also of a checkpoint's.
         tokenizer_name_or_path: Tokenizer, for a new model.
         experts_implementation: How the experts are computed.
+        compile_layers: Whether the layers are compiled; see [`otpo.cli.pretraining.compiling`].
         mixture: YAML file with stages, in place of `dataset_name`.
         stage: The one stage of the mixture to run.
         text_column: Column of the dataset with the text, or `input_ids`.
@@ -53,6 +54,13 @@ class PretrainArguments(RunArguments, RowArguments):
     )
     experts_implementation: str = field(
         default="grouped_mm", metadata={"help": "How experts are computed: grouped_mm, memcpy, batched_mm or eager."}
+    )
+    compile_layers: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Compile the model's layers, all by one graph. The first steps take a minute or two; later starts "
+            "find what they need in torch's cache. Unset: on a GPU, in runs of at least 300 micro-batches."
+        },
     )
     mixture: str | None = field(
         default=None, metadata={"help": "YAML file with stages and weighted sources, in place of `dataset_name`."}
