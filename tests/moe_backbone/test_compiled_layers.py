@@ -93,6 +93,19 @@ def test_one_graph_for_all_layers_and_lengths(name):
         assert (got_gradients[parameter] - gradient).norm() <= 1e-6 * gradient.norm() + 1e-9, parameter
 
 
+@pytest.mark.parametrize("implementation", ["grouped_mm", "memcpy"])
+def test_one_graph_for_any_number_of_rows(implementation):
+    model = compass_model(**FULL, implementation=implementation)
+    compile_layers(model)
+    for rows, length in ((7, 13), (3, 9), (2, 27)):
+        ids = token_ids(rows, length, seed=length)
+        mask = torch.ones_like(ids)
+        mask[0, :2] = 0
+        model(ids, attention_mask=mask, labels=ids).loss.backward()
+    assert not counters["graph_break"]
+    assert counters["stats"]["unique_graphs"] == 2
+
+
 def test_autocast_breaks_nothing():
     """Experts of the cast weights are made in the layer."""
     expected, _ = train(False, implementation="grouped_mm", autocast=True)
