@@ -152,7 +152,7 @@ def _unpermute(rows: Tensor, weights: Tensor | None, destinations: Tensor, offse
 
 @_unpermute.register_fake
 def _(rows: Tensor, weights: Tensor | None, destinations: Tensor, offsets: Tensor, counts: Tensor) -> Tensor:
-    return rows.new_empty(len(destinations), rows.size(1))
+    return rows.new_empty(destinations.size(0), rows.size(1))
 
 
 @torch.library.custom_op("otpo::unpermute_backward", mutates_args=())
@@ -184,7 +184,7 @@ def _permute_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 def _save_for_unpermute(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     rows, weights, *routing = inputs
-    ctx.rows = len(rows)
+    ctx.rows = rows.size(0)  # `len` would make a number of it that a graph holds for good
     ctx.save_for_backward(None if weights is None else rows, weights, *routing)
 
 

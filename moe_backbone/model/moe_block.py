@@ -141,11 +141,20 @@ class CompassMoeBlock(nn.Module):
         shared = config.num_shared_experts * config.moe_intermediate_size
         self.shared_expert = Qwen3MoeMLP(config, intermediate_size=shared) if shared else None
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """Adds up each token's routed experts and the shared expert; `[B, L, H]` to `[B, L, H]`."""
+    def forward(self, hidden_states: Tensor, with_routing: bool = False) -> Any:
+        """Adds up each token's routed experts and the shared expert.
+
+        Args:
+            hidden_states: `[B, L, H]`.
+            with_routing: Whether to return the router's logits `[T, E]` and choices `[T, K]` beside the sum.
+
+        Returns:
+            `[B, L, H]`, or a tuple of it, logits and choices.
+        """
         tokens_TH = hidden_states.reshape(-1, hidden_states.size(-1))
-        _, weights_TK, experts_TK = self.gate(tokens_TH)
+        logits_TE, weights_TK, experts_TK = self.gate(tokens_TH)
         output_TH = self.experts(tokens_TH, experts_TK, weights_TK)
         if self.shared_expert is not None:
             output_TH = output_TH + self.shared_expert(tokens_TH)
-        return output_TH.view_as(hidden_states)
+        output = output_TH.view_as(hidden_states)
+        return (output, logits_TE, experts_TK) if with_routing else output

@@ -8,11 +8,10 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
-from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeAttention
 from transformers.utils.output_capturing import OutputRecorder
 
 from .configuration_compass import CompassConfig
-from .layers import CompassDecoderLayer, CompassMtpLayer
+from .layers import CompassDecoderLayer, CompassMtpLayer, CompassRecord
 from .moe_block import CompassExperts
 from .router import CompassRouter
 
@@ -40,10 +39,10 @@ class CompassPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _trains_mtp_layers = False
     _can_record_outputs = {
-        "router_logits": OutputRecorder(CompassRouter, index=0),
-        "expert_indices": OutputRecorder(CompassRouter, index=2),
+        "router_logits": OutputRecorder(CompassRecord, index=1),
+        "expert_indices": OutputRecorder(CompassRecord, index=2),
         "hidden_states": CompassDecoderLayer,
-        "attentions": Qwen3MoeAttention,
+        "attentions": OutputRecorder(CompassRecord, index=0),
     }
 
     def __init__(self, config: CompassConfig, *args: Any, **kwargs: Any):

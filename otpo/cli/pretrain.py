@@ -22,6 +22,7 @@ from .launching.engine import count_rows, describe_run, rows_in_step
 from .launching.expert_parallel import trainer_class
 from .models.loading import require_folder
 from .options.run_options import Given, RunArguments, make_grouped_parser, read_command_line
+from .pretraining.compiling import compile_for_run
 from .pretraining.data import find_sources, load_rows
 from .pretraining.model import load_tokenizer, make_model
 from .pretraining.options import ModelArguments, PretrainArguments, check_options
@@ -92,7 +93,9 @@ def make_trainer(data: PretrainArguments, args: PretrainingConfig, model: ModelA
         if not test:
             raise ValueError("There is nothing to evaluate on. List sources under `evaluation` in the mixture.")
         held_out = load_rows(test, options[1], tokenizer, config, args, streaming=False)
-    return of_class(compass, args, rows, held_out, processing_class=tokenizer)
+    trainer = of_class(compass, args, rows, held_out, processing_class=tokenizer)
+    data.notes["compiled"] = compile_for_run(trainer, asked=data.compile_layers)
+    return trainer
 
 
 def describe(

@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 from accelerate import DistributedType
+from torch import nn
 
 from otpo.plain_model import decoder_layers, has_experts, without_adapter
+from otpo.trl_seam import implementations
 
 # With fewer micro-batches than this the minute of compiling is not earned back.
 _ENOUGH_BATCHES = 300
@@ -21,7 +23,7 @@ _ENOUGH_BATCHES = 300
 _ANOTHER_WAY = "triton.mix_order_reduction"
 
 # Engines that leave the layers' parameters where they are while a layer runs.
-_WHOLE_LAYERS = {DistributedType.NO, DistributedType.MULTI_GPU}
+_WHOLE_LAYERS = {DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU}
 
 
 def why_not_compile(causal_lm: Any, engine: DistributedType, *, hidden_layer: int) -> str | None:
@@ -39,12 +41,24 @@ def why_not_compile(causal_lm: Any, engine: DistributedType, *, hidden_layer: in
     if getattr(causal_lm, "quantization_method", None) is not None:
         return "the model is quantized"
     if has_experts(causal_lm):
-        return (
-            "transformers records what routers return by hooks, at which compiled layers of experts fall into pieces"
-        )
+        if not all(leaves_recording_out(layer) for layer in decoder_layers(without_adapter(causal_lm).base_model)):
+            return (
+                "transformers records what routers return by hooks, at which compiled layers of experts fall into "
+                "pieces"
+            )
+        if implementations(causal_lm.config.get_text_config())[1] == "eager":
+            return (
+                "`experts_implementation=eager` asks the device which experts were chosen, which no graph can; set "
+                "grouped_mm or memcpy"
+            )
     if hidden_layer != -1:
         return f"`hidden_layer={hidden_layer}` looks into a layer"
     return None
+
+
+def leaves_recording_out(layer: nn.Module) -> bool:
+    """Whether a layer's own `compile` keeps transformers' recording hooks out of the graph, as Compass' layers do."""
+    return type(layer).compile is not nn.Module.compile
 
 
 def compile_by_default(causal_lm: Any, device: torch.device, micro_batches: int) -> bool:
@@ -60,14 +74,15 @@ def compile_by_default(causal_lm: Any, device: torch.device, micro_batches: int)
     return device.type == "cuda" and micro_batches >= _ENOUGH_BATCHES and not has_experts(causal_lm)
 
 
-def compile_layers(causal_lm: Any, **options: Any) -> None:
+def compile_layers(causal_lm: Any, *, dynamic: bool | None = True, **options: Any) -> None:
     """Compiles the decoder layers in place, at their next call.
 
     Args:
         causal_lm: The model, or a PEFT model around it.
+        dynamic: Whether one graph serves all lengths; None compiles for the first length, then once for all others.
         **options: Of `torch.compile`.
     """
     if "backend" not in options and _ANOTHER_WAY in torch._inductor.list_options():
         options["options"] = {_ANOTHER_WAY: False, **options.get("options", {})}
     for layer in decoder_layers(without_adapter(causal_lm).base_model) or ():
-        layer.compile(dynamic=True, **options)
+        layer.compile(dynamic=dynamic, **options)

@@ -57,6 +57,20 @@ def test_one_graph_for_all_layers_and_lengths(name, model_folder, tmp_path, trac
 
 
 @pytest.mark.lengthy
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_experts_of_compass_are_compiled_where_asked(checkpointing, compass_folder, tmp_path, traced):
+    """Its layers keep what transformers records out of the graph; the routers' loss is on."""
+    changes = {"row_layout": "padded", "gradient_checkpointing": checkpointing, "max_steps": 3}
+    changes["model_init_kwargs"] = {"output_router_logits": True, "dtype": "float32"}
+    expected = losses(str(compass_folder), tmp_path, **changes)
+    found = losses(str(compass_folder), tmp_path, compile_layers=True, **changes)
+    assert found == pytest.approx(expected, rel=1e-6)
+    assert not counters["graph_break"]
+    # As for a dense model, and two more for batches whose size happens to be a width of this tiny model.
+    assert 1 <= counters["stats"]["unique_graphs"] <= 5
+
+
+@pytest.mark.lengthy
 def test_the_option_compiles(model_folder, tmp_path):
     """With code that is generated, for the CPU."""
     torch._dynamo.reset()
@@ -67,11 +81,16 @@ def test_the_option_compiles(model_folder, tmp_path):
     assert counters["stats"]["unique_graphs"] >= 2
 
 
-def test_what_is_not_compiled(model_folder, moe_folder, tmp_path):
+def test_what_is_not_compiled(model_folder, moe_folder, compass_folder, tmp_path):
     dense, experts = (AutoModelForCausalLM.from_pretrained(folder) for folder in (model_folder, moe_folder))
     whole = DistributedType.NO
     assert why_not_compile(dense, whole, hidden_layer=-1) is None
     assert "records what routers return" in str(why_not_compile(experts, whole, hidden_layer=-1))
+    compass = AutoModelForCausalLM.from_pretrained(compass_folder)
+    assert why_not_compile(compass, whole, hidden_layer=-1) is None
+    assert "`hidden_layer=1` looks into a layer" in str(why_not_compile(compass, whole, hidden_layer=1))
+    compass.set_experts_implementation("eager")
+    assert "set grouped_mm or memcpy" in str(why_not_compile(compass, whole, hidden_layer=-1))
     assert "`hidden_layer=1` looks into a layer" in str(why_not_compile(dense, whole, hidden_layer=1))
     assert "gathers parameters" in str(why_not_compile(dense, DistributedType.FSDP, hidden_layer=-1))
     gpu, cpu = torch.device("cuda"), torch.device("cpu")
@@ -79,6 +98,7 @@ def test_what_is_not_compiled(model_folder, moe_folder, tmp_path):
     assert not compile_by_default(dense, gpu, 299)
     assert not compile_by_default(dense, cpu, 300)
     assert not compile_by_default(experts, gpu, 300)
+    assert not compile_by_default(compass, gpu, 300)
     trainer = OTPOTrainer(moe_folder, args=options(tmp_path, compile_layers=True), train_dataset=make_pairs(8))
     trainer.train()
     assert all(layer._compiled_call_impl is None for layer in trainer.model.base_model.layers)

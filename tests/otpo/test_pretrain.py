@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,12 +20,14 @@ from datasets import Dataset
 from huggingface_hub import ModelCard
 from pretraining_helpers import chain_documents
 from safetensors.torch import load_file
+from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from moe_backbone import CompassConfig, CompassForCausalLM, preset
 from moe_backbone.model.saved_code import AUTO_MAP
 from otpo.cli import pretrain
+from otpo.cli.pretraining import compiling
 from otpo.cli.pretraining.data import find_sources, load_rows
 from otpo.cli.pretraining.model import parse_overrides
 
@@ -110,6 +113,26 @@ def test_a_new_model(tokenizer_folder, tokenizer, documents, tmp_path, capsys):
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["steps"] == 4
     assert report["metrics"]["train"]["router/dropped"] == 0
+
+
+@pytest.mark.lengthy
+def test_compiled_layers_learn_the_same(tokenizer_folder, documents, tmp_path, capsys, monkeypatch):
+    """The graphs run as they are, without code being generated."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(compiling, "compile_layers", partial(compiling.compile_layers, backend="aot_eager"))
+    losses = []
+    for asked in (False, True):
+        counters.clear()
+        report = tmp_path / f"{asked}.json"
+        argv = arguments(
+            tokenizer_folder, tmp_path / str(asked), dataset_name=documents, report=report, compile_layers=asked
+        )
+        assert pretrain.main(argv) == 0
+        printed = " ".join(capsys.readouterr().out.split())
+        assert ("compiled each layer" if asked else "compiled no (`compile_layers`)") in printed
+        losses.append(json.loads(report.read_text())["metrics"]["train"]["loss"])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+    assert not counters["graph_break"] and counters["stats"]["unique_graphs"] == 2
 
 
 def test_the_code_and_a_card_are_saved(tokenizer_folder, documents, tmp_path, capsys):

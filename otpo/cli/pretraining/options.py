@@ -29,6 +29,7 @@ class PretrainArguments(RunArguments, RowArguments):
         preset: Name of a preset, for a new model.
         config_overrides: Options of its configuration, `name=value,name=value`; also of a checkpoint's.
         tokenizer_name_or_path: Tokenizer, for a new model.
+        compile_layers: Whether the layers are compiled; see [`otpo.cli.pretraining.compiling`].
         mixture: YAML file with stages, in place of `dataset_name`.
         stage: The one stage of the mixture to run.
         text_column: Column of the dataset with the text, or `input_ids`.
@@ -48,6 +49,13 @@ class PretrainArguments(RunArguments, RowArguments):
     )
     tokenizer_name_or_path: str | None = field(
         default=None, metadata={"help": "Tokenizer of a new model. Unset: the one of `model_name_or_path`."}
+    )
+    compile_layers: bool = field(
+        default=False,
+        metadata={
+            "help": "Compile the model's layers, all by one graph. The first steps take a minute or two; later starts "
+            "find what they need in torch's cache. No GPU has run it yet."
+        },
     )
     mixture: str | None = field(
         default=None, metadata={"help": "YAML file with stages and weighted sources, in place of `dataset_name`."}

@@ -1,0 +1,26 @@
+"""The compiled layers of `otpo pretrain`: whether they are asked for, what forbids them, and what the header says."""
+
+from typing import Any
+
+from otpo.layouts.compiled import compile_layers, why_not_compile
+
+
+def compile_for_run(trainer: Any, *, asked: bool) -> str:
+    """Compiles the layers of a trainer's model, at their first call, where that is asked for.
+
+    Args:
+        trainer: A `PretrainingTrainer` that has not trained yet.
+        asked: The option `compile_layers`.
+
+    Returns:
+        What the header says: what is compiled, or why nothing is.
+    """
+    if trainer.args.torch_compile:
+        return "the whole model, as `torch_compile` says"
+    if not asked:
+        return "no (`compile_layers`)"
+    reason = why_not_compile(trainer.model, trainer.accelerator.distributed_type, hidden_layer=-1)
+    if reason is not None:
+        return f"no, since {reason}"
+    compile_layers(trainer.model)
+    return "each layer, in the first steps, which takes a minute or two once and seconds from torch's cache"
