@@ -66,8 +66,9 @@ def test_experts_of_compass_are_compiled_where_asked(checkpointing, compass_fold
     found = losses(str(compass_folder), tmp_path, compile_layers=True, **changes)
     assert found == pytest.approx(expected, rel=1e-6)
     assert not counters["graph_break"]
-    # As for a dense model, and two more for batches whose size happens to be a width of this tiny model.
-    assert 1 <= counters["stats"]["unique_graphs"] <= 5
+    # As for a dense model, and two more for batches whose size happens to be a width of this tiny model. Checkpointing
+    # has embeddings require gradients, so that in evaluations a first layer is a graph of its own, for two such sizes.
+    assert 1 <= counters["stats"]["unique_graphs"] <= (7 if checkpointing else 5)
 
 
 @pytest.mark.lengthy
