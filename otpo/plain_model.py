@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 # How configurations of Mixture-of-Experts models call their number of experts.
-_COUNTS_OF_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+_COUNTS_OF_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
 def has_adapter(causal_lm: Any) -> bool:
@@ -31,6 +31,9 @@ def decoder_layers(backbone: Any) -> Any:
 
 
 def has_experts(causal_lm: Any) -> bool:
-    """Whether a model is a Mixture of Experts."""
+    """Whether a model is a Mixture of Experts, by a module called `experts` or its configuration."""
+    if any(name.rpartition(".")[2] == "experts" for name, _ in causal_lm.named_modules()):
+        return True
     config = causal_lm.config.get_text_config()
-    return any(getattr(config, name, None) for name in _COUNTS_OF_EXPERTS)
+    counts = [getattr(config, name, None) for name in _COUNTS_OF_EXPERTS]
+    return any(isinstance(count, int) and count > 1 for count in counts)

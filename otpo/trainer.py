@@ -166,6 +166,7 @@ class OTPOTrainer(DPOTrainer):
         self._found: list[Tensor] = []  # by the checks of a micro-batch that is read late: pairs, `(B,)` bool
         # Checks of the first loss, made once: that TRL reads what it is handed, and that the reference is the policy.
         self._models_are_ready = False
+        self._whole_layers = 0  # of the policy, that ZeRO-3 gathers
         self._seam_is_checked = False
         self._start_is_checked = False
         with trl_seam.loads_on_one_device(args), trl_seam.before_sharding(partial(gather_whole_layers, trained=False)):
@@ -202,8 +203,8 @@ class OTPOTrainer(DPOTrainer):
             return
         self._models_are_ready = True
         self.on_models_loaded()
-        if self.is_deepspeed_enabled:
-            gather_whole_layers(self.model, trained=True)
+        if trl_seam.shards_parameters(self.accelerator):
+            self._whole_layers = gather_whole_layers(self.model, trained=True)
         check_hidden_layer(self.model, self.args.hidden_layer)
         for model in (self.model, self.ref_model):
             if model is not None:
@@ -429,7 +430,7 @@ class OTPOTrainer(DPOTrainer):
         )
         model = trl_seam.model_of_reference_pass(self)
 
-        def ask(inputs: Mapping[str, Any], mask: Tensor) -> Tensor:
+        def ask(inputs: Mapping[str, Any]) -> Tensor:
             self._laid_out.settle(model, inputs)
             return self._reference_logps(model, inputs)
 
@@ -566,6 +567,8 @@ class OTPOTrainer(DPOTrainer):
         not finite.
         """
         self._found.clear()
+        if self._whole_layers:
+            require_trained_leaves(self.model)
         with self._reads.step(late=self._reads_late):
             return super().training_step(*args, **kwargs)
 
@@ -573,8 +576,6 @@ class OTPOTrainer(DPOTrainer):
         share: BatchShare | None = inputs.pop(SHARE, None)
         if not self._seam_is_checked:
             trl_seam.require_known_loss(self, super()._compute_loss, late=self._reads_late)
-            if self.is_deepspeed_enabled:
-                require_trained_leaves(self.model)
             self._seam_is_checked = True
         late = trl_seam.LateMetrics(self) if self._reads.in_step else None
         mode = trl_seam.mode_of(self)

@@ -682,7 +682,7 @@ def loads_on_one_device(args: Any) -> Iterator[None]:
 
 @contextmanager
 def before_sharding(change: Callable[[Any], Any]) -> Iterator[None]:
-    """Has a reference changed before DeepSpeed's engine is made around it inside the block.
+    """Has a reference changed before ZeRO-3's engine is made around it inside the block.
 
     `DPOTrainer.__init__` loads the reference and hands it to `prepare_deepspeed` at once.
 
@@ -691,11 +691,18 @@ def before_sharding(change: Callable[[Any], Any]) -> Iterator[None]:
     """
 
     def prepare(model: Any, accelerator: Any) -> Any:
-        change(model)
+        if shards_parameters(accelerator):
+            change(model)
         return prepare_deepspeed(model, accelerator)
 
     with _replaced(dpo_trainer, prepare_deepspeed=prepare):
         yield
+
+
+def shards_parameters(accelerator: Any) -> bool:
+    """Whether DeepSpeed runs with ZeRO-3, by the plugin in accelerate's state."""
+    plugin = accelerator.state.deepspeed_plugin
+    return plugin is not None and plugin.zero_stage == 3
 
 
 def keep_outputs_as_they_are(accelerator: Any) -> None:
@@ -793,6 +800,12 @@ def layout_obstacle(trainer: Any) -> str | None:
 def implementations(config: Any) -> tuple[str | None, str | None]:
     """The attention and the experts that transformers has chosen for a model of that configuration."""
     return config._attn_implementation, config._experts_implementation
+
+
+def have_experts_run_by(config: Any, name: str) -> None:
+    """Sets what runs the experts whose modules hold that configuration, where it has such a setting."""
+    if hasattr(config, "_experts_implementation"):
+        config._experts_implementation = name
 
 
 # Help

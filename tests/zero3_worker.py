@@ -56,7 +56,8 @@ def losses(name: str, model: str, folder: Path, trainer_class: Any, *, late_free
     if not late_freeze:
         freeze()
     steps = changes.get("gradient_accumulation_steps", 1)
-    zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
+    # Gradients are reduced in the midst of a backward pass, as in large models.
+    zero = {"stage": 3, "stage3_param_persistence_threshold": 0, "reduce_bucket_size": 2000}
     deepspeed = {"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": steps, "zero_optimization": zero}
     own = {"row_layout": "packed", "weighting": "uniform"} if trainer_class is OTPOTrainer else {}
     options = {"per_device_train_batch_size": 2, "learning_rate": 1e-2, "max_steps": STEPS, "use_cpu": False}

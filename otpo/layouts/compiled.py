@@ -82,7 +82,7 @@ def compile_layers(causal_lm: Any, *, dynamic: bool | None = True, **options: An
         dynamic: Whether one graph serves all lengths; None compiles for the first length, then once for all others.
         **options: Of `torch.compile`.
     """
-    if "backend" not in options and _ANOTHER_WAY in torch._inductor.list_options():
+    if not {"backend", "mode"} & options.keys() and _ANOTHER_WAY in torch._inductor.list_options():
         options["options"] = {_ANOTHER_WAY: False, **options.get("options", {})}
     for layer in decoder_layers(without_adapter(causal_lm).base_model) or ():
         layer.compile(dynamic=dynamic, **options)

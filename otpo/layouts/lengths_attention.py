@@ -55,7 +55,8 @@ class Bounds:
     """
 
     def __init__(self, shared_tokens: int, longest_segment: int, longest_branch: int, longest_shared: int) -> None:
-        self.values = torch.tensor([shared_tokens, longest_segment, longest_branch, longest_shared])
+        numbers = [shared_tokens, longest_segment, longest_branch, longest_shared]
+        self.values = torch.tensor(numbers, device="cpu")  # whatever the default device is
 
 
 class _Calls(NamedTuple):

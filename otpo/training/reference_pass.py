@@ -17,8 +17,8 @@ from tqdm.auto import tqdm
 from .reference_cache import cache_file, stored_under, write_rows
 from .stored_rows import pack_rows
 
-Score = Callable[[Mapping[str, Any], Tensor], Tensor]
-"""From a batch and its mask to the reference's log-probability of each token, `(2B, T)`."""
+Score = Callable[[Mapping[str, Any]], Tensor]
+"""From a batch to the reference's log-probability of each token, `(2B, T)`."""
 
 
 def with_reference_rows(
@@ -80,7 +80,7 @@ def reference_rows(
     ):
         mask = inputs["completion_mask"][:, 1:].bool()
         sides: list[Any] = []
-        for part, side in zip(score(inputs, mask).chunk(2), mask.chunk(2), strict=True):
+        for part, side in zip(score(inputs).chunk(2), mask.chunk(2), strict=True):
             rows = accelerator.pad_across_processes(pack_rows(part, side), dim=1)
             sides.append(accelerator.gather_for_metrics((rows, side.sum(1))))
         width = max(rows.size(1) for rows, _ in sides)

@@ -1,43 +1,56 @@
 """Decoder layers that ZeRO-3 gathers whole, in place of each small module in them."""
 
+from collections import Counter
 from typing import Any
+from weakref import WeakSet
+
+from torch import nn
 
 from otpo.plain_model import decoder_layers, has_experts, without_adapter
+
+# Layers that are leaves by our doing; those that a user has set stay.
+_OURS: WeakSet[nn.Module] = WeakSet()
 
 
 def gather_whole_layers(causal_lm: Any, *, trained: bool) -> int:
     """Lets ZeRO-3 gather a decoder layer at once: a step on ragged rows waits for the host, which runs its hooks.
 
-    DeepSpeed puts hooks around every module, a dozen in a layer, and calls layers whose hooks stop at them leaves. Its
-    hook of a leaf's gradients comes too early where the layer's input needs none, so a model that is trained in part
-    keeps all hooks. So do layers of experts: spread ones are reduced otherwise.
+    DeepSpeed puts hooks around every module, a dozen in a layer, and calls modules whose hooks stop at them leaves.
+    It reduces a leaf's gradients where those of its input are there, which comes too early where the input needs none,
+    or where another layer has a part in them. So a model keeps all hooks that is trained in part, shares parameters
+    between layers, or whose layers are not transformers' own, which take their hidden states by position. So do layers
+    of experts: spread ones are reduced otherwise.
 
     Args:
-        causal_lm: A model, or a PEFT model around it, before DeepSpeed's engine is made; without ZeRO-3 nothing looks
-            at what is set here.
+        causal_lm: A model, or a PEFT model around it, before DeepSpeed's engine is made.
         trained: Whether it is the policy.
 
     Returns:
-        How many layers are leaves.
+        How many layers are leaves by this call.
     """
-    layers = decoder_layers(without_adapter(causal_lm).base_model)
-    if not layers or has_experts(causal_lm) or (trained and is_frozen_in_part(causal_lm)):
-        return 0
-    from deepspeed.utils import set_z3_leaf_modules
+    from deepspeed.utils import set_z3_leaf_module
 
-    return len(set_z3_leaf_modules(causal_lm, list({type(layer) for layer in layers})))
+    layers: list[nn.Module] = list(decoder_layers(without_adapter(causal_lm).base_model) or ())
+    for layer in layers:  # of a trainer before
+        if layer in _OURS:
+            set_z3_leaf_module(layer, False)
+            _OURS.discard(layer)
+    keeps_hooks = has_experts(causal_lm) or _share(layers) or (trained and is_frozen_in_part(causal_lm))
+    if keeps_hooks or not all(type(layer).__module__.startswith("transformers.models.") for layer in layers):
+        return 0
+    for layer in layers:
+        set_z3_leaf_module(layer, True)
+        _OURS.add(layer)
+    return len(layers)
 
 
 def require_trained_leaves(causal_lm: Any) -> None:
-    """Refuses parameters that were frozen after [`gather_whole_layers`].
+    """Refuses parameters that were frozen after [`gather_whole_layers`], which counted on all being trained.
 
     Raises:
         ValueError: Some are; gradients would be wrong without a word.
     """
-    from deepspeed.utils import z3_leaf_module
-
-    layers = decoder_layers(without_adapter(causal_lm).base_model) or ()
-    if any(z3_leaf_module(layer) for layer in layers) and is_frozen_in_part(causal_lm):
+    if is_frozen_in_part(causal_lm):
         name = next(name for name, parameter in causal_lm.named_parameters() if not parameter.requires_grad)
         raise ValueError(
             f"`{name}` was frozen after the trainer was made, which had ZeRO-3 gather whole layers of a model that is "
@@ -48,3 +61,9 @@ def require_trained_leaves(causal_lm: Any) -> None:
 def is_frozen_in_part(causal_lm: Any) -> bool:
     """Whether any parameter is not trained."""
     return not all(parameter.requires_grad for parameter in causal_lm.parameters())
+
+
+def _share(layers: list[nn.Module]) -> bool:
+    """Whether a parameter is part of several entries of the list."""
+    counts = Counter(id(parameter) for layer in layers for parameter in layer.parameters())
+    return any(count > 1 for count in counts.values())

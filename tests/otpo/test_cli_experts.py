@@ -7,10 +7,12 @@ import pytest
 import torch
 from cli_helpers import arguments, refusal
 from compass_helpers import TINY, compass_model
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, MixtralConfig, Qwen3Config, Qwen3MoeConfig
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from moe_backbone.experts_choice import find_experts
 from otpo import OTPOConfig, OTPOTrainer
 from otpo.cli import align, pretrain, sft
 from otpo.cli.models.experts import Request, read_request, set_experts
@@ -308,3 +310,14 @@ def test_a_trainer_of_pythons_leaves_a_model_as_it_was_loaded(compass_folder, tm
         tokenizer = AutoTokenizer.from_pretrained(compass_folder)
         trainer = OTPOTrainer(policy, reference, args=args, train_dataset=rows, processing_class=tokenizer)
         assert running(trainer.model) == running(trainer.ref_model) == name
+
+
+def test_experts_that_an_adapter_trains_as_a_copy_run_as_the_others(moe_folder):
+    """PEFT copies their module, configuration included, which transformers' own setter does not reach."""
+    model = AutoModelForCausalLM.from_pretrained(moe_folder, dtype=torch.float32)
+    adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj"], modules_to_save=["experts"]))
+    for name in ("memcpy", "eager", "grouped_mm"):
+        assert (
+            set_experts(Request(name), [adapted], "cpu", halved=False) == f"run by {name} (`experts_implementation`)"
+        )
+        assert {kind.running for kind in find_experts(adapted)} == {name}

@@ -2,10 +2,13 @@
 
 import json
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from cli_helpers import python, two_processes
+from deepspeed.utils import set_z3_leaf_module, z3_leaf_module
 from transformers import AutoModelForCausalLM
+from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 from zero3_worker import CASES
 
 from otpo.training.whole_layers import gather_whole_layers
@@ -29,12 +32,34 @@ def test_losses_are_trl_s(model_folder, tmp_path):
     assert "was frozen after the trainer was made" in found["frozen"]["late"]
 
 
-def test_layers_of_experts_and_models_without_a_list_keep_their_hooks(model_folder, moe_folder):
+def test_layers_of_experts_and_frozen_or_shared_ones_keep_their_hooks(model_folder, moe_folder):
     dense, experts = (AutoModelForCausalLM.from_pretrained(folder) for folder in (model_folder, moe_folder))
     assert gather_whole_layers(experts, trained=False) == 0
     assert gather_whole_layers(dense, trained=True) == LAYERS
     dense.base_model.layers[0].mlp.up_proj.weight.requires_grad_(False)
     assert gather_whole_layers(dense, trained=True) == 0
     assert gather_whole_layers(dense, trained=False) == LAYERS
+    # A trainer's marks are gone with the next one's decision, a user's stay.
+    dense.requires_grad_(True)
+    layers = dense.base_model.layers
+    assert gather_whole_layers(dense, trained=True) == LAYERS and all(map(z3_leaf_module, layers))
+    layers[1].mlp = layers[0].mlp  # shared
+    set_z3_leaf_module(dense.lm_head, True)
+    assert gather_whole_layers(dense, trained=True) == 0
+    assert not any(map(z3_leaf_module, layers)) and z3_leaf_module(dense.lm_head)
+
+
+def test_layers_of_others_and_models_without_a_list_keep_their_hooks(model_folder):
+    class Remote(Qwen3DecoderLayer):
+        pass
+
+    dense: Any = AutoModelForCausalLM.from_pretrained(model_folder)
+    dense.base_model.layers[1].__class__ = Remote
+    assert gather_whole_layers(dense, trained=False) == 0
     encoder = SimpleNamespace(get_decoder=lambda: SimpleNamespace(h=[]))
-    assert gather_whole_layers(SimpleNamespace(base_model=encoder), trained=False) == 0
+    assert (
+        gather_whole_layers(
+            SimpleNamespace(base_model=encoder, config=dense.config, named_modules=list), trained=False
+        )
+        == 0
+    )

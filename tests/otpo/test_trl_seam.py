@@ -18,12 +18,12 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.data_loader import DataLoaderShard, prepare_data_loader
-from accelerate.utils import FullyShardedDataParallelPlugin
+from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin
 from helpers import make_pairs, options
 from peft import PeftModel
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, Trainer, TrainingArguments
 from trl import DPOConfig, DPOTrainer
 from trl.trainer import dpo_trainer
 from trl.trainer.utils import add_fused_lm_head, get_config_model_id
@@ -157,6 +157,7 @@ READ_BY: dict[str, tuple[Callable, list[str]]] = {
         DPOTrainer.__init__,
         ["self.ref_model = ref_model", "self.ref_model = prepare_deepspeed(self.ref_model, self.accelerator)"],
     ),
+    "shards_parameters": (DeepSpeedPlugin, ["zero_stage: int = field("]),
     "use_one_gpu": (Trainer, ["self.args._n_gpu = 1", "if self.args.n_gpu > 1:"]),
     "new_model": (PreTrainedModel, ["def _from_config(cls, config, **kwargs)"]),
     "leave_boolean_buffers_to_ranks": (DistributedDataParallel, ["_ddp_params_and_buffers_to_ignore"]),
@@ -180,6 +181,7 @@ READ_BY: dict[str, tuple[Callable, list[str]]] = {
     ),
     "autocast_dtype": (Accelerator.mixed_precision.fget, ["self.state.mixed_precision"]),
     "layout_obstacle": (DPOTrainer.__init__, ["self._is_vision_dataset"]),
+    "have_experts_run_by": (PreTrainedConfig, ["def _experts_implementation(self, value: str | dict | None):"]),
     "implementations": (
         PreTrainedModel.__init__,
         ["self.config._attn_implementation", "self.config._experts_implementation"],

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from moe_backbone.experts_choice import ExpertsKind, choose_experts, find_experts, known_experts, obstacle
 from moe_backbone.memcpy_experts import NAME
 from otpo.cli.options.run_options import RunArguments
+from otpo.trl_seam import have_experts_run_by, implementations
 
 AUTO = "auto"
 _OPTION = "experts_implementation"
@@ -135,7 +136,7 @@ def set_trainers_experts(request: Request, trainer: Any, options: RunArguments) 
         request,
         [model for model in models if model is not None],
         trainer.accelerator.device.type,
-        args.bf16 or args.fp16,
+        args.mixed_precision != "no",  # by an option, or by accelerate's launcher
     )
     if told is not None:
         options.notes["experts"] = told
@@ -169,6 +170,7 @@ def _confirm(model: Any, wanted: Running, request: Request) -> Running:
     refused = ""
     try:
         _plain(model).set_experts_implementation(wanted.name)
+        _set_copies(model, wanted.name)
     except (ValueError, RuntimeError) as error:  # of a class that it does not know, or of what is set at load alone
         refused = f": {' '.join(str(error).split())}"
     running = _names(find_experts(model))
@@ -181,6 +183,15 @@ def _confirm(model: Any, wanted: Running, request: Request) -> Running:
         f"`{request.source}` asks for {_OPTION}={wanted.name}, and transformers runs {running} for {kind}{refused}. "
         "Leave it out."
     )
+
+
+def _set_copies(model: Any, name: str) -> None:
+    """Sets the experts that PEFT trains as a copy (`modules_to_save`): the copy has a configuration of its own."""
+    if implementations(_plain(model).config)[1] != name:  # transformers has refused
+        return
+    for place, module in model.named_modules():
+        if ".modules_to_save." in place:
+            have_experts_run_by(getattr(module, "config", None), name)
 
 
 def _require(name: str, request: Request, kinds: Sequence[ExpertsKind], facts: tuple[str, int, bool]) -> None:

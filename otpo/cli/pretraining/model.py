@@ -67,7 +67,7 @@ def make_model(
                 f"`model_name_or_path={name}`: its weights are of other sizes than its configuration{changed}, as the "
                 "report above says. Leave the sizes as they are, or make a new model (`preset`)."
             ) from error
-    told = set_experts(experts, [compass], args.device.type, args.bf16 or args.fp16)
+    told = set_experts(experts, [compass], args.device.type, args.mixed_precision != "no")
     data.notes["experts"] = f"{describe_sizes(config)}, {told}"
     return compass
 
