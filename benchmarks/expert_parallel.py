@@ -257,14 +257,6 @@ def draw(path: Path) -> Path:
     return save(figure, path)
 
 
-def name_of_gpu() -> str:
-    if not torch.cuda.is_available():
-        return "cpu"
-    from benchmarks.planning import name_of_gpu as on_gpu
-
-    return on_gpu()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cases, names = (SMALL, BLOCK, FITS), list(contenders.CONTENDERS)
@@ -300,7 +292,7 @@ def main() -> None:
     deepspeed.utils.logger.setLevel("WARNING")
     deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo")
     ranks = Ranks(device)
-    path = args.output / f"expert_parallel_{name_of_gpu()}_x{ranks.world}.csv"
+    path = args.output / f"expert_parallel_{harness.name_of_machine()}_x{ranks.world}.csv"
     rows = run(args, ranks, path, console)
     if ranks.rank == 0 and rows:
         verdict(rows, console)

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from rich.console import Console
 
+from moe_backbone.planning.hardware import GPUS
+
 MIB = 2**20
 
 
@@ -88,6 +90,19 @@ def describe_machine(*packages: str) -> dict[str, str]:
     versions = {name: _version(name) for name in ("torch", "triton", *packages)}
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     return {"gpu": gpu, **versions, "date": datetime.date.today().isoformat()}
+
+
+def name_of_gpu() -> str:
+    """The key of this GPU's data sheet; an H100's if there is none, which is then no matter for memory."""
+    title = torch.cuda.get_device_name().lower()
+    if "pcie" in title and "h100" in title:
+        return "h100-pcie"
+    return next((name for name in GPUS if name in title), "h100")
+
+
+def name_of_machine() -> str:
+    """[`name_of_gpu`], or `"cpu"` without one."""
+    return name_of_gpu() if torch.cuda.is_available() else "cpu"
 
 
 def write_rows(path: Path, rows: Sequence[dict[str, Any]], columns: Sequence[str] | None = None) -> None:

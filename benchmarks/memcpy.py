@@ -29,13 +29,13 @@ from benchmarks.harness import (
     Measured,
     describe_machine,
     measure_device,
+    name_of_gpu,
     print_missing,
     read_rows,
     reason,
     write_rows,
 )
 from benchmarks.moe_cases import MOVES, OPERATIONS, Memcpy, Problem, Shape, make_problem, prepare
-from benchmarks.planning import name_of_gpu
 
 SHAPES = (
     Shape("anchor", 16384, 4096, 16, 4),

@@ -36,8 +36,8 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from benchmarks import harness
 from benchmarks.figures import close_empty, grouped_bars, legend, machine_line, number, save
+from benchmarks.harness import name_of_gpu
 from benchmarks.moe_cases import random_routing, row_error, unmasked_experts_forward
-from benchmarks.planning import name_of_gpu
 from moe_backbone import CompassConfig
 from moe_backbone.model.moe_block import CompassExperts
 

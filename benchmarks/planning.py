@@ -22,10 +22,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.harness import describe_machine, write_rows
+from benchmarks.harness import describe_machine, name_of_gpu, write_rows
 from moe_backbone import CompassConfig, CompassForCausalLM
 from moe_backbone.planning.activations import saved_activations
-from moe_backbone.planning.hardware import GPUS, find_gpu
+from moe_backbone.planning.hardware import find_gpu
 from moe_backbone.planning.memory import plan_memory
 from moe_backbone.planning.plan import load_config, make_plan
 from moe_backbone.planning.setup import TrainingSetup
@@ -163,14 +163,6 @@ def print_tables(rows: list[dict[str, Any]], console: Console) -> None:
         plans.add_row(", ".join(words), row["peak_at"], *(f"{row[name]:.2f}" for name in parts))
     console.print(table)
     console.print(plans)
-
-
-def name_of_gpu() -> str:
-    """The key of this GPU's data sheet; an H100's if there is none, which is then no matter for memory."""
-    title = torch.cuda.get_device_name().lower()
-    if "pcie" in title and "h100" in title:
-        return "h100-pcie"
-    return next((name for name in GPUS if name in title), "h100")
 
 
 def main() -> int:

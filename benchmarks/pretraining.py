@@ -24,13 +24,12 @@ from typing import Any
 import torch
 from datasets import Dataset
 from rich.console import Console
-from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast
 from transformers import trainer as transformers_trainer
 
 from benchmarks import harness
 from benchmarks.figures import close_empty, grouped_bars, legend, machine_line, number, save
 from benchmarks.step_clock import Clock, Span
+from benchmarks.words import word_tokenizer
 from otpo.cli.pretrain import main as pretrain
 
 TOLERANCE = 5e-3
@@ -88,16 +87,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     if min(args.steps, args.warmup, args.profiled) < 1:
         parser.error("--steps, --warmup and --profiled must be at least 1")
-    args.output = args.output or Path("benchmarks/results") / f"pretraining_{name_of_machine()}.csv"
+    args.output = args.output or Path("benchmarks/results") / f"pretraining_{harness.name_of_machine()}.csv"
     return args
-
-
-def name_of_machine() -> str:
-    if not torch.cuda.is_available():
-        return "cpu"
-    from benchmarks.planning import name_of_gpu
-
-    return name_of_gpu()
 
 
 def run(args: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
@@ -139,10 +130,9 @@ def make_data(folder: Path, shape: str, span: Span) -> dict[str, Path]:
         documents.append(document)
     data = {"tokens": folder / f"{shape}.parquet", "tokenizer": folder / f"tokenizer_{words}"}
     Dataset.from_dict({"input_ids": documents}).to_parquet(data["tokens"])
-    names = ["<pad>", "<bos>", "<eos>", *(f"w{i}" for i in range(words - 3))]
-    tokenizer = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="<pad>"))
     special = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>"}
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(data["tokenizer"])
+    tokenizer = word_tokenizer(words - len(special), list(special.values()), **special)
+    tokenizer.save_pretrained(data["tokenizer"])
     return data
 
 

@@ -77,15 +77,13 @@ def max_length(tokens: int) -> int:
 
 
 def save_model(folder: Path) -> None:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+    from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    names = [*SPECIAL, *(f"w{i}" for i in range(VOCABULARY))]
-    words = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token=SPECIAL[0]))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token=SPECIAL[0], eos_token=SPECIAL[1])
+    from benchmarks.words import word_tokenizer
+
+    tokenizer = word_tokenizer(VOCABULARY, SPECIAL, pad_token=SPECIAL[0], eos_token=SPECIAL[1])
     config = Qwen3Config(
-        vocab_size=len(names),
+        vocab_size=len(tokenizer),
         hidden_size=16,
         intermediate_size=16,
         num_hidden_layers=2,

@@ -304,24 +304,17 @@ def policy_as_reference(trainer: Any, policy: Any) -> Iterator[None]:
         trainer: The trainer.
         policy: Its policy without its engine.
     """
-    if not has_adapter(policy):
-        with disable_gradient_checkpointing(trainer.model, trainer.args.gradient_checkpointing_kwargs):
-            yield
-        return
-    from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-    from peft.utils.other import AuxiliaryTrainingWrapper
-
-    # What does more than look at the attribute, or has more to say, is left to PEFT.
-    active = policy.peft_config[policy.active_adapter]
-    tuner: Any = type(policy.base_model)
-    is_plain = getattr(tuner, "disable_adapter_layers", None) is BaseTuner.disable_adapter_layers
-    if "ref" in policy.peft_config or not is_plain or getattr(active, "bias", "none") != "none":
+    if not _has_plain_adapter(policy):
+        adapted = has_adapter(policy)
         with (
             disable_gradient_checkpointing(trainer.model, trainer.args.gradient_checkpointing_kwargs),
-            use_adapter(policy, "ref" if "ref" in policy.peft_config else None),
+            use_adapter(policy, "ref" if "ref" in policy.peft_config else None) if adapted else nullcontext(),
         ):
             yield
         return
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
     switched: list[tuple[Any, str, bool]] = []
     for module in policy.modules():
         if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
@@ -336,6 +329,17 @@ def policy_as_reference(trainer: Any, policy: Any) -> Iterator[None]:
     finally:
         for (module, name, _), value in zip(switched, before, strict=True):
             setattr(module, name, value)
+
+
+def _has_plain_adapter(policy: Any) -> bool:
+    """Whether PEFT's adapter is one whose layers look at an attribute; what does more, or has more to say, is not."""
+    if not has_adapter(policy) or "ref" in policy.peft_config:
+        return False
+    from peft.tuners.tuners_utils import BaseTuner
+
+    tuner: Any = type(policy.base_model)
+    is_plain = getattr(tuner, "disable_adapter_layers", None) is BaseTuner.disable_adapter_layers
+    return is_plain and getattr(policy.peft_config[policy.active_adapter], "bias", "none") == "none"
 
 
 def scores_rows(causal_lm: Any) -> None:

@@ -104,7 +104,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--profile {args.profile} is none of --contenders")
     if not args.figure and not torch.cuda.is_available() and not args.tiny:
         parser.error("this benchmark needs a GPU; on the CPU, --tiny tests it")
-    args.output = args.output or Path("benchmarks/results") / f"preference_step_{name_of_machine()}.csv"
+    args.output = args.output or Path("benchmarks/results") / f"preference_step_{harness.name_of_machine()}.csv"
     return args
 
 
@@ -114,14 +114,6 @@ def launch(args: argparse.Namespace, arguments: Sequence[str] | None) -> int:
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
     command += ["--num_processes", str(args.gpus), "-m", "benchmarks.preference_step"]
     return subprocess.run([*command, *(sys.argv[1:] if arguments is None else arguments)], check=False).returncode
-
-
-def name_of_machine() -> str:
-    if not torch.cuda.is_available():
-        return "cpu"
-    from benchmarks.planning import name_of_gpu
-
-    return name_of_gpu()
 
 
 def quiet() -> None:

@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import torch
 from datasets import Dataset
-from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     PreTrainedConfig,
@@ -16,6 +15,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+from benchmarks.words import word_tokenizer
 from moe_backbone.model.presets import preset
 
 SPECIAL = ("<pad>", "<eos>")
@@ -177,10 +177,7 @@ def real_tokens(dataset: Dataset, pairs_a_step: int) -> list[int]:
 
 def make_tokenizer(*, tiny: bool) -> PreTrainedTokenizerFast:
     """A token for each word of `make_pairs`."""
-    names = [*SPECIAL, *(f"w{i}" for i in range(TINY_WORDS if tiny else WORDS))]
-    words = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token=SPECIAL[0]))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token=SPECIAL[0], eos_token=SPECIAL[1])
+    return word_tokenizer(TINY_WORDS if tiny else WORDS, SPECIAL, pad_token=SPECIAL[0], eos_token=SPECIAL[1])
 
 
 # Contenders

@@ -56,19 +56,29 @@ def first_step(case: Case, contender: Contender, device: torch.device, *, keeps:
     """
     keeper, clock = GradientKeeper(keeps=keeps), Clock(Span(1, 1, 1), device)
     own = {} if contender.is_trl else {"weighting": "uniform"}
-    precision = os.environ.get("ACCELERATE_MIXED_PRECISION")
     if exact:
         own["bf16"] = False
-        os.environ["ACCELERATE_MIXED_PRECISION"] = "no"  # which accelerate's launcher has set
         case = case._replace(checkpointing=True)  # twice the memory, and the same gradients
-    try:
-        with running(case, contender, device, 1, [keeper, clock], STRETCH, logging_steps=1, **own) as trainer:
-            keeper.trainer = trainer
-            loss = trainer.train().training_loss
-    finally:
-        if precision is not None:
-            os.environ["ACCELERATE_MIXED_PRECISION"] = precision
+    with (
+        launched_in_float32() if exact else contextlib.nullcontext(),
+        running(case, contender, device, 1, [keeper, clock], STRETCH, logging_steps=1, **own) as trainer,
+    ):
+        keeper.trainer = trainer
+        loss = trainer.train().training_loss
     return Step(loss, keeper.gradients, clock.first_step_s - keeper.seconds)
+
+
+@contextlib.contextmanager
+def launched_in_float32() -> Iterator[None]:
+    """As if accelerate's launcher had been told of no mixed precision, inside the block."""
+    name = "ACCELERATE_MIXED_PRECISION"
+    told = os.environ.pop(name, None)
+    try:
+        yield
+    finally:
+        os.environ.pop(name, None)
+        if told is not None:
+            os.environ[name] = told
 
 
 def timed_steps(
