@@ -55,6 +55,7 @@ GROUPED = "grouped_mm"
 VARIANTS: dict[str, list[str]] = {
     GROUPED: ["--experts_implementation", "grouped_mm"],
     "memcpy": ["--experts_implementation", "memcpy"],
+    "memcpy-compiled": ["--experts_implementation", "memcpy", "--compile_layers", "true"],
     "default": [],
 }
 """What each variant adds; `default` is what a user gets who says nothing."""
@@ -233,7 +234,7 @@ def _without_times(row: dict[str, Any], status: str) -> dict[str, Any]:
 
 def line(row: dict[str, Any]) -> str:
     """A row for the terminal."""
-    name = f"{row['shape']:<24}{row['variant']:<12}"
+    name = f"{row['shape']:<24}{row['variant']:<16}"
     if row["status"] != "ok":
         return f"{name} {row['status']}"
     words = [f"{row['ms']} ms", f"{row['tokens_per_s']} tokens/s", f"{row['speedup']} x", f"idle {row['idle_share']}"]
