@@ -1,8 +1,8 @@
 """`otpo pretrain` as its user types it, one process a variant: tokens a second, MFU, idle time, memory, and the loss.
 
-Each variant is one command line on the same tokens from the same seed. The first variant, grouped products without
-anything compiled, is what the others' losses are compared with: a time is printed only where the mean loss up to the
-last timed step agrees to 0.5%.
+Each variant is one command line on the same tokens from the same seed. The first variant, grouped products with no
+layer compiled, is what the others' losses are compared with: a time is printed only where the mean loss up to the last
+timed step agrees to 0.5%. `default` is what a user gets who says nothing.
 
     python -m benchmarks.pretraining
     python -m benchmarks.pretraining --shapes compass-small --variants grouped_mm default
@@ -53,12 +53,19 @@ SHAPES: dict[str, list[str]] = {
 LARGE = tuple(name for name in SHAPES if name != "compass-tiny")
 GROUPED = "grouped_mm"
 VARIANTS: dict[str, list[str]] = {
-    GROUPED: ["--experts_implementation", "grouped_mm"],
-    "memcpy": ["--experts_implementation", "memcpy"],
-    "memcpy-compiled": ["--experts_implementation", "memcpy", "--compile_layers", "true"],
+    GROUPED: ["--experts_implementation", "grouped_mm", "--compile_layers", "false"],
+    "plain": [
+        *("--experts_implementation", "grouped_mm", "--compile_layers", "false"),
+        *("--attn_implementation", "sdpa", "--token_loss", "logits"),
+    ],
+    "memcpy": ["--experts_implementation", "memcpy", "--compile_layers", "false"],
     "default": [],
+    "default-sdpa": ["--attn_implementation", "sdpa"],
+    "default-logits": ["--token_loss", "logits"],
+    "default-chunked": ["--token_loss", "chunked"],
+    "default-bfloat16": ["--dtype", "bfloat16"],
 }
-"""What each variant adds; `default` is what a user gets who says nothing."""
+"""What each variant adds; those after `default` change one thing of it."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -78,7 +85,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=list(LARGE), choices=list(SHAPES), metavar="NAME")
-    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS), metavar="NAME")
+    parser.add_argument(
+        "--variants",
+        nargs="+",
+        default=[GROUPED, "plain", "memcpy", "default"],
+        choices=list(VARIANTS),
+        metavar="NAME",
+    )
     parser.add_argument("--warmup", type=int, default=4, help="steps before the timed ones, at least 1")
     parser.add_argument("--steps", type=int, default=16, help="timed steps")
     parser.add_argument("--profiled", type=int, default=2, help="steps after them, under the profiler")

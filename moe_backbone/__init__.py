@@ -2,7 +2,8 @@
 
 Importing this package registers the models with `AutoConfig`, `AutoModel`, `AutoModelForCausalLM` and the Auto classes
 of sequence classification, token classification and question answering, their checkpoint layout, which has a key for
-each expert, and for every MoE model of transformers `experts_implementation="memcpy"`.
+each expert, for every MoE model of transformers `experts_implementation="memcpy"`, and the attention implementation
+`torch_varlen` for packed rows.
 """
 
 from transformers import (
@@ -24,6 +25,7 @@ from .model.modeling_compass import CompassModel as CompassModel
 from .model.presets import PRESETS as PRESETS
 from .model.presets import preset as preset
 from .model.saved_code import save_code as save_code
+from .packed_attention import varlen_attention_forward as varlen_attention_forward
 
 AutoConfig.register(CompassConfig.model_type, CompassConfig, exist_ok=True)
 AutoModel.register(CompassConfig, CompassModel, exist_ok=True)

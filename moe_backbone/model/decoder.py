@@ -72,7 +72,7 @@ class CompassModel(CompassPreTrainedModel):
             inputs_embeds: `[B, L, H]`.
             use_cache: Whether to make a cache where none is given.
             kwargs: `output_router_logits`, `output_expert_indices`, `output_hidden_states`, `output_attentions`, and
-                options of the attention implementation.
+                options of the attention implementation, such as `cu_seq_lens_q` and `max_length_q` of packed rows.
 
         Raises:
             ValueError: The call gives both or none of `input_ids` and `inputs_embeds`.
@@ -84,7 +84,9 @@ class CompassModel(CompassPreTrainedModel):
         assert inputs_embeds is not None
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        position_ids, causal_mask = self._positions(inputs_embeds, attention_mask, position_ids, past_key_values)
+        position_ids, causal_mask = self._positions(
+            inputs_embeds, attention_mask, position_ids, past_key_values, ends=kwargs.get("cu_seq_lens_q")
+        )
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids=position_ids)
 
         # The decoder layers alone: MTP layers stand behind them in the list and read other inputs.
@@ -121,7 +123,9 @@ class CompassModel(CompassPreTrainedModel):
             position_ids: Positions.
             kwargs: Options.
         """
-        position_ids, causal_mask = self._positions(inputs_embeds, attention_mask, position_ids, None)
+        position_ids, causal_mask = self._positions(
+            inputs_embeds, attention_mask, position_ids, None, ends=kwargs.get("cu_seq_lens_q")
+        )
         states, state = [], last_hidden_state
         for depth, layer in enumerate(self.mtp_layers, start=1):
             state = layer(
@@ -142,11 +146,20 @@ class CompassModel(CompassPreTrainedModel):
         attention_mask: Tensor | None,
         position_ids: Tensor | None,
         past_key_values: Cache | None,
+        *,
+        ends: Tensor | None,
     ) -> tuple[Tensor, Any]:
-        """Position ids `[B, L]` or `[1, L]`, and the causal mask in the form of the attention implementation."""
+        """Position ids `[B, L]` or `[1, L]`, and the causal mask in the form of the attention implementation.
+
+        Attention that is told where documents end needs no mask. transformers would look for the documents by their
+        positions, for which it waits for the device.
+        """
         if position_ids is None:
             past = 0 if past_key_values is None else past_key_values.get_seq_length()
             position_ids = (torch.arange(inputs_embeds.size(1), device=inputs_embeds.device) + past).unsqueeze(0)
+        by_lengths = any(word in str(self.config._attn_implementation) for word in ("flash", "varlen"))
+        if ends is not None and by_lengths and attention_mask is None and past_key_values is None:
+            return position_ids, None
         mask = create_causal_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,

@@ -4,6 +4,7 @@ Read `layers.py`, `pretrained.py` and `decoder.py` first. This module has all mo
 checkpoints that carry their code looks here. Shapes: B rows, L tokens of a row, H hidden size, V vocabulary.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from .layers import CompassDecoderLayer as CompassDecoderLayer
 from .layers import CompassMtpLayer as CompassMtpLayer
 from .moe_block import CompassExperts as CompassExperts
 from .moe_block import CompassMoeBlock as CompassMoeBlock
-from .mtp import IGNORED, LiveMtpCandidateGenerator, mtp_labels, run_shared_head
+from .mtp import IGNORED, LiveMtpCandidateGenerator, mtp_labels, run_shared_head, shift_left
 from .outputs import CompassCausalLMOutput
 from .pretrained import CompassPreTrainedModel as CompassPreTrainedModel
 from .router import expert_load, load_balancing_loss, router_z_loss
@@ -38,7 +39,14 @@ class CompassForCausalLM(CompassPreTrainedModel, GenerationMixin):
     In training its loss is `L_LM + mtp_loss_coef L_MTP + router_aux_loss_coef L_aux + router_z_loss_coef L_z`. This is
     Compass-v2's loss with MTP added in the form of arXiv 2412.19437, eq. 24 and 25. Reentrant gradient checkpointing,
     which is not the default, gives the router's terms no gradient, as in every MoE model of transformers.
+
+    Attributes:
+        token_loss: What sums the cross-entropies of tokens in training where no logits are needed: a function of the
+            head, states `[B, L, H]`, the labels that they predict `[B, L]`, and whether the gradient stops before the
+            head. The output then has no logits. None, the default, is the loss function of transformers, on logits.
     """
+
+    token_loss: "Callable[[nn.Module, Tensor, Tensor, bool], Tensor] | None" = None
 
     _trains_mtp_layers = True
 
@@ -90,7 +98,7 @@ class CompassForCausalLM(CompassPreTrainedModel, GenerationMixin):
             kwargs: See [`CompassModel.forward`].
 
         Returns:
-            Logits `[B, kept, V]` and the losses; see [`CompassCausalLMOutput`].
+            Logits `[B, kept, V]` and the losses; see [`CompassCausalLMOutput`]. A loss by `token_loss` has no logits.
         """
         config = self.config
         # What this call computes: the MTP layers and the routers' losses only teach, so training alone needs them.
@@ -121,16 +129,25 @@ class CompassForCausalLM(CompassPreTrainedModel, GenerationMixin):
         hidden_states = outputs.last_hidden_state
         router_logits, experts = outputs.router_logits, outputs.expert_indices
 
-        # The head, only at the places that are asked for, since logits are by far the largest tensor.
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(hidden_states[:, kept])
+        # The head, only at the places that are asked for, since logits are by far the largest tensor, and not at all
+        # where a loss is computed without them.
+        logits = lm_loss = None
+        if labels is not None and learning and self.token_loss is not None:
+            following = kwargs.get("shift_labels")
+            following = shift_left(labels, 1, IGNORED) if following is None else following
+            items = (following != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
+            lm_loss = self.token_loss(self.lm_head, hidden_states, following, False) / items
+        else:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(hidden_states[:, kept])
 
         # The losses of tokens: of the next token, and by the MTP layers of those after it.
-        loss = lm_loss = mtp_loss = aux_loss = z_loss = load = None
+        loss = mtp_loss = aux_loss = z_loss = load = None
         if labels is not None:
-            lm_loss = self.loss_function(
-                logits, labels, self.vocab_size, num_items_in_batch=num_items_in_batch, **kwargs
-            )
+            if lm_loss is None:
+                lm_loss = self.loss_function(
+                    logits, labels, self.vocab_size, num_items_in_batch=num_items_in_batch, **kwargs
+                )
             loss = lm_loss
             if with_mtp and inputs_embeds is not None:
                 ahead = self.model.predict_ahead(
@@ -189,7 +206,11 @@ class CompassForCausalLM(CompassPreTrainedModel, GenerationMixin):
             if attention_mask is not None:
                 ahead = ahead.masked_fill(attention_mask == 0, IGNORED)
             items = (ahead != IGNORED).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-            logits = run_shared_head(self.lm_head, state, detach=self.config.mtp_detach_head)
+            detach = self.config.mtp_detach_head
+            if self.token_loss is not None:
+                losses.append(self.token_loss(self.lm_head, state, ahead, detach) / items)
+                continue
+            logits = run_shared_head(self.lm_head, state, detach)
             losses.append(
                 self.loss_function(logits, labels, self.vocab_size, num_items_in_batch=items, shift_labels=ahead)
             )

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
-from torch import Tensor
 from trl import pack_dataset
 
 from moe_backbone.model.mtp import IGNORED
@@ -27,15 +26,17 @@ class PackedCollator:
     Args:
         pad_token_id: Token that fills a row behind its last document. Padding is a document of its own.
         sequence_length: Tokens of a row, L.
-        flatten: Whether to join the rows to a single one, which flash attention needs for packed documents.
+        flatten: Whether to join the rows to a single one, which attention by lengths needs.
+        tell_ends: Whether to say where the documents of the joined row end, so that nobody has to look for them.
     """
 
-    def __init__(self, pad_token_id: int, sequence_length: int, *, flatten: bool = False):
+    def __init__(self, pad_token_id: int, sequence_length: int, *, flatten: bool = False, tell_ends: bool = True):
         self.pad_token_id = pad_token_id
         self.sequence_length = sequence_length
         self.flatten = flatten
+        self.tell_ends = tell_ends
 
-    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Makes a batch of B rows.
 
         Args:
@@ -44,7 +45,9 @@ class PackedCollator:
         Returns:
             `input_ids`, `position_ids`, `labels` and `router_mask`, `[B, L]` each, `[1, B * L]` when flattened.
             Positions start at 0 in each document. Labels are -100 at padding and at each document's first token. The
-            batch has no attention mask, since transformers finds the documents by their positions.
+            batch has no attention mask, since transformers finds the documents by their positions. When ends are told,
+            it has `cu_seq_lens_q` and `cu_seq_lens_k`, int32: 0 and where each document ends; and `max_length_q` and
+            `max_length_k`, which are L, a bound of the documents' lengths that is the same in each batch.
         """
         size = (len(rows), self.sequence_length)
         input_ids = torch.full(size, self.pad_token_id)
@@ -57,4 +60,13 @@ class PackedCollator:
             router_mask[place, : len(row["input_ids"])] = 1
         labels = input_ids.masked_fill((router_mask == 0) | (position_ids == 0), IGNORED)
         batch = {"input_ids": input_ids, "position_ids": position_ids, "labels": labels, "router_mask": router_mask}
-        return {name: value.view(1, -1) for name, value in batch.items()} if self.flatten else batch
+        if not self.flatten:
+            return batch
+        joined: dict[str, Any] = {name: value.view(1, -1) for name, value in batch.items()}
+        if not self.tell_ends:
+            return joined
+        begins = (position_ids.flatten() == 0).nonzero().flatten()
+        ends = torch.cat([begins, torch.tensor([input_ids.numel()])]).int()
+        lengths = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends}
+        lengths |= {"max_length_q": self.sequence_length, "max_length_k": self.sequence_length}
+        return joined | lengths

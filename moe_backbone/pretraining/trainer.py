@@ -11,10 +11,14 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from moe_backbone.model.modeling_compass import CompassCausalLMOutput, CompassForCausalLM
 from moe_backbone.model.mtp import IGNORED
 from moe_backbone.model.router import router_health, update_router_biases
+from moe_backbone.packed_attention import NAME as TORCH_VARLEN
+from moe_backbone.packed_attention import joins_rows
 from moe_backbone.planning.counting import flops_per_token
 from moe_backbone.planning.hardware import recognise_gpu
 
+from .norm_check import NormCheck
 from .packing import PackedCollator
+from .token_losses import TOKEN_LOSSES, find_token_loss
 
 
 @dataclass
@@ -27,6 +31,7 @@ class PretrainingConfig(TrainingArguments):
         sequence_length: Tokens of a packed row, >= 2.
         peak_tflops: Dense 16-bit TFLOP/s of a device. The log's MFU is the share of it that the model's operations
             take. None takes the rate of a GPU in `moe_backbone.planning.hardware.GPUS`, and logs no MFU on others.
+        token_loss: How cross-entropies are computed in training, see [`moe_backbone.pretraining.token_losses`].
 
     Raises:
         ValueError: An option is out of its range, or does not work with packed rows or the model's own loss.
@@ -36,6 +41,22 @@ class PretrainingConfig(TrainingArguments):
     peak_tflops: float | None = field(
         default=None,
         metadata={"help": "Dense 16-bit TFLOP/s of a device, to log MFU. Unset: known GPUs' own, else no MFU."},
+    )
+    token_loss: str = field(
+        default="auto",
+        metadata={
+            "help": "How cross-entropies are computed in training: `logits` by transformers' function, `compiled` by "
+            "one kernel that reads logits in the head's precision, `chunked` by TRL's head, which keeps the logits of "
+            "4096 tokens at a time. `auto`: compiled on a GPU, else logits.",
+            "choices": ["auto", *TOKEN_LOSSES],
+        },
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False,
+        metadata={
+            "help": "Leave NaN and infinite losses out of the logged mean. It makes every step wait for the device, "
+            "and such a loss stops the training anyway."
+        },
     )
     bf16: bool | None = field(  # pyright: ignore - None is resolved below
         default=None, metadata={"help": "Whether to compute in bfloat16. Unset: on a GPU, unless `fp16` is set."}
@@ -51,7 +72,16 @@ class PretrainingConfig(TrainingArguments):
     def __post_init__(self) -> None:
         if self.bf16 is None:
             self.bf16 = torch.cuda.is_available() and not (self.use_cpu or self.fp16)
+        asked: Any = self.accelerator_config
+        read_from_file = isinstance(asked, str) and not asked.startswith("{")
+        is_set = "non_blocking" in asked if isinstance(asked, str | dict) else asked is not None
         super().__post_init__()
+        # Apple's GPUs copy from memory that is not pinned, where a batch may be gone before it is read.
+        if not is_set and not read_from_file and self.dataloader_pin_memory and self.device.type != "mps":
+            resolved: Any = self.accelerator_config
+            resolved.non_blocking = True
+        if self.token_loss not in ("auto", *TOKEN_LOSSES):
+            raise ValueError(f"`token_loss` must be auto, {', '.join(TOKEN_LOSSES)}, got {self.token_loss!r}.")
         if self.sequence_length < 2:
             raise ValueError(f"`sequence_length` must be at least 2, got {self.sequence_length}.")
         if self.peak_tflops is not None and self.peak_tflops <= 0:
@@ -104,10 +134,16 @@ class PretrainingTrainer(Trainer):
         **kwargs: Any,
     ):
         pad = model.config.pad_token_id
+        # One process reads a stream for all of them and cuts what it read into equal parts, which ends of documents
+        # can't be.
+        attention = model.config._attn_implementation
+        is_cut = not hasattr(train_dataset, "__len__") and args.world_size > 1
+        is_cut = is_cut or bool(args.accelerator_config.dispatch_batches)  # pyright: ignore - resolved by now
         collator = PackedCollator(
             0 if pad is None else pad,
             args.sequence_length,
-            flatten="flash" in str(model.config._attn_implementation),
+            flatten=joins_rows(attention) and not (is_cut and attention == TORCH_VARLEN),
+            tell_ends=not is_cut,
         )
         super().__init__(
             model,
@@ -124,6 +160,8 @@ class PretrainingTrainer(Trainer):
         if self._peak_tflops is None and torch.cuda.is_available():
             gpu = recognise_gpu(torch.cuda.get_device_name())
             self._peak_tflops = None if gpu is None else gpu.tflops
+        self._norms = NormCheck()
+        self._token_loss = find_token_loss(args.token_loss, model)
         self._window = _Window()
         self._load_of_step: Tensor | None = None
         if model.config.router_bias_update_speed:
@@ -142,7 +180,14 @@ class PretrainingTrainer(Trainer):
         """
         if num_items_in_batch is not None:
             num_items_in_batch = torch.as_tensor(num_items_in_batch).clamp(min=1)
-        computed: Any = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        compass: Any = self.model
+        compass.token_loss = self._token_loss if model.training else None
+        try:
+            computed: Any = super().compute_loss(
+                model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
+            )
+        finally:
+            compass.token_loss = None
         loss, outputs = computed
         if not model.training:
             loss = torch.where((inputs["labels"] != IGNORED).any(), loss, 0.0)
@@ -160,19 +205,26 @@ class PretrainingTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the metrics since the last entry to training's entries."""
+        self._norms.read()
         if "loss" in logs and self._window.micro_batches:
             logs = {**logs, **self._window_metrics()}
         super().log(logs, start_time)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         norm: Any = super()._get_grad_norm(model, grad_norm=grad_norm)
-        finite = norm is None or bool(torch.as_tensor(norm).isfinite())
-        if not finite and not self.args.fp16:  # fp16's scaler skips such steps itself
-            raise FloatingPointError(
-                f"The gradient's norm is {norm} after {self.state.global_step} step(s). No update was made "
-                "from it and nothing was saved. Resume from the last checkpoint with a lower `learning_rate`."
-            )
+        if not self.args.fp16:  # fp16's scaler skips such steps itself
+            self._norms.add(norm, self.state.global_step)
         return norm
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Trains as transformers does; the last step's gradient is looked at before it returns."""
+        trained = super().train(*args, **kwargs)
+        self._norms.read()
+        return trained
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        self._norms.read()
+        super()._save_checkpoint(*args, **kwargs)
 
     def _window_metrics(self) -> dict[str, float]:
         """Metrics of all processes since the last entry; starts a new window."""
@@ -194,7 +246,7 @@ class PretrainingTrainer(Trainer):
         seconds = window.seconds()
         metrics["tokens_per_second"] = float(sums["tokens"]) / seconds
         if self._peak_tflops is not None:
-            flops = self._flops_per_token * float(sums["places"])
+            flops = self._flops_per_token * window.places * processes  # each process has as many
             metrics["mfu"] = flops / (seconds * processes * self._peak_tflops * 1e12)
         return metrics
 
@@ -224,6 +276,7 @@ class _Window:
     def __init__(self):
         self.first_step = 0
         self.micro_batches = 0
+        self.places = 0
         self.sums: dict[str, Tensor] = {}
         self._began: float | None = None
 
@@ -241,8 +294,8 @@ class _Window:
             **{name: getattr(outputs, name) for name in ("lm_loss", "mtp_loss", "aux_loss", "z_loss")},
             "load": outputs.expert_load,
             "tokens": tokens,
-            "places": torch.tensor(inputs["input_ids"].numel(), device=tokens.device),
         }
+        self.places += inputs["input_ids"].numel()
         if outputs.expert_load is not None:
             values["asked"] = tokens * top_k * len(outputs.expert_load)
         for name, value in values.items():

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from accelerate import DistributedType
 
 from moe_backbone import CompassForCausalLM, preset
@@ -16,7 +17,7 @@ def run_of(engine: DistributedType = DistributedType.NO, **changes: Any) -> Any:
     model.set_experts_implementation(changes.pop("experts", "grouped_mm"))
     return SimpleNamespace(
         model=model,
-        args=SimpleNamespace(**{"torch_compile": False, **changes}),
+        args=SimpleNamespace(**{"torch_compile": False, "device": torch.device("cpu"), **changes}),
         accelerator=SimpleNamespace(distributed_type=engine),
     )
 
@@ -32,7 +33,9 @@ def is_compiled(trainer: Any) -> bool:
     [
         (True, {}, "each layer, in the first steps"),
         (True, {"engine": DistributedType.MULTI_CPU}, "each layer"),
-        (False, {}, "no (`compile_layers`)"),
+        (False, {"device": torch.device("cuda")}, "no (`compile_layers`)"),
+        (None, {}, "no, since there is no GPU"),
+        (None, {"device": torch.device("cuda")}, "each layer"),
         (True, {"engine": DistributedType.FSDP}, "FSDP gathers parameters while a layer runs"),
         (True, {"engine": DistributedType.DEEPSPEED}, "DEEPSPEED gathers parameters"),
         (True, {"experts": "eager"}, "set grouped_mm or memcpy"),

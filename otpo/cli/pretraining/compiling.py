@@ -5,20 +5,22 @@ from typing import Any
 from otpo.layouts.compiled import compile_layers, why_not_compile
 
 
-def compile_for_run(trainer: Any, *, asked: bool) -> str:
-    """Compiles the layers of a trainer's model, at their first call, where that is asked for.
+def compile_for_run(trainer: Any, *, asked: bool | None) -> str:
+    """Compiles the layers of a trainer's model, at their first call, where that is asked for or the default.
 
     Args:
         trainer: A `PretrainingTrainer` that has not trained yet.
-        asked: The option `compile_layers`.
+        asked: The option `compile_layers`; None compiles on a GPU.
 
     Returns:
         What the header says: what is compiled, or why nothing is.
     """
     if trainer.args.torch_compile:
         return "the whole model, as `torch_compile` says"
-    if not asked:
+    if asked is False:
         return "no (`compile_layers`)"
+    if asked is None and trainer.args.device.type != "cuda":
+        return "no, since there is no GPU (`compile_layers`)"
     reason = why_not_compile(trainer.model, trainer.accelerator.distributed_type, hidden_layer=-1)
     if reason is not None:
         return f"no, since {reason}"

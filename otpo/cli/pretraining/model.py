@@ -6,11 +6,13 @@ from collections.abc import Iterator
 from difflib import get_close_matches
 from typing import Any, get_args
 
+import torch
 from transformers import AutoTokenizer
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRotaryEmbedding
 
 from moe_backbone import PRESETS, CompassConfig, CompassForCausalLM, preset
 from moe_backbone.model.config_checks import check_config, describe_longer_rows, one_line_refusals
+from moe_backbone.packed_attention import choose_attention
 from moe_backbone.planning.counting import count_parameters
 from moe_backbone.pretraining.documents import Stage
 from moe_backbone.pretraining.trainer import PretrainingConfig
@@ -46,7 +48,11 @@ def make_model(
     if longer:
         data.notes["length"] = longer
         config.max_position_embeddings = args.sequence_length
-    options: Any = {"attn_implementation": model.attn_implementation, "dtype": model.dtype}
+    attention, why = model.attn_implementation, None
+    if attention == "auto":
+        attention, why = choose_attention(config, args.device, computing_dtype(args, model.dtype, config))
+    data.notes["attention"] = attention if why is None else f"{attention}, since {why}"
+    options: Any = {"attn_implementation": attention, "dtype": model.dtype}
     spread = model_options(data)
     if name is None and spread:  # transformers spreads experts as it loads a model
         name = f"{args.output_dir}/initial"
@@ -70,6 +76,20 @@ def make_model(
     told = set_experts(experts, [compass], args.device.type, args.mixed_precision != "no")
     data.notes["experts"] = f"{describe_sizes(config)}, {told}"
     return compass
+
+
+def computing_dtype(args: PretrainingConfig, named: str, config: CompassConfig) -> torch.dtype:
+    """What layers compute in: mixed precision's type where there is one, else that of the weights.
+
+    Args:
+        args: Options of the training.
+        named: The option `dtype`.
+        config: Of the model; its `dtype` is a checkpoint's own.
+    """
+    if args.mixed_precision in ("bf16", "fp16"):
+        return torch.bfloat16 if args.mixed_precision == "bf16" else torch.float16
+    own: Any = config.dtype or torch.float32
+    return own if named == "auto" else getattr(torch, named)
 
 
 def make_config(

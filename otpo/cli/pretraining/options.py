@@ -50,11 +50,11 @@ class PretrainArguments(RunArguments, RowArguments):
     tokenizer_name_or_path: str | None = field(
         default=None, metadata={"help": "Tokenizer of a new model. Unset: the one of `model_name_or_path`."}
     )
-    compile_layers: bool = field(
-        default=False,
+    compile_layers: bool | None = field(
+        default=None,
         metadata={
-            "help": "Compile the model's layers, all by one graph. The first steps take a minute or two; later starts "
-            "find what they need in torch's cache. No GPU has run it yet."
+            "help": "Compile the model's layers, all by one graph. The first steps take a minute; later starts find "
+            "what they need in torch's cache. Unset: on a GPU."
         },
     )
     mixture: str | None = field(
@@ -93,7 +93,11 @@ class ModelArguments:
         },
     )
     attn_implementation: str = field(
-        default="sdpa", metadata={"help": "How attention is computed: sdpa, eager or one of the flash attentions."}
+        default="auto",
+        metadata={
+            "help": "How attention is computed: sdpa, eager, one of the flash attentions, or torch_varlen, which is "
+            "torch's own kernel for packed rows. `auto` is torch_varlen on a GPU in half precision, else sdpa."
+        },
     )
 
 

@@ -1,0 +1,56 @@
+"""Stops a training whose gradient is not finite, without a wait for the device in any step."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class NormCheck:
+    """Reads each step's gradient norm when the next one has been queued, so that the device never runs dry.
+
+    On the CPU, or where an engine has read the norm already, a number is looked at at once.
+    """
+
+    def __init__(self) -> None:
+        self._copied: tuple[Tensor, torch.cuda.Event, int] | None = None
+
+    def add(self, norm: Any, steps: int) -> None:
+        """Takes a step's norm and looks at the one before.
+
+        Args:
+            norm: A scalar tensor, a number, or None where nothing was computed.
+            steps: How many steps were made before.
+
+        Raises:
+            FloatingPointError: This norm, or the one before, is not finite.
+        """
+        self.read()
+        if isinstance(norm, Tensor) and norm.device.type == "cuda":
+            copied = norm.detach().to("cpu", torch.float32, non_blocking=True)  # pinned memory
+            event = torch.cuda.Event()
+            event.record(torch.cuda.current_stream(norm.device))
+            self._copied = copied, event, steps
+        elif norm is not None:
+            _require_finite(float(norm), steps, "No update was made from it")
+
+    def read(self) -> None:
+        """Looks at the last norm that was added; whoever shows or saves something calls it first.
+
+        Raises:
+            FloatingPointError: It is not finite.
+        """
+        if self._copied is None:
+            return
+        (copied, event, steps), self._copied = self._copied, None
+        event.synchronize()
+        _require_finite(float(copied), steps, "The weights in memory have been updated from it")
+
+
+def _require_finite(norm: float, steps: int, update: str) -> None:
+    if not math.isfinite(norm):
+        raise FloatingPointError(
+            f"The gradient's norm is {norm} after {steps} step(s). {update} and nothing was saved. Resume from the "
+            "last checkpoint with a lower `learning_rate`."
+        )

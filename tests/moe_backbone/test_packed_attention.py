@@ -1,0 +1,149 @@
+"""Attention over packed rows by lengths is attention by a mask; the kernel is a stand-in in float64 here."""
+
+from typing import Any
+
+import pytest
+import torch
+from compass_helpers import assert_gradients_close, compass_model, gradients
+from flash_in_float64 import forward as flash_forward
+from pretraining_helpers import chain_documents, pretrainer, tiny_compass
+
+from moe_backbone import packed_attention
+from moe_backbone.packed_attention import NAME, choose_attention, varlen_attention_forward
+from moe_backbone.pretraining.packing import PackedCollator, pack_documents
+
+ROWS = [
+    {"input_ids": [5, 6, 7, 8, 9, 10], "seq_lengths": [3, 1, 2]},
+    {"input_ids": [11, 12, 13, 14, 15, 16, 17], "seq_lengths": [7]},
+    {"input_ids": [3], "seq_lengths": [1]},
+]
+
+
+@pytest.fixture
+def kernel(monkeypatch):
+    """Stands in for torch's function, in any precision, and counts its calls."""
+    calls = []
+
+    def varlen(query, key, value, ends_q, ends_k, longest_q, longest_k, *, scale, window_size, enable_gqa=False):
+        assert ends_q.dtype is torch.int32 and query.is_contiguous() and longest_q >= int(ends_q.diff().max())
+        scale = query.size(-1) ** -0.5 if scale is None else scale
+        output, _ = flash_forward(
+            *(query, key, value, ends_q, ends_k, longest_q, longest_k, 0.0, True, False),
+            scale=scale,
+            window_size_left=window_size[0],
+        )
+        calls.append(len(query))
+        return output
+
+    monkeypatch.setattr(packed_attention, "varlen_attn", varlen)
+    return calls
+
+
+@pytest.mark.parametrize("changes", [{}, {"num_mtp_layers": 2}, {"num_key_value_heads": 1}], ids=str)
+def test_lengths_and_a_mask_are_the_same(kernel, changes):
+    found = []
+    for attention, flatten in (("sdpa", False), (NAME, True)):
+        # MTP layers pair a document's last places with the next one's tokens, which count for their routers alone.
+        model = compass_model(router_aux_loss_coef=0.0, router_z_loss_coef=0.0, **changes).double().train()
+        model.set_attn_implementation(attention)
+        model.set_experts_implementation("eager")  # grouped products know no float64
+        out = model(**PackedCollator(0, 8, flatten=flatten)(ROWS), num_items_in_batch=7)
+        out.loss.backward()
+        found.append((out, gradients(model)))
+    (by_mask, of_mask), (by_lengths, of_lengths) = found
+    assert set(kernel) == {24}
+    for name in ("loss", "lm_loss", "mtp_loss"):
+        if getattr(by_mask, name) is not None:
+            torch.testing.assert_close(getattr(by_lengths, name), getattr(by_mask, name), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(by_lengths.logits.view_as(by_mask.logits), by_mask.logits, rtol=1e-9, atol=1e-9)
+    assert_gradients_close(of_lengths, of_mask, rtol=1e-8, atol=1e-10)
+
+
+def test_a_window_and_a_scale(kernel):
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, heads, 9, 4, dtype=torch.float64) for heads in (4, 2, 2))
+    ends = torch.tensor([0, 4, 9], dtype=torch.int32)
+    got, weights = varlen_attention_forward(
+        torch.nn.Identity(),
+        query,
+        key,
+        value,
+        None,
+        scaling=0.3,
+        cu_seq_lens_q=ends,
+        max_length_q=9,
+        sliding_window=2,
+    )
+    places, document = torch.arange(9), torch.tensor([0] * 4 + [1] * 5)
+    distance = places[:, None] - places
+    mask = (document[:, None] == document) & (distance >= 0) & (distance < 2)
+    want = torch.nn.functional.scaled_dot_product_attention(
+        query, key.repeat_interleave(2, 1), value.repeat_interleave(2, 1), attn_mask=mask, scale=0.3
+    )
+    torch.testing.assert_close(got, want.transpose(1, 2))
+    assert weights is None
+
+
+def test_nobody_looks_for_documents_whose_ends_are_told(kernel, monkeypatch):
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("a mask was made")
+
+    monkeypatch.setattr("moe_backbone.model.decoder.create_causal_mask", refuse)
+    model = tiny_compass().train()
+    model.set_attn_implementation(NAME)
+    model(**PackedCollator(0, 8, flatten=True)(ROWS))
+
+
+def test_without_ends_it_is_sdpa():
+    rows = torch.randint(3, 60, (2, 9))
+    mask = torch.ones_like(rows)
+    mask[0, :4] = 0
+    answers = []
+    for attention in ("sdpa", NAME):
+        model = tiny_compass().eval()
+        model.set_attn_implementation(attention)
+        with torch.no_grad():
+            logits = model(input_ids=rows, attention_mask=mask).logits[mask.bool()]
+        answers.append((logits, model.generate(rows, attention_mask=mask, max_new_tokens=4, do_sample=False)))
+    assert torch.equal(answers[0][0], answers[1][0]) and torch.equal(answers[0][1], answers[1][1])
+
+
+def test_refusals():
+    part = torch.zeros(2, 1, 4, 8)
+    ends = torch.tensor([0, 4], dtype=torch.int32)
+    options = {"cu_seq_lens_q": ends, "max_length_q": 4}
+    with pytest.raises(ValueError, match=r"a batch of 2 rows"):
+        varlen_attention_forward(torch.nn.Identity(), part, part, part, None, **options)
+    with pytest.raises(ValueError, match=r"`attention_dropout=0.1`.*attn_implementation=sdpa"):
+        varlen_attention_forward(torch.nn.Identity(), part[:1], part[:1], part[:1], None, dropout=0.1, **options)
+
+
+def test_what_is_chosen(monkeypatch):
+    config = tiny_compass().config
+    cpu, gpu, half = torch.device("cpu"), torch.device("cuda", 0), torch.bfloat16
+    assert choose_attention(config, cpu, half) == ("sdpa", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
+    assert choose_attention(config, gpu, half) == (NAME, None)
+    name, why = choose_attention(config, gpu, torch.float32)
+    assert name == "sdpa" and "does not take float32 heads" in str(why)
+    config.attention_dropout = 0.1
+    name, why = choose_attention(config, gpu, half)
+    assert name == "sdpa" and "`attention_dropout=0.1`" in str(why)
+
+
+def test_a_training_by_lengths_repeats_a_training_by_masks(tmp_path, kernel):
+    rows = pack_documents(chain_documents(100), 32)
+    losses = []
+    for attention in ("sdpa", NAME):
+        model = tiny_compass(num_mtp_layers=1)
+        model.set_attn_implementation(attention)
+        trainer = pretrainer(tmp_path / attention, model=model, rows=rows, eval_rows=rows, max_steps=3)
+        trainer.train()
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+        losses[-1].append(trainer.evaluate()["eval_loss"])
+    assert kernel and losses[0] == pytest.approx(losses[1], abs=2e-5)
+    # A process that reads a stream for the others cuts what it read, which ends of documents can't be.
+    assert trainer.data_collator.flatten and trainer.data_collator.tell_ends
+    cut = pretrainer(tmp_path / "cut", model=model, rows=rows, accelerator_config={"dispatch_batches": True})
+    assert not cut.data_collator.flatten
