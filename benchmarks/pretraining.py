@@ -28,6 +28,7 @@ from transformers import trainer as transformers_trainer
 
 from benchmarks import harness
 from benchmarks.figures import close_empty, grouped_bars, legend, machine_line, number, save
+from benchmarks.kernel_trace import largest_groups
 from benchmarks.step_clock import Clock, Span
 from benchmarks.words import word_tokenizer
 from otpo.cli.pretrain import main as pretrain
@@ -95,6 +96,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, default=4, help="steps before the timed ones, at least 1")
     parser.add_argument("--steps", type=int, default=16, help="timed steps")
     parser.add_argument("--profiled", type=int, default=2, help="steps after them, under the profiler")
+    parser.add_argument(
+        "--profile", choices=list(VARIANTS), metavar="NAME", help="write that variant's largest kernels beside the CSV"
+    )
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/pretraining_GPU.csv")
     parser.add_argument("--figure", type=Path, metavar="CSV", help="only draw this CSV")
     parser.add_argument("--child", help=argparse.SUPPRESS)
@@ -119,6 +123,9 @@ def run(args: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
                 row: dict[str, Any] = dict.fromkeys(COLUMNS, "") | {"shape": shape, "variant": name}
                 row["steps"] = span.steps
                 row |= measure(command(shape, name, data, span), span, Path(folder))
+                kernels = row.pop("kernels", None)
+                if kernels and name == args.profile:
+                    args.output.with_name(f"{args.output.stem}_{shape}_{name}.txt").write_text(kernels)
                 row = judged(row, expected)
                 expected = row if name == GROUPED else expected
                 if name in args.variants:
@@ -199,6 +206,7 @@ def child(told: dict[str, Any]) -> int:
     row |= {"idle_share": round(clock.idle_share, 4), "first_step_s": round(clock.first_step_s, 2)}
     row["step_ms"] = " ".join(f"{ms:.1f}" for ms in clock.step_ms())
     row["run_s"] = round(clock.run_s, 1)
+    row["kernels"] = largest_groups(clock.profile, 30, on_gpu=on_gpu)
     if on_gpu:
         row["peak_mib"] = round(clock.peak / harness.MIB)
         row["mfu"] = round(rate * log["mfu"] / log["tokens_per_second"], 4)

@@ -14,14 +14,15 @@ class NormCheck:
     """
 
     def __init__(self) -> None:
-        self._copied: tuple[Tensor, torch.cuda.Event, int] | None = None
+        self._copied: tuple[Tensor, torch.cuda.Event, int, bool] | None = None
 
-    def add(self, norm: Any, steps: int) -> None:
+    def add(self, norm: Any, steps: int, *, left_out: bool = False) -> None:
         """Takes a step's norm and looks at the one before.
 
         Args:
             norm: A scalar tensor, a number, or None where nothing was computed.
             steps: How many steps were made before.
+            left_out: Whether the optimizer leaves out a step whose norm is not finite.
 
         Raises:
             FloatingPointError: This norm, or the one before, is not finite.
@@ -31,9 +32,9 @@ class NormCheck:
             copied = norm.detach().to("cpu", torch.float32, non_blocking=True)  # pinned memory
             event = torch.cuda.Event()
             event.record(torch.cuda.current_stream(norm.device))
-            self._copied = copied, event, steps
+            self._copied = copied, event, steps, left_out
         elif norm is not None:
-            _require_finite(float(norm), steps, "No update was made from it")
+            _require_finite(float(norm), steps, left_out=True)
 
     def read(self) -> None:
         """Looks at the last norm that was added; whoever shows or saves something calls it first.
@@ -43,13 +44,14 @@ class NormCheck:
         """
         if self._copied is None:
             return
-        (copied, event, steps), self._copied = self._copied, None
+        (copied, event, steps, left_out), self._copied = self._copied, None
         event.synchronize()
-        _require_finite(float(copied), steps, "The weights in memory have been updated from it")
+        _require_finite(float(copied), steps, left_out=left_out)
 
 
-def _require_finite(norm: float, steps: int, update: str) -> None:
+def _require_finite(norm: float, steps: int, *, left_out: bool) -> None:
     if not math.isfinite(norm):
+        update = "No update was made from it" if left_out else "The weights in memory have been updated from it"
         raise FloatingPointError(
             f"The gradient's norm is {norm} after {steps} step(s). {update} and nothing was saved. Resume from the "
             "last checkpoint with a lower `learning_rate`."

@@ -16,6 +16,7 @@ from moe_backbone.packed_attention import joins_rows
 from moe_backbone.planning.counting import flops_per_token
 from moe_backbone.planning.hardware import recognise_gpu
 
+from .fused_clipping import clip_in_optimizer, takes_scales
 from .norm_check import NormCheck
 from .packing import PackedCollator
 from .token_losses import TOKEN_LOSSES, find_token_loss
@@ -180,6 +181,9 @@ class PretrainingTrainer(Trainer):
         """
         if num_items_in_batch is not None:
             num_items_in_batch = torch.as_tensor(num_items_in_batch).clamp(min=1)
+        for name in ("cu_seq_lens_q", "cu_seq_lens_k"):  # as many as a batch has documents, which no graph should ask
+            if name in inputs:
+                torch._dynamo.maybe_mark_dynamic(inputs[name], 0)
         compass: Any = self.model
         compass.token_loss = self._token_loss if model.training else None
         try:
@@ -210,10 +214,18 @@ class PretrainingTrainer(Trainer):
             logs = {**logs, **self._window_metrics()}
         super().log(logs, start_time)
 
+    def _clip_grad_norm(self, model: Any) -> Any:
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        if self.args.fp16 or not takes_scales(optimizer, self.accelerator.distributed_type):
+            return super()._clip_grad_norm(model)
+        return clip_in_optimizer(optimizer, self.args.max_grad_norm)
+
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         norm: Any = super()._get_grad_norm(model, grad_norm=grad_norm)
         if not self.args.fp16:  # fp16's scaler skips such steps itself
-            self._norms.add(norm, self.state.global_step)
+            optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+            left_out = grad_norm is not None and takes_scales(optimizer, self.accelerator.distributed_type)
+            self._norms.add(norm, self.state.global_step, left_out=left_out)
         return norm
 
     def train(self, *args: Any, **kwargs: Any) -> Any:

@@ -74,14 +74,15 @@ def compile_by_default(causal_lm: Any, device: torch.device, micro_batches: int)
     return device.type == "cuda" and micro_batches >= _ENOUGH_BATCHES and not has_experts(causal_lm)
 
 
-def compile_layers(causal_lm: Any, **options: Any) -> None:
+def compile_layers(causal_lm: Any, *, dynamic: bool | None = True, **options: Any) -> None:
     """Compiles the decoder layers in place, at their next call.
 
     Args:
         causal_lm: The model, or a PEFT model around it.
+        dynamic: Whether one graph serves any number of tokens. None: that of the first call, until another comes.
         **options: Of `torch.compile`.
     """
     if not {"backend", "mode"} & options.keys() and _ANOTHER_WAY in torch._inductor.list_options():
         options["options"] = {_ANOTHER_WAY: False, **options.get("options", {})}
     for layer in decoder_layers(without_adapter(causal_lm).base_model) or ():
-        layer.compile(dynamic=True, **options)
+        layer.compile(dynamic=dynamic, **options)

@@ -1,0 +1,45 @@
+"""Clips gradients within the optimizer's own kernel, which saves a pass over all of them.
+
+torch's fused Adam divides gradients by a scale and leaves out a step, both told by tensors on the device; fp16's
+scaler uses the same two attributes. So a step whose gradient is not finite changes nothing, and nobody waits to find
+out.
+"""
+
+from typing import Any
+
+import torch
+from accelerate import DistributedType
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+_WHOLE = {DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU}
+_TINY = 1e-6  # as in torch.nn.utils.clip_grad_norm_
+
+
+def takes_scales(optimizer: Any, engine: DistributedType) -> bool:
+    """Whether an optimizer is torch's fused Adam or AdamW over whole parameters.
+
+    Args:
+        optimizer: torch's, without accelerate's wrapper.
+        engine: Of the run; others than plain and data-parallel training clip in ways of their own.
+    """
+    if engine not in _WHOLE or not isinstance(optimizer, torch.optim.Adam) or not optimizer.defaults.get("fused"):
+        return False
+    return not any(isinstance(each, DTensor) for group in optimizer.param_groups for each in group["params"])
+
+
+def clip_in_optimizer(optimizer: Any, max_norm: float) -> Tensor:
+    """Has an optimizer's next step clip its gradients to a norm, and leave the step out where the norm is not finite.
+
+    Args:
+        optimizer: One that [`takes_scales`]. Gradients keep their values until its step.
+        max_norm: > 0.
+
+    Returns:
+        The norm of all gradients before clipping, a scalar on their device.
+    """
+    gradients = [each.grad for group in optimizer.param_groups for each in group["params"] if each.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    optimizer.grad_scale = ((norm + _TINY) / max_norm).clamp(min=1.0).float()
+    optimizer.found_inf = (~norm.isfinite()).float()
+    return norm

@@ -1,0 +1,79 @@
+"""Clipping within the optimizer's kernel is clipping before it, and a step of no finite norm changes nothing."""
+
+import copy
+
+import pytest
+import torch
+from accelerate import DistributedType
+from pretraining_helpers import logged, pretrainer
+from torch import nn
+
+from moe_backbone.pretraining import trainer as pretraining
+from moe_backbone.pretraining.fused_clipping import clip_in_optimizer, takes_scales
+
+
+def fused(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=0.05, weight_decay=0.1, fused=True)
+
+
+@pytest.mark.parametrize("max_norm", [1e-3, 0.7, 1e3])
+def test_steps_are_those_of_clipping_before(max_norm):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 1))
+    models = [model, copy.deepcopy(model)]
+    optimizers = [fused(each) for each in models]
+    for _ in range(6):
+        rows = torch.randn(4, 5)
+        norms = []
+        for each, optimizer, within in zip(models, optimizers, (True, False), strict=True):
+            optimizer.zero_grad()
+            (3 * each(rows).square().sum()).backward()
+            clip = (
+                clip_in_optimizer
+                if within
+                else lambda of, norm, each=each: nn.utils.clip_grad_norm_(each.parameters(), norm)
+            )
+            norms.append(clip(optimizer, max_norm))
+            optimizer.step()
+        torch.testing.assert_close(*norms)
+    for left, right in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+def test_a_step_without_a_finite_norm_changes_nothing(value):
+    model = nn.Linear(3, 2)
+    optimizer = fused(model)
+    before = copy.deepcopy(model.state_dict())
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    model.weight.grad[1, 1] = value
+    assert not clip_in_optimizer(optimizer, 1.0).isfinite()
+    optimizer.step()
+    assert all(torch.equal(before[name], each) for name, each in model.state_dict().items())
+    model.weight.grad.fill_(1.0)
+    clip_in_optimizer(optimizer, 1.0)
+    optimizer.step()
+    assert not torch.equal(before["weight"], model.weight)
+
+
+def test_which_optimizers_take_scales():
+    model = nn.Linear(3, 2)
+    assert takes_scales(fused(model), DistributedType.NO) and takes_scales(fused(model), DistributedType.MULTI_GPU)
+    assert not takes_scales(fused(model), DistributedType.DEEPSPEED)
+    assert not takes_scales(torch.optim.AdamW(model.parameters()), DistributedType.NO)
+    assert not takes_scales(torch.optim.SGD(model.parameters(), fused=True), DistributedType.NO)
+
+
+@pytest.mark.parametrize("changes", [{}, {"max_grad_norm": 0.05}, {"max_grad_norm": 0.0}], ids=str)
+def test_a_training_is_the_same(tmp_path, monkeypatch, changes):
+    found = []
+    for within in (True, False):
+        if not within:
+            monkeypatch.setattr(pretraining, "takes_scales", lambda *_: False)
+        trainer = pretrainer(tmp_path / str(within), max_steps=4, **changes)
+        trainer.train()
+        found.append(logged(trainer, "loss") + logged(trainer, "grad_norm"))
+        inner = trainer.optimizer.optimizer
+        assert hasattr(inner, "grad_scale") == (within and changes.get("max_grad_norm") != 0.0)
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
