@@ -45,3 +45,15 @@ def test_what_is_said_of_the_whole_step_was_measured():
     page = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
     section = page.split("## A whole preference step\n")[1].split("\n## ")[0]
     assert f"\n\n{steps.markdown(rows)}\n" in section
+
+
+def test_what_is_said_of_pretraining_was_measured():
+    rows = {(row["shape"], row["variant"]): row for row in read_rows(RESULTS / "pretraining_h100.csv")}
+    page = (RESULTS.parent / "README.md").read_text()
+    for (shape, variant), row in rows.items():
+        assert row["status"] == "ok"
+        numbers = (row["ms"], f"{int(row['tokens_per_s']):,}", row["mfu"], f"{int(row['peak_mib']) / 1024:.1f}")
+        assert f"| {variant} | {' | '.join(numbers)} |" in page, (shape, variant)
+    fast = int(rows["compass-small", "default"]["tokens_per_s"])
+    assert f"{fast:,} tokens/s for compass-small" in page
+    assert rows["compass-small", "default"]["speedup"] == "1.7" and "1.70 and 1.20 times" in page
