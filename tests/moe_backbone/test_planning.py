@@ -1,8 +1,10 @@
 """A plan's memory is that of real training, and its traffic and time are what their formulas say."""
 
 import contextlib
+import csv
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -244,6 +246,34 @@ def test_time_follows_the_rates():
     alone = make_plan(plan.config, plan.gpu, TrainingSetup(gpus_per_node=1))
     assert alone.time.all_to_all == alone.time.gradients == 0
     assert json.loads(json.dumps(plan.as_dict()))["memory"]["total"] == plan.memory.total
+
+
+@pytest.mark.parametrize(
+    ("shape", "config", "rows"),
+    [
+        ("compass-small", {}, 4),
+        (
+            "compass-v3-width",
+            {
+                "num_hidden_layers": 2,
+                "num_experts": 4,
+                "num_experts_per_tok": 2,
+                "num_mtp_layers": 0,
+                "vocab_size": 32000,
+            },
+            2,
+        ),
+    ],
+)
+def test_time_is_near_the_default_step_that_was_measured(shape, config, rows):
+    """`otpo pretrain` as typed, on one H100; memory is planned for layers that are not compiled, so it is more."""
+    path = Path(__file__).parents[2] / "benchmarks" / "results" / "pretraining_h100.csv"
+    with path.open() as file:
+        (measured,) = (row for row in csv.DictReader(file) if (row["shape"], row["variant"]) == (shape, "default"))
+    of = preset("compass-v3" if shape == "compass-v3-width" else shape, **config)
+    plan = make_plan(of, find_gpu("h100"), TrainingSetup(gpus_per_node=1, micro_batch_size=rows, packed=True))
+    assert 1 / 1.1 < 1e3 * plan.time.total / float(measured["ms"]) < 1.1
+    assert plan.memory.total > float(measured["peak_mib"]) * 2**20
 
 
 def test_small_models_fit_and_large_ones_do_not():
