@@ -9,6 +9,7 @@ from typing import NamedTuple
 from otpo import __version__
 
 from .launching.interrupt import importing, interruptible
+from .options.short_help import read
 
 
 class Command(NamedTuple):
@@ -34,7 +35,7 @@ def make_parser() -> argparse.ArgumentParser:
         prog="otpo",
         usage="otpo [--version] COMMAND [options]",
         description="Align language models on preference pairs with token weights from optimal transport.",
-        epilog="`otpo COMMAND --help` lists the options of a command.",
+        epilog="`otpo COMMAND --help` lists the options of a command, `--help-all` those of TRL and transformers too.",
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"otpo {__version__}")
@@ -52,9 +53,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command is None:
         parser.print_help()
         return 0
+    asked = argv[1:]
+    if asked in (["--help"], ["-h"]):
+        text = read(command)
+        if text is not None:
+            print(text, end="")
+            return 0
+    if asked == ["--help-all"]:
+        asked = ["--help"]
     with importing():
         module = import_module(COMMANDS[command].module)
-    return interruptible(f"otpo {command}", lambda: module.main(argv[1:]))
+    return interruptible(f"otpo {command}", lambda: module.main(asked))
 
 
 if __name__ == "__main__":

@@ -73,9 +73,24 @@ def test_unknown_command_lists_the_commands(capsys):
     assert "'train'" in message and all(name in message for name in COMMANDS)
 
 
+@pytest.mark.parametrize("command", ["align", "pretrain", "sft"])
+def test_the_short_help_is_that_of_the_parser(command, capsys):
+    """Else run `python -m otpo.cli.options.short_help`."""
+    assert short_help.make(command) == short_help.read(command)
+    assert main([command, "--help"]) == 0
+    text = capsys.readouterr().out
+    assert text == short_help.read(command) and len(text.splitlines()) < 160
+    assert "--help-all" in text and "--output_dir TEXT" in text and "%%" not in text
+
+
+def test_the_short_help_needs_no_torch():
+    code = "import sys; from otpo.cli.main import main; main(['align', '--help']); print(*sys.modules)"
+    assert not HEAVY & set(python("-c", code).stdout.split())
+
+
 def test_align_help_groups_the_options(capsys):
     with pytest.raises(SystemExit) as stop:
-        main(["align", "--help"])
+        main(["align", "--help-all"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
     places = [text.index(f"\n{title}") for title in ("token weights", "data and run", "model and", "preference loss")]
