@@ -7,10 +7,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from otpo.cli.models import compass  # noqa: F401 - makes its models known to the Auto classes
-from otpo.cli.models.loading import find_origin
+from otpo.cli.models.loading import default_device, find_origin
 
 OWN_TASKS = Path(__file__).parent / "tasks"
 
@@ -116,9 +114,3 @@ def evaluate(name: str, option: str, tasks: list[str], manager: Any, **options: 
     )
     assert results is not None  # of the first process, and this is the only one
     return dict(results)
-
-
-def default_device() -> str:
-    """The accelerator, if there is one."""
-    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return "cpu" if found is None else found.type
