@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from otpo.cli import chat
 from otpo.cli.chatting.screen import show_answers
-from otpo.cli.chatting.speaker import Speaker, load_speaker
+from otpo.cli.chatting.speaker import THREAD, Speaker, load_speaker
 
 GREEDY = {"max_new_tokens": 6, "do_sample": False}
 
@@ -116,11 +116,10 @@ def test_an_adapter_chats(model_folder, tmp_path, say):
 
 def test_an_answer_that_is_left_stops_and_is_remembered(model_folder):
     found = speaker(model_folder, max_new_tokens=4000)
-    before = threading.active_count()
     answer = found.answer("the red shirt and the box")
     next(piece for piece in answer if piece)
     answer.close()
-    assert threading.active_count() == before
+    assert THREAD not in [thread.name for thread in threading.enumerate()]
     assert len(said(found)) == 1 and len(found.tokenizer(said(found)[0]).input_ids) < 1000
     found.options["max_new_tokens"] = 3
     list(found.answer("and"))

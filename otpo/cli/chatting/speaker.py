@@ -18,6 +18,10 @@ from otpo.cli.models import compass  # noqa: F401 - makes its models known to th
 from otpo.cli.models.loading import find_origin
 
 
+THREAD = "answer"
+"""Name of the thread that a model answers in."""
+
+
 class _Stopped(StoppingCriteria):
     """Ends an answer when the user has stopped it."""
 
@@ -96,7 +100,7 @@ class Speaker:
                 failed.append(error)
                 streamer.end()
 
-        thread = threading.Thread(target=generate, daemon=True)
+        thread = threading.Thread(target=generate, name=THREAD, daemon=True)
         thread.start()
         try:
             yield from streamer
