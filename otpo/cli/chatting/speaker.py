@@ -17,7 +17,6 @@ from transformers import (
 from otpo.cli.models import compass  # noqa: F401 - makes its models known to the Auto classes
 from otpo.cli.models.loading import find_origin
 
-
 THREAD = "answer"
 """Name of the thread that a model answers in."""
 
