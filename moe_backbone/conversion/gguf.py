@@ -49,7 +49,7 @@ def require_same_in_llama_cpp(config: CompassConfig) -> None:
     if target is QWEN3_NEXT:
         raise ValueError(
             f"`num_shared_experts={config.num_shared_experts}` with `--format gguf`: the model becomes a Qwen3-Next "
-            "of full attention alone, which llama.cpp has not been tried on. Export it as safetensors."
+            "of full attention alone, which llama.cpp's converter does not take. Export it as safetensors."
         )
     if not config.norm_topk_prob and config.num_experts_per_tok < config.num_experts:
         raise ValueError(

@@ -1,6 +1,7 @@
 """Conversions: every form of a checkpoint, what is left out, what is refused, folders that are whole or not there."""
 
 import json
+import weakref
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from moe_backbone.conversion.exporting import export_model
 from moe_backbone.conversion.folders import new_folder
 from moe_backbone.conversion.importing import import_model
 from moe_backbone.conversion.targets import less_one, with_still_gates
-from moe_backbone.conversion.tensors import read_tensors, split_experts, state_tensors
+from moe_backbone.conversion.tensors import LazyTensor, read_tensors, split_experts, state_tensors
 from moe_backbone.conversion.verifying import answers, require_equal
 
 # Forms of checkpoints
@@ -69,6 +70,27 @@ def test_a_part_of_a_packed_tensor_is_read_alone(tmp_path):
     assert up.shape == (2, 3) and torch.equal(up.whole(), experts[1, 2:])
     with pytest.raises(ValueError, match="2 of 4 experts: the file is one process's part"):
         split_experts(read_tensors(tmp_path), 4)
+
+
+def test_no_more_than_a_shard_is_in_memory(tmp_path):
+    """Tensors that were read and still are in memory, whenever another one is read."""
+    model = compass_model(num_shared_experts=1)
+    alive, most, size = weakref.WeakSet(), [], 30_000
+
+    def watched(tensor):
+        def read(index):
+            most.append(sum(it.nbytes for it in alive))
+            found = tensor.read(index).clone()
+            alive.add(found)
+            return found
+
+        return LazyTensor(tensor.shape, tensor.dtype, read)
+
+    tensors = {name: watched(tensor) for name, tensor in state_tensors(model.state_dict()).items()}
+    written = export_model(model.config, tensors, tmp_path / "out", max_shard_size=size)
+    total = sum(file.stat().st_size for file in (tmp_path / "out").glob("*.safetensors"))
+    assert written.shards > 4 and total > 4 * size
+    assert len(most) > 40 and max(most) <= size + max(it.nbytes for it in model.state_dict().values())
 
 
 def test_a_tied_head_that_was_saved_is_left_out(tmp_path):
