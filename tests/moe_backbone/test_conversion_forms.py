@@ -118,6 +118,13 @@ def test_older_readers_find_their_names(tmp_path):
     assert options["rope_scaling"] == {name: value for name, value in YARN.items() if name != "rope_theta"}
     assert options["rope_parameters"] == YARN
     assert options["torch_dtype"] == options["dtype"] == "float32"
+    # What vLLM's qwen3_moe.py reads of the configuration.
+    read = "vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim rms_norm_eps"
+    read += (
+        " hidden_act max_position_embeddings attention_bias rope_theta rope_scaling num_experts num_experts_per_tok"
+    )
+    read += " moe_intermediate_size intermediate_size norm_topk_prob decoder_sparse_step mlp_only_layers pad_token_id"
+    assert {*read.split(), "tie_word_embeddings"} <= options.keys()
 
 
 # Biases and shared experts
