@@ -24,6 +24,7 @@ class CompassConfig(PreTrainedConfig):
         num_attention_heads: Number of query heads, >= 1.
         num_key_value_heads: Number of key and value heads; it divides `num_attention_heads`.
         head_dim: Width of a head, even.
+        use_qk_norm: Whether attention norms queries and keys, as Qwen3-MoE does. Mixtral does not.
         moe_intermediate_size: Width of an expert, >= 1.
         num_experts: Number of routed experts in a layer, >= 1.
         num_experts_per_tok: Number of routed experts that a token takes, 1 to `num_experts`.
@@ -69,6 +70,7 @@ class CompassConfig(PreTrainedConfig):
     num_attention_heads: int = 16
     num_key_value_heads: int = 4
     head_dim: int = 64
+    use_qk_norm: bool = True
     moe_intermediate_size: int = 1536
     num_experts: int = 16
     num_experts_per_tok: int = 4

@@ -31,6 +31,15 @@ class CompassRecord(nn.Module):
         return attention_weights, router_logits, experts
 
 
+class CompassAttention(Qwen3MoeAttention):
+    """Qwen3-MoE's attention, or Mixtral's, which norms neither queries nor keys, where `use_qk_norm` is off."""
+
+    def __init__(self, config: CompassConfig, layer_idx: int):
+        super().__init__(config, layer_idx)  # pyright: ignore - it reads options that ours has too
+        if not config.use_qk_norm:
+            self.q_norm, self.k_norm = nn.Identity(), nn.Identity()  # pyright: ignore - called like the norms
+
+
 class CompassDecoderLayer(GradientCheckpointingLayer):
     """Attention, then the MoE block; each reads the normed residual stream and adds its result to the stream."""
 
@@ -38,7 +47,7 @@ class CompassDecoderLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: CompassConfig, layer_idx: int):
         super().__init__()
-        self.self_attn = Qwen3MoeAttention(config, layer_idx)  # pyright: ignore - it reads options that ours has too
+        self.self_attn = CompassAttention(config, layer_idx)
         self.mlp = CompassMoeBlock(config)
         self.input_layernorm = Qwen3MoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = Qwen3MoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)

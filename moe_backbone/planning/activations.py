@@ -187,7 +187,8 @@ def _layer(
 
     # The norm and the inputs of three projections; norms of queries and keys; sdpa's four tensors and logsumexp.
     attention = _norm(tokens, hidden, stream) + tokens * hidden * compute * (3 if casts else 1)
-    attention += _norm(tokens * (heads + groups), head_dim, compute)
+    if config.use_qk_norm:
+        attention += _norm(tokens * (heads + groups), head_dim, compute)
     kept_groups = heads if batch.packed else groups
     attention += tokens * (2 * heads + 2 * kept_groups) * head_dim * compute + tokens * heads * FLOAT
     if batch.packed:

@@ -77,7 +77,7 @@ def count_layer(config: CompassConfig) -> LayerCounts:
         router=config.num_experts * hidden,
         experts=3 * hidden * width * config.num_experts,
         shared_experts=3 * hidden * width * config.num_shared_experts,
-        norms=2 * hidden + 2 * config.head_dim,
+        norms=2 * hidden + (2 * config.head_dim if config.use_qk_norm else 0),
     )
 
 

@@ -23,6 +23,7 @@ PACKAGES = (
     "peft",
     "triton",
     "deepspeed",
+    "lm_eval",
     "POT",
     "wandb",
     "matplotlib",

@@ -24,6 +24,10 @@ COMMANDS = {
     "pretrain": Command("Pretrain a Compass Mixture-of-Experts model, stage by stage.", "otpo.cli.pretrain"),
     "sft": Command("Fine-tune a model on instructions and their answers.", "otpo.cli.sft"),
     "explain": Command("Show which tokens of a pair count, as an HTML page or a PNG.", "otpo.cli.explain"),
+    "chat": Command("Chat with a model in the terminal, or with two side by side.", "otpo.cli.chat"),
+    "eval": Command("Score a model, or two side by side, by tasks of lm-eval, with intervals.", "otpo.cli.eval"),
+    "export": Command("Write a Compass model as Qwen3-MoE, or as llama.cpp's file, to be served.", "otpo.cli.export"),
+    "import": Command("Write a Qwen3-MoE or Mixtral model as a Compass one.", "otpo.cli.import_model"),
     "env": Command("Print versions, devices and folders, to be pasted into an issue.", "otpo.cli.env"),
     "plan": Command("Plan a training run: parameters, memory of a GPU, communication, time.", "otpo.cli.plan"),
 }

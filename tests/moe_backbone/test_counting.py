@@ -24,6 +24,7 @@ VARIANTS = {
     "shared": {"num_shared_experts": 2},
     "mtp": {"num_mtp_layers": 2},
     "bias": {"attention_bias": True, "num_mtp_layers": 1},
+    "no norms of queries and keys": {"use_qk_norm": False, "num_mtp_layers": 1},
     "all": {
         "tie_word_embeddings": True,
         "num_shared_experts": 1,

@@ -15,14 +15,18 @@ from compass_helpers import TINY, compass_model
 from expert_parallel_worker import STEPS, losses, rows
 from expert_parallel_worker import arguments as training_arguments
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
+    Qwen3NextForCausalLM,
     Trainer,
 )
 
+from moe_backbone.conversion.exporting import export_model
+from moe_backbone.conversion.tensors import read_tensors
 from moe_backbone.expert_parallel.deepspeed_config import expert_parallel_config
 from moe_backbone.expert_parallel.deepspeed_patch import KNOWN_VERSIONS, UNTESTED, patch_deepspeed, require_deepspeed
 from moe_backbone.expert_parallel.deepspeed_trainer import separate_experts
@@ -148,6 +152,22 @@ def test_the_trainer_is_that_of_one_process(run, alone):
     index = json.loads((folder / "final" / "model.safetensors.index.json").read_text())["weight_map"]
     assert "model.layers.1.mlp.experts.3.gate_proj.weight" in index
     assert not any(".w1" in name or ".experts.experts" in name for name in index)
+
+
+@pytest.mark.lengthy
+@pytest.mark.parametrize("name", ["final", "checkpoint-4"])
+def test_a_checkpoint_of_spread_experts_is_exported(run, tmp_path, name):
+    """It has a shared expert, so transformers' Qwen3-Next answers as the trained model."""
+    folder, found = run
+    export_model(AutoConfig.from_pretrained(folder / name), read_tensors(folder / name), tmp_path / "final")
+    twin = AutoModelForCausalLM.from_pretrained(tmp_path / "final")
+    assert type(twin) is Qwen3NextForCausalLM
+    ids = torch.stack([row["input_ids"] for row in rows()[:2]])
+    with torch.no_grad():
+        want = AutoModelForCausalLM.from_pretrained(folder / name)(ids).logits
+        torch.testing.assert_close(twin(ids).logits, want, rtol=0, atol=1e-5)
+    if name == "final":
+        assert_saved(tmp_path, found)
 
 
 @pytest.mark.lengthy

@@ -37,6 +37,7 @@ VARIANTS = {
     "idle": {"num_mtp_layers": 1, "mtp_loss_coef": 0.0},
     "shared": {"num_shared_experts": 2, "attention_bias": True},
     "lean": {"router_aux_loss_coef": 0.0, "router_z_loss_coef": 0.0, "norm_topk_prob": False},
+    "no norms of queries and keys": {"use_qk_norm": False},
 }
 WIDE = {"vocab_size": 4000, "hidden_size": 128, "head_dim": 32, "moe_intermediate_size": 192, "num_hidden_layers": 4}
 

@@ -166,3 +166,9 @@ def load_config(origin: Origin, trust_remote_code: bool) -> Any:
         return AutoConfig.from_pretrained(origin.base, revision=origin.revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"`{origin.option}={origin.name}`: the model can't be loaded: {error}") from error
+
+
+def default_device() -> str:
+    """The accelerator, if there is one."""
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return "cpu" if found is None else found.type

@@ -1,0 +1,88 @@
+"""Writes a Compass checkpoint as one of an architecture that everyone reads."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import transformers
+
+from moe_backbone.model import modeling_compass
+from moe_backbone.model.configuration_compass import CompassConfig
+
+from .folders import copy_side_files, new_folder, require_complete, write_config, write_weights
+from .targets import choose_target, split_off, target_options, target_tensors
+from .tensors import LazyTensor, Tensors, split_experts
+
+
+class Written(NamedTuple):
+    """What was written.
+
+    Attributes:
+        architecture: The class that loads it.
+        title: What the architecture is called.
+        why: How the model fits in.
+        dtype: Of the weights.
+        shards: Number of files of weights.
+        left_out: Sentences on what is not in them.
+    """
+
+    architecture: str
+    title: str
+    why: str
+    dtype: torch.dtype
+    shards: int
+    left_out: list[str]
+
+
+def export_model(
+    config: CompassConfig,
+    tensors: Tensors,
+    out: str | Path,
+    *,
+    side_folders: Sequence[Path] = (),
+    dtype: torch.dtype | None = None,
+    max_shard_size: int | str = "5GB",
+    progress: Callable[[int, int], None] | None = None,
+) -> Written:
+    """Writes a Compass model as the architecture of transformers that computes the same; see `targets`.
+
+    Args:
+        config: Of the model.
+        tensors: Its tensors, from [`read_tensors`][moe_backbone.conversion.tensors.read_tensors] or `state_tensors`.
+        out: A new folder. It gets its name when it is whole.
+        side_folders: Where tokenizer and generation configuration are looked for, first things first.
+        dtype: Of the weights; None keeps each as it is.
+        max_shard_size: Bytes of a file at most, or a text such as "5GB". So much memory is needed.
+        progress: Called after each file with the number of files written and of all files.
+
+    Raises:
+        ValueError: No architecture computes the same, the tensors are not those of `config`, or `out` is there.
+    """
+    # Refusals by the configuration come first, then those that have to look at tensors.
+    target = choose_target(config)
+    source_class = getattr(modeling_compass, (config.architectures or ["CompassForCausalLM"])[0], None)
+    if source_class is None:
+        raise ValueError(f"`architectures={config.architectures}` names no Compass model of this package.")
+    name = source_class.__name__.replace("Compass", target.prefix, 1)
+    target_class = getattr(transformers, name, None)
+    if target_class is None:
+        raise ValueError(f"`architectures={config.architectures}`: transformers has no {name}.")
+    decoder, left_out = split_off(config, split_experts(tensors, config.num_experts))
+    if dtype is not None:
+        decoder = {name: cast(tensor, dtype) for name, tensor in decoder.items()}
+    options = target_options(config, target)
+    changed = target_tensors(config, target, decoder)
+    changed = require_complete(changed, target_class, target.config(**options), "the checkpoint")
+
+    with new_folder(out) as folder:
+        shards = write_weights(changed, folder, max_shard_size, progress)
+        kept = changed[next(iter(changed))].dtype
+        write_config(target.config(**options), folder, name, kept)
+        left_out += copy_side_files(side_folders, folder, drafts=False)
+    return Written(name, target.title, target.why, kept, shards, left_out)
+
+
+def cast(tensor: LazyTensor, dtype: torch.dtype) -> LazyTensor:
+    """A tensor in another dtype."""
+    return tensor if tensor.dtype == dtype else tensor.map(lambda value: value.to(dtype))

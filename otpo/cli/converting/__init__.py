@@ -1,0 +1,1 @@
+"""What `otpo export` and `otpo import` share: where a model is, its tensors, options and lines."""

@@ -1,0 +1,116 @@
+"""Runs lm-eval, a library that others keep, on a model or an adapter, with our tasks beside its own."""
+
+import logging
+from collections.abc import Sequence
+from difflib import get_close_matches
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from otpo.cli.models import compass  # noqa: F401 - makes its models known to the Auto classes
+from otpo.cli.models.loading import default_device, find_origin
+
+OWN_TASKS = Path(__file__).parent / "tasks"
+
+
+def require_lm_eval() -> None:
+    """Raises an `ImportError` where lm-eval is not installed."""
+    if find_spec("lm_eval") is None:
+        raise ImportError("`otpo eval` runs lm-eval, which is not installed. Run `pip install 'otpo[eval]'`.")
+
+
+def find_tasks(named: Sequence[str]) -> tuple[list[str], Any]:
+    """The names of tasks and lm-eval's manager that knows them.
+
+    Args:
+        named: Names or patterns of lm-eval, ours (`otpo_pairs`, `otpo_answers`), folders of tasks' YAML files, or
+            such files.
+
+    Raises:
+        ValueError: There is no such task.
+    """
+    from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
+
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of what no user of ours can change
+
+    names: list[str] = []
+    folders = [OWN_TASKS]
+    for name in named:
+        path = Path(name)
+        if path.is_dir():
+            found = list(TaskManager(include_path=str(path), include_defaults=False).all_subtasks)
+            if not found:
+                raise ValueError(f"`--tasks {name}`: the folder has no YAML file of a task.")
+            names, folders = names + found, [*folders, path]
+        elif path.suffix in (".yaml", ".yml"):
+            if not path.is_file():
+                raise ValueError(f"`--tasks {name}`: there is no such file.")
+            names.append(str(path))
+        else:
+            names.append(name)
+    # lm-eval reads thousands of files to know its own tasks, which takes seconds where none of them is asked for.
+    paths = [str(folder) for folder in folders]
+    manager = TaskManager(include_path=paths, include_defaults=False)
+    if not all(Path(name).is_file() or manager.match_tasks([name]) for name in names):
+        manager = TaskManager(include_path=paths)
+    chosen: list[str] = []
+    for name in names:
+        matches = [name] if Path(name).is_file() else manager.match_tasks([name])
+        if not matches:
+            close = get_close_matches(name, manager.all_tasks, n=3)
+            hint = f" Close to it: {', '.join(close)}." if close else ""
+            raise ValueError(f"`--tasks {name}`: lm-eval has no such task.{hint} `lm-eval ls tasks` lists all.")
+        chosen += [match for match in matches if match not in chosen]
+    return chosen, manager
+
+
+def evaluate(name: str, option: str, tasks: list[str], manager: Any, **options: Any) -> dict[str, Any]:
+    """Evaluates a model, or an adapter on its model.
+
+    Args:
+        name: A folder or a name on the Hub.
+        option: The option that gave it.
+        tasks: Names, from [`find_tasks`].
+        manager: From it too.
+        options: `batch_size`, `device`, `dtype`, `limit`, `num_fewshot`, `apply_chat_template`, `seed`.
+
+    Returns:
+        lm-eval's results.
+
+    Raises:
+        ValueError: The model can't be found.
+    """
+    from lm_eval import simple_evaluate  # pyright: ignore[reportMissingImports]
+    from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
+
+    origin = find_origin(option, name)
+    own_tokenizer = (Path(name) / "tokenizer_config.json").is_file()
+    seed = options.pop("seed")
+    model = HFLM(
+        pretrained=origin.base,
+        revision=origin.revision,
+        peft=name if origin.adapted else None,
+        tokenizer=name if own_tokenizer else None,
+        backend="causal",
+        device=options.pop("device") or default_device(),
+        dtype=options.pop("dtype"),
+        batch_size=options["batch_size"],
+    )
+    if options["apply_chat_template"] and not getattr(model.tokenizer, "chat_template", None):
+        raise ValueError(
+            f"`--apply_chat_template`: the tokenizer of {name} has no chat template. Leave the option out."
+        )
+    results = simple_evaluate(
+        model=model,
+        tasks=tasks,
+        task_manager=manager,
+        log_samples=True,
+        bootstrap_iters=1000,
+        random_seed=seed,
+        numpy_random_seed=seed,
+        torch_random_seed=seed,
+        fewshot_random_seed=seed,
+        **options,
+    )
+    assert results is not None  # of the first process, and this is the only one
+    return dict(results)
