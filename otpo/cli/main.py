@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if asked in (["--help"], ["-h"]):
         text = read(command)
         if text is not None:
-            print(text, end="")
+            sys.stdout.write(text)
             return 0
     if asked == ["--help-all"]:
         asked = ["--help"]

@@ -20,15 +20,15 @@ WHOLE = ("token weights (otpo)", "pretraining (otpo)", "model")
 COMMON = {
     "data and run": "dataset_name dataset_config dataset_train_split dataset_test_split dataset_streaming "
     "max_train_rows max_eval_rows report experts_implementation expert_parallel_size save_code",
-    "model and adapters": "model_name_or_path dtype attn_implementation trust_remote_code load_in_4bit use_peft lora_r "
-    "lora_alpha lora_dropout lora_target_modules",
+    "model and adapters": "model_name_or_path dtype attn_implementation trust_remote_code load_in_4bit use_peft "
+    "lora_r lora_alpha lora_dropout lora_target_modules",
     "preference loss (TRL)": "beta loss_type max_length truncation_mode precompute_ref_log_probs "
     "label_smoothing sync_ref_model",
     "instructions and loss (TRL)": "max_length packing padding_free assistant_only_loss completion_only_loss",
     "training (transformers)": "output_dir per_device_train_batch_size gradient_accumulation_steps learning_rate "
     "num_train_epochs max_steps lr_scheduler_type warmup_steps optim bf16 fp16 gradient_checkpointing torch_compile "
-    "eval_strategy eval_steps logging_steps save_steps save_total_limit resume_from_checkpoint report_to run_name seed "
-    "use_cpu dataloader_num_workers",
+    "eval_strategy eval_steps logging_steps save_steps save_total_limit resume_from_checkpoint report_to run_name "
+    "seed use_cpu dataloader_num_workers",
 }
 """What is shown of the other groups."""
 _HIDDEN = {"logging_nan_inf_filter", "remove_unused_columns", "prediction_loss_only"}  # nobody needs to set them
@@ -51,9 +51,11 @@ def render(parser: Any) -> str:
     parts = [f"usage: {parser.usage}", parser.description.strip()]
     for group in parser._action_groups:
         names = [action.dest for action in group._group_actions]
-        if group.title not in WHOLE:
+        ours = group.title in WHOLE
+        if not ours:
             names = [name for name in COMMON.get(group.title, "").split() if name in names]
-        shown = [_entry(actions[name]) for name in names if name not in _HIDDEN and _help(actions[name])]
+        names = [name for name in names if name not in _HIDDEN and _help(actions[name])]
+        shown = [_entry(actions[name], whole=ours) for name in names]
         if shown:
             parts.append("\n".join([f"{group.title}:", *shown]))
     parts.append("`--help-all` lists all options: those of TRL's and transformers' configurations too.")
@@ -65,12 +67,13 @@ def _help(action: argparse.Action) -> str:
     return "" if action.help in (None, argparse.SUPPRESS) else " ".join(action.help.replace("%%", "%").split())
 
 
-def _entry(action: argparse.Action) -> str:
+def _entry(action: argparse.Action, *, whole: bool) -> str:
     value = "{" + ",".join(map(str, action.choices)) + "}" if action.choices else str(action.metavar or "")
     value = value if len(value) < _CHOICES else "NAME"
     name = f"  --{action.dest} {value}".rstrip()
     default = "" if action.default in (None, argparse.SUPPRESS) else f" (default: {action.default})"
-    lines = textwrap.wrap(f"{_beginning(_help(action))}{default}", _WIDTH - _NAMES)
+    text = _help(action) if whole else _beginning(_help(action))
+    lines = textwrap.wrap(f"{text}{default}", _WIDTH - _NAMES)
     if len(name) < _NAMES:
         lines[0] = name.ljust(_NAMES) + lines[0]
         return "\n".join([lines[0], *(" " * _NAMES + line for line in lines[1:])])
