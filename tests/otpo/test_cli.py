@@ -85,7 +85,7 @@ def test_the_short_help_is_that_of_the_parser(command, capsys):
 
 
 def test_the_short_help_needs_no_torch():
-    code = "import sys; from otpo.cli.main import main; main(['align', '--help']); print(*sys.modules, file=sys.stderr)"
+    code = "import sys; from otpo.cli.main import main; main(['align', '-h']); print(*sys.modules, file=sys.stderr)"
     assert not HEAVY & set(python("-c", code).stderr.split())
 
 
