@@ -38,6 +38,7 @@ class OTPOConfig(DPOConfig):
         ot_max_iterations: `max_iterations` there. `transport/residual` in the log says what was reached.
         ot_solver: `solver` there.
         d2po_gamma: Of `weighting="d2po"`.
+        contrast_mix: Of `weighting="contrast"`.
         hidden_layer: Hidden states that the weights are made of, as transformers numbers them: 0 for the embeddings,
             `l` for the output of the l-th layer, negative from the end. -1: the last ones, after the final norm, as
             in the paper.
@@ -76,6 +77,7 @@ class OTPOConfig(DPOConfig):
     ot_max_iterations: int = registered_option("ot_max_iterations")
     ot_solver: Solver = registered_option("ot_solver")
     d2po_gamma: float = registered_option("d2po_gamma")
+    contrast_mix: float = registered_option("contrast_mix")
     hidden_layer: int = registered_option("hidden_layer")
     row_layout: RowLayout = field(
         default="auto",

@@ -14,12 +14,13 @@ if TYPE_CHECKING:
     from .methods import length as length
     from .methods import sampo as sampo
     from .methods import uniform as uniform
+    from .optimal_transport import contrast as contrast
     from .optimal_transport import otpo as otpo
     from .registry import WEIGHTINGS as WEIGHTINGS
 
 _HOMES = {
     "WEIGHTINGS": "otpo.weighting.registry",
-    "otpo": "otpo.weighting.optimal_transport",
+    **dict.fromkeys(("contrast", "otpo"), "otpo.weighting.optimal_transport"),
     **dict.fromkeys(("PairBatch", "TokenWeights", "Weighting"), "otpo.weighting.batch"),
     **dict.fromkeys(("budget", "d2po", "ld", "length", "sampo", "uniform"), "otpo.weighting.methods"),
 }

@@ -57,6 +57,27 @@ def d2po(batch: PairBatch, *, gamma: float = 0.98) -> Tensor:
     return torch.pow(gamma, batch.positions.clamp(min=0)).to(batch.logps.dtype)
 
 
+def within_budget(values: Tensor, batch: PairBatch) -> Tensor:
+    """Values in the proportions that they have, scaled so that each response's sum is OTPO's budget.
+
+        w_i = v_i * min(|y_c|, |y_r|) / sum_j v_j
+
+    Where a response's values are all zero there are no proportions: it gets those of [`budget`], all alike.
+
+    Args:
+        values: `(2B, T)` float, non-negative; whatever stands outside the mask.
+        batch: B pairs.
+
+    Returns:
+        `(2B, T)` in the dtype of the values, zero outside the mask.
+    """
+    values = values.masked_fill(~batch.mask, 0.0)
+    total = values.sum(1, keepdim=True)
+    least = torch.finfo(values.dtype).tiny
+    scaled = values * (batch.shorter / total.clamp(min=least))
+    return torch.where(total >= least, scaled, budget(batch).to(values.dtype)).masked_fill(~batch.mask, 0.0)
+
+
 _LOW_32 = 0xFFFFFFFF
 
 

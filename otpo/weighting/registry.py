@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from otpo.registry import Option, Registered, above_zero_to_one, never, zero_to_one_or_none
+from otpo.registry import Option, Registered, above_zero_to_one, never, zero_to_one, zero_to_one_or_none
 from otpo.transport.options import TRANSPORT_OPTIONS, TransportOptions
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ class WeightingKind(Registered):
     Attributes:
         options: The fields of `OTPOConfig` that it takes, and which of its keywords each is for.
         bundle: Makes of an `OTPOConfig` one object that the function takes as its keyword `options`, in place of a
-            keyword for each option.
+            keyword for each option that says `bundled`.
     """
 
     options: tuple[Option, ...] = ()
@@ -37,9 +37,10 @@ class WeightingKind(Registered):
 
     def __call__(self, args: Any) -> "Weighting":
         """The weighting with its options set from an `OTPOConfig`."""
+        own = [option for option in self.options if option.keyword and not option.bundled]
+        keywords = {option.keyword: getattr(args, option.field) for option in own}
         if self.bundle is not None:
-            return partial(self.load(), options=self.bundle(args))
-        keywords = {option.keyword: getattr(args, option.field) for option in self.options if option.keyword}
+            keywords["options"] = self.bundle(args)
         return partial(self.load(), **keywords) if keywords else self.load()
 
 
@@ -59,6 +60,25 @@ WEIGHTINGS: dict[str, WeightingKind] = {
         help="marginal of the transport plan, with the sum `min(|y_c|, |y_r|)`",
         source="arXiv 2505.18720",
         options=(*TRANSPORT_OPTIONS, _HIDDEN_LAYER),
+        bundle=TransportOptions.of,
+    ),
+    "contrast": WeightingKind(
+        "otpo.weighting.optimal_transport:contrast",
+        help="mass that the transport plan destroys, what the other response has nothing near to; with the sum "
+        "`min(|y_c|, |y_r|)`",
+        source="ours",
+        options=(
+            Option(
+                "contrast_mix",
+                float,
+                1.0,
+                "Share of the destroyed mass in the weights of 'contrast', in [0, 1]; the rest is that of 'budget'.",
+                keyword="mix",
+                check=zero_to_one,
+            ),
+            *TRANSPORT_OPTIONS,
+            _HIDDEN_LAYER,
+        ),
         bundle=TransportOptions.of,
     ),
     "uniform": WeightingKind(

@@ -466,7 +466,7 @@ def test_devices_without_float64_stop_where_float32_stalls(regs, monkeypatch, wa
     torch.testing.assert_close(plan.sum(1), got.chosen[0], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", sorted(set(WEIGHTINGS) - {"otpo"}))
+@pytest.mark.parametrize("name", sorted(name for name, kind in WEIGHTINGS.items() if kind.bundle is None))
 def test_weightings_and_metrics_need_no_float64(name, monkeypatch, tmp_path):
     mask = torch.rand(6, 9) < 0.7
     args = OTPOConfig(str(tmp_path), weighting=name, ld_alpha=0.5, use_cpu=True, bf16=False)
