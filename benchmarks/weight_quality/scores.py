@@ -23,10 +23,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import moe_backbone  # noqa: F401 - makes Compass known to transformers
 from otpo import OTPOConfig, OTPOTrainer
 from otpo.data.token_table import TOKEN_COLUMNS
+from otpo.data.token_values import unmatched
 from otpo.transport.solve import transport_weights
 from otpo.weighting import PairBatch, d2po, ld, sampo, uniform
 
-from .labels import TokenLabels, auroc, token_labels, unmatched
+from .labels import TokenLabels, auroc, token_labels
 
 SIDES = ("chosen", "rejected")
 REGS = {"": 1.0, "-reg0.1": 0.1, "-reg0.02": 0.02}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from otpo.data.source_kinds import HELP, WHOLE
 from otpo.registry import Option
-from otpo.weighting.registry import registered_options, weightings_help
+from otpo.weighting.registry import kinds_of, registered_options, split, weightings_help
 
 from .launching.interrupt import interruptible
 from .options.writing import require_writable_file
@@ -179,7 +179,7 @@ def _check_source(options: argparse.Namespace) -> None:
             raise ValueError(f"`{name}` is missing: a pair is `prompt`, `chosen` and `rejected`.")
         if name != "prompt" and not text.strip():
             raise ValueError(f"`{name}={text!r}` is empty, so there are no tokens to weigh. Give the response's text.")
-    if options.ld_alpha is not None and options.weighting != "ld":
+    if options.ld_alpha is not None and "ld" not in split(options.weighting or ""):
         raise ValueError(f"`ld_alpha={options.ld_alpha:g}` is an option of `weighting=ld`. Set that, or leave it out.")
 
 
@@ -229,6 +229,11 @@ def _prepare(options: argparse.Namespace, folder: str) -> tuple[Any, list[str], 
     use_one_gpu(args)  # one pair at a time
 
     # What can't be explained is refused before the model is loaded.
+    if any(kind.needs_reference for kind in kinds_of(args.weighting)) and other is None and not origin.adapted:
+        raise ValueError(
+            f"`weighting={args.weighting}` is made of the reference's log-probabilities, and there is none. Set "
+            "`reference`, or another weighting."
+        )
     config = load_config(origin, options.trust_remote_code)
     require_layer(args.hidden_layer, config)
     if other is not None:

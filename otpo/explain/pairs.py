@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
-from transformers import ProcessorMixin
 
 from otpo.data.prepared import free_name
+from otpo.data.token_values import tokenizer_of
 from otpo.training.hidden_states import evaluating
 from otpo.training.metrics import weight_metrics
 from otpo.training.scoring import Scored, rewarded_loss_type
@@ -194,7 +194,7 @@ def _explain(trainer: ScoringTrainer, example: dict[str, Any], name: str, refere
         weights = weights * ld(scored.batch, alpha=trainer.ld_alpha)
 
     # Each response's tokens, as text and as numbers.
-    tokenizer = _tokenizer(trainer.processing_class)
+    tokenizer = tokenizer_of(trainer.processing_class)
     sides = []
     for row, mask in enumerate(scored.mask):
         values = [_on_cpu(value[row][mask]) for value in (weights, scored.policy_logps, scored.reference_logps)]
@@ -209,11 +209,6 @@ def _explain(trainer: ScoringTrainer, example: dict[str, Any], name: str, refere
     prompt = split_pieces(tokenizer, inputs["input_ids"][0][prompt_mask].tolist())
     text = "".join(piece.text for piece in prompt)
     return ExplainedPair(name, text, sides[0], sides[1], plan, agrees, trainer.describe_weighting())
-
-
-def _tokenizer(processing_class: Any) -> Any:
-    """The tokenizer, which a processor of images has in it."""
-    return processing_class.tokenizer if isinstance(processing_class, ProcessorMixin) else processing_class  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _look(trainer: ScoringTrainer, inputs: dict[str, Any], reference: bool) -> Scored:

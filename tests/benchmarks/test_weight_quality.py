@@ -11,11 +11,12 @@ from helpers import make_tokenizer
 from transformers.utils import logging
 
 from benchmarks.weight_quality import __main__
-from benchmarks.weight_quality.labels import auroc, token_labels, unmatched
+from benchmarks.weight_quality.labels import auroc, token_labels
 from benchmarks.weight_quality.report import means_of
 from benchmarks.weight_quality.scores import SCHEMES, TRANSPORT, Scorer, resolve_layers
 from otpo import OTPOConfig, OTPOTrainer
 from otpo.data import load_demo_preferences
+from otpo.data.token_values import unmatched
 from otpo.explain import explain_rows
 
 # Labels

@@ -22,6 +22,7 @@ from helpers import (
 from peft import LoraConfig
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, TrainerCallback
+from weighting_helpers import with_weights
 from written_loss import LORA
 
 from otpo import OTPOConfig, OTPOTrainer, TokenWeights
@@ -40,6 +41,12 @@ CASES: dict[str, dict[str, Any]] = {
     "d2po": {"weighting": "d2po"},
     "length": {"weighting": "length"},
     "budget": {"weighting": "budget"},
+    "contrast": {"weighting": "contrast", "ot_reg": 0.1, "contrast_mix": 0.7},
+    "confpo": {"weighting": "confpo"},
+    "surprisal": {"weighting": "surprisal"},
+    "diff": {"weighting": "diff"},
+    "columns": {"weighting": "columns"},
+    "product": {"weighting": "otpo*diff"},
     "three_losses": {"weighting": "sampo", "loss_type": ["sigmoid", "ipo", "sft"], "loss_weights": [0.8, 0.2, 1.0]},
     "ld_alpha": {"ld_alpha": 0.5},
     "wpo": {"use_weighting": True},
@@ -72,8 +79,8 @@ def made(case: dict[str, Any], folders: dict[str, str], tmp_path, trainer_class:
     return trainer_class(
         folder,
         args=options(tmp_path, **settings),
-        train_dataset=make_pairs(),
-        eval_dataset=make_pairs(6, 3),
+        train_dataset=with_weights(make_pairs()),
+        eval_dataset=with_weights(make_pairs(6, 3)),
         **arguments,
     )
 
