@@ -27,6 +27,7 @@ from written_loss import LORA
 
 from otpo import OTPOConfig, OTPOTrainer, TokenWeights
 from otpo.training.late_reads import LateReads
+from otpo.weighting import optimal_transport
 
 LOSS_TYPES = [
     *("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired"),
@@ -176,8 +177,19 @@ def watched(trainer: OTPOTrainer, watch: NoWaits) -> None:
     trainer.data_collator = paused(collate)
     if trainer.args.weighting == "otpo":  # the solver in plain torch looks at its residual; the kernels never do
         trainer.token_weights = paused(weigh)
+    elif trainer.args.weighting in ("contrast", "otpo*diff"):  # what they make of its result is looked at
+        trainer.token_weights = weigh_with(paused(optimal_transport.solve), weigh)
     for model in {trainer.model, trainer.ref_model} - {None}:
         model.forward = paused(model.forward)
+
+
+def weigh_with(solver: Any, weigh: Any) -> Any:
+    def call(batch: Any) -> Any:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(optimal_transport, "solve", solver)
+            return weigh(batch)
+
+    return call
 
 
 @pytest.mark.parametrize("name", CASES)
