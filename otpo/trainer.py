@@ -78,8 +78,8 @@ class OTPOTrainer(DPOTrainer):
         loss = -log sigmoid(beta * (sum_i w_c,i log(pi/pi_ref)_i - sum_j w_r,j log(pi/pi_ref)_j))
 
     Logged beside TRL's metrics, whose `rewards/*` are the weighted ones: `rewards/*_unweighted`,
-    `weights/{entropy,ess,max}` (see `otpo.training.metrics`), `transport/residual`, `transport/iterations` and
-    `transport/ms`. To change the weights, pass `weighting` or override [`token_weights`].
+    `weights/{entropy,ess,max}` and `pairs/similarity` (see `otpo.training.metrics`), `transport/residual`,
+    `transport/iterations` and `transport/ms`. To change the weights, pass `weighting` or override [`token_weights`].
 
     Loss types: `ipo` and `sigmoid_norm`, which divide by the response's length in DPO, divide by the weights' mass
     here; `sft` and the WPO factor of `use_weighting` stay unweighted. With several loss types, `rewards/*` are

@@ -4,6 +4,7 @@ Everything that comes from data is escaped, and the page's own policy forbids sc
 """
 
 import html
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from importlib.resources import files
@@ -90,7 +91,11 @@ def _summary(pair: ExplainedPair, shown: str) -> str:
     margins = [f"{numbers['margin_unweighted']:+.4g}", f"{numbers['margin']:+.4g}"]
     rows.append(["margin", "", "", "", *margins])
     heads = ["", "tokens", "sum of weights", "largest over mean", *(f"{shown.lower()}, {rule}" for rule, _ in rules)]
-    return _table(heads, rows)
+    alike = (
+        f'<p class="quiet">Similarity of the hidden states (length-normalised CHES score) {pair.similarity:.4g}: the '
+        "nearer to zero, or the further above, the sooner training lowers the chosen response's likelihood, too.</p>"
+    )
+    return _table(heads, rows) + ("" if math.isnan(pair.similarity) else alike)
 
 
 def _weights(name: str, side: ExplainedResponse, rules: Sequence[Rule]) -> str:

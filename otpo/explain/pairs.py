@@ -3,6 +3,7 @@
 Shapes: M tokens of the chosen response, N tokens of the rejected one, T scored positions.
 """
 
+import math
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from otpo.data.prepared import free_name
 from otpo.data.token_values import tokenizer_of
 from otpo.training.hidden_states import evaluating
-from otpo.training.metrics import weight_metrics
+from otpo.training.metrics import pair_similarity, weight_metrics
 from otpo.training.scoring import Scored, rewarded_loss_type
 from otpo.transport.solve import solve_plan
 from otpo.weighting import ld
@@ -95,6 +96,7 @@ class ExplainedPair:
         plan: `(M, N)` float64, see [`otpo.transport.solve.solve_plan`].
         plan_gives_weights: Whether the weights are the plan's marginals, up to a factor for each response.
         weighting: The weighting and its options, to be read.
+        similarity: How alike the hidden states of both are, see [`otpo.training.metrics.pair_similarity`].
     """
 
     name: str
@@ -104,6 +106,7 @@ class ExplainedPair:
     plan: Tensor
     plan_gives_weights: bool
     weighting: str
+    similarity: float = math.nan
 
     @property
     def has_reference(self) -> bool:
@@ -111,7 +114,7 @@ class ExplainedPair:
         return self.chosen.reference_logps is not None
 
     def numbers(self) -> dict[str, float]:
-        """The pair's `ess`, `entropy` and `max` of weights as in `otpo.training.metrics`, and its margins."""
+        """The pair's `ess`, `entropy` and `max` of weights, its `similarity` (`otpo.training.metrics`), margins."""
         sides = (self.chosen, self.rejected)
         weights = torch.nn.utils.rnn.pad_sequence([side.weights for side in sides], batch_first=True)
         lengths = torch.tensor([len(side.weights) for side in sides])
@@ -120,7 +123,7 @@ class ExplainedPair:
         for name, weighted in (("margin", True), ("margin_unweighted", False)):
             chosen, rejected = (float(side.contributions(weighted=weighted).sum()) for side in sides)
             named[name] = chosen - rejected
-        return named
+        return {**named, "similarity": self.similarity}
 
     def top_alignments(self, count: int = 10) -> list[tuple[int, int, float]]:
         """The largest entries of the plan, largest first: chosen token, rejected token, mass."""
@@ -208,7 +211,8 @@ def _explain(trainer: ScoringTrainer, example: dict[str, Any], name: str, refere
     prompt_mask = inputs["attention_mask"][0].bool() & ~inputs["completion_mask"][0].bool()
     prompt = split_pieces(tokenizer, inputs["input_ids"][0][prompt_mask].tolist())
     text = "".join(piece.text for piece in prompt)
-    return ExplainedPair(name, text, sides[0], sides[1], plan, agrees, trainer.describe_weighting())
+    similarity = float(pair_similarity(scored.batch.hidden_states, scored.mask))
+    return ExplainedPair(name, text, sides[0], sides[1], plan, agrees, trainer.describe_weighting(), similarity)
 
 
 def _look(trainer: ScoringTrainer, inputs: dict[str, Any], reference: bool) -> Scored:

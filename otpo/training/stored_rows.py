@@ -56,8 +56,8 @@ def unpack_rows(
         if longest > width or excess:
             raise ValueError(
                 f"The completions of the batch have up to {longest} tokens, their {what} up to {width}, and the "
-                "numbers of tokens differ. They were made with another truncation: make them again, and let a data "
-                "collator of your own truncate as `max_length` and `truncation_mode` say."
+                "numbers of tokens differ. They were made with another truncation: precompute them again, and let a "
+                "data collator of your own truncate as `max_length` and `truncation_mode` say."
             )
 
     if read is None:

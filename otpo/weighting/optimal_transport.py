@@ -79,9 +79,19 @@ def contrast(batch: PairBatch, *, options: TransportOptions, mix: float = 1.0) -
     if mix == 0.0:
         return budget(batch)
     moved = by_transport(batch, options=options)
-    destroyed = (1.0 - moved.values).clamp(min=0.0).masked_fill(~batch.mask, 0.0)
+    destroyed = destroyed_mass(moved.values, batch)
     values = within_budget(destroyed + LEAST_DESTROYED, batch)
     if mix < 1.0:
         values = torch.lerp(budget(batch).to(values.dtype), values, mix).masked_fill(~batch.mask, 0.0)
     mean = destroyed.sum() / batch.mask.sum().clamp(min=1)
     return TokenWeights(values, {**moved.metrics, "contrast/destroyed": mean})
+
+
+def destroyed_mass(moved: torch.Tensor, batch: PairBatch) -> torch.Tensor:
+    """What of each token's own mass the plan destroys, `(2B, T)` within [0, 1], zero outside the mask.
+
+    Args:
+        moved: OTPO's weights, `(2B, T)`.
+        batch: B pairs.
+    """
+    return (1.0 - moved).clamp(min=0.0).masked_fill(~batch.mask, 0.0)
