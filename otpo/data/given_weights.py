@@ -21,7 +21,8 @@ def given_weights(row: Mapping[str, Any], rule: PairRule, tokenizer: Any) -> tup
       around it weighs 1;
     - a list of spans `[start, end, weight]` in characters of the answer, `end` not included: of the last message, or
       of the text in `chosen` behind the prompt. A token that overlaps a span gets its weight, that of the last such
-      span in the list; tokens in no span weigh 1.
+      span in the list; tokens in no span weigh 1. An empty list is no span, unless the row's other column has
+      numbers of tokens.
 
     Args:
         row: With the columns, and `prompt_ids`, `chosen_ids` and `rejected_ids`.
@@ -31,23 +32,29 @@ def given_weights(row: Mapping[str, Any], rule: PairRule, tokenizer: Any) -> tup
     Raises:
         ValueError: A weight is negative, or not finite, or there are too many or too few; as the end of a sentence.
     """
-    sides = []
+    columns: dict[str, list[Any]] = {}
     for side in ("chosen", "rejected"):
-        column = f"{side}_weights"
-        given = row.get(column)
+        given = row.get(f"{side}_weights")
         if given is None:
-            raise ValueError(f"has no {column!r}. Give a weight for each token, or a list of [start, end, weight].")
-        ids, given = row[f"{side}_ids"], list(given)
-        spans = bool(given) and isinstance(given[0], Sequence | np.ndarray)
-        weights = _of_spans(row, side, given, tokenizer) if spans else _of_tokens(row, side, given, tokenizer)
-        assert len(weights) == len(ids)
-        sides.append(scored_part(row, side, weights, rule))
-    return sides[0], sides[1]
+            raise ValueError(
+                f"has no '{side}_weights'. Give a weight for each token, or a list of [start, end, weight]."
+            )
+        columns[side] = list(given)
+    first = next((given[0] for given in columns.values() if given), [])
+    make = _of_spans if isinstance(first, Sequence | np.ndarray) else _of_tokens
+    chosen, rejected = (
+        scored_part(row, side, make(row, side, given, tokenizer), rule) for side, given in columns.items()
+    )
+    return chosen, rejected
 
 
 def _of_tokens(row: Mapping[str, Any], side: str, given: list[Any], tokenizer: Any) -> np.ndarray:
     column, ids = f"{side}_weights", row[f"{side}_ids"]
     for place, weight in enumerate(given):
+        if isinstance(weight, Sequence | np.ndarray):
+            raise ValueError(
+                f"has {weight!r} at {column}[{place}], and numbers of tokens beside it. Give one or other."
+            )
         _require_weight(weight, f"{column}[{place}]")
     if len(given) == len(ids):
         return np.array(given, np.float32)
@@ -77,7 +84,11 @@ def _of_spans(row: Mapping[str, Any], side: str, given: list[Any], tokenizer: An
         )
     spans, weights = [], np.ones(len(ids), np.float32)
     for place, span in enumerate(given):
-        if len(span) != 3 or not all(_is_number(number) for number in span):
+        if (
+            not isinstance(span, Sequence | np.ndarray)
+            or len(span) != 3
+            or not all(_is_number(number) for number in span)
+        ):
             raise ValueError(f"has {span!r} at {column}[{place}], which is no [start, end, weight].")
         start, end, weight = span
         if start != int(start) or end != int(end) or not 0 <= start < end <= len(answer):

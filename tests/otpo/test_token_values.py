@@ -169,7 +169,8 @@ def tokenized(chosen: str, weights: Any, *, plain: bool = False) -> dict[str, An
     for side, text in (("chosen", chosen), ("rejected", "no")):
         row[f"{side}_ids"] = tokenizer(f"{text}<|end|>", add_special_tokens=False)["input_ids"]
         row[side] = f"{text}<|end|>" if plain else [{"role": "assistant", "content": text}]
-    row["rejected_weights"] = [1.0] * len(row["rejected_ids"])
+    spans = isinstance(weights, list) and weights and isinstance(weights[0], list)
+    row["rejected_weights"] = [] if spans else [1.0] * len(row["rejected_ids"])
     return row
 
 
@@ -188,7 +189,10 @@ def test_spans_are_of_characters(plain):
         want.append(next((weight for start, stop, weight in spans[::-1] if start < end and begin < stop), 1.0))
         begin = end
     assert weights_of(row) == want and set(want) >= {1.0, 3.0, 7.0} and want[-1] == 1.0
+    row["rejected_weights"] = [[0, 1, 2.0]]
     assert weights_of({**row, "chosen_weights": [[0, 1, 1]]}) == [1.0] * len(want)
+    assert weights_of({**row, "chosen_weights": []}) == [1.0] * len(want)
+    assert weights_of({**row, "chosen_weights": [], "rejected_weights": []}) == [1.0] * len(want)
 
 
 def test_spans_cover_whole_signs():
@@ -215,6 +219,9 @@ def test_numbers_are_of_the_completion_or_of_the_answer_alone():
     ("weights", "message"),
     [
         ([1.0], r"has 1 numbers in 'chosen_weights', and its completion has (\d+) tokens, of which (\d+) are the ans"),
+        ([], "has 0 numbers in 'chosen_weights', and its completion has"),
+        ([1.0, [0, 2, 3.0]], r"has \[0, 2, 3.0\] at chosen_weights\[1\], and numbers of tokens beside it"),
+        ([[0, 2, 3.0], 1.0], r"has 1.0 at chosen_weights\[1\], which is no \[start, end, weight\]"),
         ([1.0] * 40, "has 40 numbers in 'chosen_weights'.*Give a number for each of either, or spans of characters"),
         ([1.0, math.nan], r"has the weight nan at chosen_weights\[1\]. Weights are finite numbers of at least 0"),
         ([1.0, math.inf], r"has the weight inf at chosen_weights\[1\]"),
