@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from golden_cases import CASES, golden
-from helpers import make_pairs, make_trainer, options
+from helpers import assert_same_parameters, make_pairs, make_trainer, options, train_and_evaluate
 from weighting_helpers import make_batch
 
 from otpo.transport import TransportOptions
@@ -141,3 +141,14 @@ def test_the_config_sets_it_and_the_log_says_what_was_destroyed(model_folder, tm
     assert 0 < logged["contrast/destroyed"] < 1 and logged["transport/residual"] < 1e-5
     with pytest.raises(ValueError, match=r"`contrast_mix` must be within \[0, 1\], got 1.5"):
         options(tmp_path, contrast_mix=1.5)
+
+
+def test_training_without_a_mix_is_training_by_budget(model_folder, other_model_folder, tmp_path):
+    runs = [
+        train_and_evaluate(
+            make_trainer(model_folder, tmp_path, make_pairs(), ref_model=other_model_folder, weighting=name, **changes)
+        )
+        for name, changes in (("budget", {}), ("contrast", {"contrast_mix": 0.0}))
+    ]
+    assert_same_parameters(runs[1].after, runs[0].after)
+    assert runs[1].losses == runs[0].losses
