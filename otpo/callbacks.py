@@ -24,8 +24,8 @@ class LogTokenWeightsCallback(TrainerWatcher):
     `report_to` says where to. Logged every `every` steps and after the last one: `token_weights/page`, the page that
     `otpo explain` writes (wandb, trackio); `token_weights/picture`, the same as a picture (all three; needs
     matplotlib); and for each row `token_weights/row_{row}/` with `ess`, `entropy` and `max` as in
-    `otpo.training.metrics`, and `margin` and `margin_unweighted`, the reward margins of OTPO and of DPO. Of another
-    split than "train" the names begin `token_weights/{split}/`.
+    `otpo.training.metrics`, `similarity`, and `margin` and `margin_unweighted`, the reward margins of OTPO and of DPO.
+    Of another split than "train" the names begin `token_weights/{split}/`.
 
     A look costs a forward pass of policy and reference for each row, a second or two for the picture, and leaves the
     training as it was to the last bit. A tracker that can't take pages or pictures gets the numbers, with one warning.

@@ -10,10 +10,10 @@ from .layouts.names import ROW_LAYOUTS, RowLayout
 from .transport.options import TransportOptions
 from .transport.registry import Cost, CostScale, Solver
 from .weighting.registry import (
-    WEIGHTINGS,
     check_weighting,
     describe_weighting,
     registered_option,
+    weighting_names,
     weightings_help,
 )
 
@@ -27,8 +27,9 @@ class OTPOConfig(DPOConfig):
 
     Parameters:
         weighting: Name of the token weighting, a key of `otpo.weighting.WEIGHTINGS`, whose entries say what each does,
-            which of the options here it takes and where it was published. A callable goes to the trainer's own
-            argument `weighting` instead.
+            which of the options here it takes and where it was published; or several such names joined by `*`, which
+            are multiplied and scaled to OTPO's budget. A callable goes to the trainer's own argument `weighting`
+            instead.
         ot_reg: Option `reg` of the transport, see [`otpo.transport.TransportOptions`], and so are all that begin with
             `ot_`.
         ot_reg_m: `reg_m` there.
@@ -38,6 +39,8 @@ class OTPOConfig(DPOConfig):
         ot_max_iterations: `max_iterations` there. `transport/residual` in the log says what was reached.
         ot_solver: `solver` there.
         d2po_gamma: Of `weighting="d2po"`.
+        contrast_mix: Of `weighting="contrast"`.
+        diff_base: Of `weighting="diff"`.
         hidden_layer: Hidden states that the weights are made of, as transformers numbers them: 0 for the embeddings,
             `l` for the output of the l-th layer, negative from the end. -1: the last ones, after the final norm, as
             in the paper.
@@ -66,7 +69,7 @@ class OTPOConfig(DPOConfig):
         ValueError: An option is outside its range; the message names it, its value and the range.
     """
 
-    weighting: str = field(default="otpo", metadata={"help": weightings_help(), "choices": sorted(WEIGHTINGS)})
+    weighting: str = field(default="otpo", metadata={"help": weightings_help(), "choices": weighting_names()})
     # Defaults, helps and checks of these are in the registry of weightings.
     ot_reg: float = registered_option("ot_reg")
     ot_reg_m: float = registered_option("ot_reg_m")
@@ -76,6 +79,8 @@ class OTPOConfig(DPOConfig):
     ot_max_iterations: int = registered_option("ot_max_iterations")
     ot_solver: Solver = registered_option("ot_solver")
     d2po_gamma: float = registered_option("d2po_gamma")
+    contrast_mix: float = registered_option("contrast_mix")
+    diff_base: float = registered_option("diff_base")
     hidden_layer: int = registered_option("hidden_layer")
     row_layout: RowLayout = field(
         default="auto",

@@ -59,6 +59,7 @@ class Option:
         needed: What to set where the weighting can't do without the option and it is None. Empty: None is fine.
         shown: Whether the line that describes the weighting names the option, given the `OTPOConfig`.
         shared: Whether the option also acts where no weighting takes it, such as in TRL's loss.
+        bundled: Whether the function gets the value in the one object that its entry makes of such options.
     """
 
     field: str
@@ -70,6 +71,7 @@ class Option:
     needed: str = ""
     shown: Callable[[Any], bool] = always
     shared: bool = False
+    bundled: bool = False
 
     def describe(self, args: Any) -> str:
         """The option's name and its value in an `OTPOConfig`."""
@@ -93,6 +95,12 @@ def above_zero_to_one(name: str, value: float) -> None:
     """Raises a `ValueError` unless the value is within (0, 1]."""
     if not 0.0 < value <= 1.0:
         raise ValueError(f"`{name}` must be within (0, 1], got {value}.")
+
+
+def zero_to_one(name: str, value: float) -> None:
+    """Raises a `ValueError` unless the value is within [0, 1]."""
+    if not 0.0 <= value <= 1.0:
+        raise ValueError(f"`{name}` must be within [0, 1], got {value}.")
 
 
 def zero_to_one_or_none(name: str, value: float | None) -> None:

@@ -33,6 +33,7 @@ from .data.preferences import PairRule, has_tokens_alone, no_rows, require_prefe
 from .data.prepared import PreparedDatasets, free_name, refuse_unread_stream
 from .data.streams import AlreadyTokenized, FirstRow
 from .data.token_budget import TokenBudget
+from .data.token_values import tokenizer_of, with_token_values
 from .layouts.choice import Layout
 from .layouts.collator import PlanningCollator
 from .layouts.models import LaidOutModels
@@ -58,8 +59,9 @@ from .training.token_batches import SHARE, BatchShare, make_budget, make_loader,
 from .training.watching import TrainerWatcher
 from .training.whole_layers import gather_whole_layers, require_trained_leaves
 from .transport.solve import warn_unsolved
-from .trl_seam import REFERENCE_COLUMNS
-from .weighting import WEIGHTINGS, PairBatch, TokenWeights, Weighting
+from .trl_seam import REFERENCE_COLUMNS, TOKEN_VALUES
+from .weighting import PairBatch, TokenWeights, Weighting
+from .weighting.registry import make_weighting, split, values_of
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -76,8 +78,8 @@ class OTPOTrainer(DPOTrainer):
         loss = -log sigmoid(beta * (sum_i w_c,i log(pi/pi_ref)_i - sum_j w_r,j log(pi/pi_ref)_j))
 
     Logged beside TRL's metrics, whose `rewards/*` are the weighted ones: `rewards/*_unweighted`,
-    `weights/{entropy,ess,max}` (see `otpo.training.metrics`), `transport/residual`, `transport/iterations` and
-    `transport/ms`. To change the weights, pass `weighting` or override [`token_weights`].
+    `weights/{entropy,ess,max}` and `pairs/similarity` (see `otpo.training.metrics`), `transport/residual`,
+    `transport/iterations` and `transport/ms`. To change the weights, pass `weighting` or override [`token_weights`].
 
     Loss types: `ipo` and `sigmoid_norm`, which divide by the response's length in DPO, divide by the weights' mass
     here; `sft` and the WPO factor of `use_weighting` stay unweighted. With several loss types, `rewards/*` are
@@ -156,7 +158,8 @@ class OTPOTrainer(DPOTrainer):
         check_layer_before_loading(model, args)
 
         # TRL's constructor calls our methods, which read these attributes.
-        self.weighting = weighting or WEIGHTINGS[args.weighting](args)
+        self.weighting = weighting or make_weighting(args)
+        self._token_values = () if weighting else values_of(args.weighting)  # made of the data
         self.prepared_datasets = PreparedDatasets()
         self._own_names: frozenset[str] | None = None  # of its datasets, once all are prepared
         self._evaluated: Any = None
@@ -189,11 +192,14 @@ class OTPOTrainer(DPOTrainer):
                 raise ValueError(no_rows("train")) from error
 
         self._look_at_models()
+        if self._token_values:
+            trl_seam.require_rows_of_tokens(self, args.weighting)
+            self._collate_stored_rows()
         self._own_names = frozenset(self.dropped_pairs)
         # Where the device works on its own, a training step does not wait for what it has to check and to log.
         self._reads_late: bool = self.accelerator.device.type == "cuda"
         self._reference_is_copy = ref_model is None and not has_adapter(self.model)
-        if weighting is None and args.weighting == "ld":
+        if weighting is None and "ld" in split(args.weighting):
             self.ld_alpha = None  # the weights carry it
         self.token_budget()  # what it refuses is refused before training
 
@@ -262,7 +268,7 @@ class OTPOTrainer(DPOTrainer):
         """The weighting that is used and its options, in one line."""
         if type(self).token_weights is not OTPOTrainer.token_weights:
             return f"{type(self).__name__}.token_weights"
-        named = WEIGHTINGS[self.args.weighting](self.args)
+        named = make_weighting(self.args)
         own, its = (each.func if isinstance(each, partial) else each for each in (self.weighting, named))
         return self.args.describe_weighting() if own is its else "a weighting of your own"
 
@@ -302,7 +308,27 @@ class OTPOTrainer(DPOTrainer):
         drops = (
             isinstance(dataset, IterableDataset) if args.drop_identical_pairs is None else args.drop_identical_pairs
         )
-        return self.prepared_datasets.prepare(dataset, PairRule(args.max_length, args.truncation_mode, drops), name)
+        rule = PairRule(args.max_length, args.truncation_mode, drops)
+        dataset = with_token_values(
+            dataset,
+            self._token_values,
+            rule,
+            tokenizer_of(processing_class),
+            name,
+            processes=args.dataset_num_proc,
+            first=args.main_process_first(desc="values of tokens"),
+        )
+        return self.prepared_datasets.prepare(dataset, rule, name)
+
+    def _set_signature_columns_if_needed(self):
+        super()._set_signature_columns_if_needed()
+        columns = [column for kind in self._token_values for column in kind.columns]
+        self._signature_columns += [column for column in columns if column not in self._signature_columns]
+
+    def _collate_stored_rows(self) -> None:
+        """Lets batches have what prepared rows hold of numbers of tokens."""
+        if not isinstance(self.data_collator, StoredRowsCollator):
+            self.data_collator = StoredRowsCollator(self.data_collator, self._token_values)
 
     def _name_of(self, dataset_name: str) -> str:
         """What a dataset is called: TRL's name for it, unless that is another one's already.
@@ -391,8 +417,7 @@ class OTPOTrainer(DPOTrainer):
         if isinstance(dataset, IterableDataset):
             return super()._precompute_ref_logps(dataset, name, batch_size)  # which says that it can't
         self._look_at_models()  # the pass takes long, and what training would refuse is refused before it
-        if not isinstance(self.data_collator, StoredRowsCollator):
-            self.data_collator = StoredRowsCollator(self.data_collator)
+        self._collate_stored_rows()
         joined = with_reference_rows(
             dataset,
             name,
@@ -446,7 +471,7 @@ class OTPOTrainer(DPOTrainer):
         reference: bool = True,
         timer: DeviceTimer | None = None,
     ) -> Scored:
-        """Runs policy and reference on a batch and solves for its weights.
+        """Runs policy and reference on a batch and makes its weights.
 
         The loss is made of this, and so are the pages of `otpo explain`. It logs nothing, counts nothing and draws no
         random numbers but the model's and the weighting's. Precision, gradients and dropout are those of the caller:
@@ -479,6 +504,14 @@ class OTPOTrainer(DPOTrainer):
         states = self._laid_out.scored_states(captured.pop(), inputs).to(mask.device)
         self._require_finite(states_not_finite(states, logps, mask), "Hidden states or log-probabilities", inputs)
 
+        # The reference: stored rows, or a pass of its model.
+        reference_logps = torch.zeros_like(logps)
+        if reference and self.args.precompute_ref_log_probs:
+            reference_logps = self._stored_logps(inputs, mask)
+        elif reference:
+            reference_model = self.model if self.ref_model is None else self.ref_model
+            reference_logps = self._reference_logps(reference_model, inputs)
+
         # The weights. The weighting gets copies of what is small, and may not write into the rest.
         batch = PairBatch(
             mask.clone(),
@@ -487,16 +520,13 @@ class OTPOTrainer(DPOTrainer):
             states,
             self.state.global_step,
             model_inputs(inputs),
+            reference_logps.clone() if reference else None,
+            {
+                name: unpack_rows(rows, mask, self._reads.add, what=f"{name} of tokens")
+                for name, rows in inputs.get(TOKEN_VALUES, {}).items()
+            },
         )
         weights, metrics = self._weigh(batch, mask, logps.dtype, timer or DeviceTimer())
-
-        # The reference: stored rows, or a pass of its model.
-        reference_logps = torch.zeros_like(logps)
-        if reference and self.args.precompute_ref_log_probs:
-            reference_logps = self._stored_logps(inputs, mask)
-        elif reference:
-            reference_model = self.model if self.ref_model is None else self.ref_model
-            reference_logps = self._reference_logps(reference_model, inputs)
         bad = ~weights.isfinite() | (~reference_logps.isfinite() & mask)
         self._require_finite(bad, "Weights or reference log-probabilities", inputs)
         return Scored(outputs, logps, reference_logps, weights, mask, metrics, batch)

@@ -44,6 +44,12 @@ NOT_OF_THE_MODEL = ("completion_mask", *REFERENCE_COLUMNS)
 ROW_PLAN = "row_plan"
 """The entry of a batch that is ours, an [`otpo.layouts.plan.RowPlan`]: neither the model nor TRL gets it."""
 
+TOKEN_VALUES = "token_values"
+"""The entry of a batch that is ours too: tensors `(2B, W)` by name, of the completions' scored tokens, in rows."""
+
+OURS = (ROW_PLAN, TOKEN_VALUES)
+"""All entries that are."""
+
 OVERRIDDEN = {
     "_prepare_dataset": ("dataset", "processing_class", "args", "dataset_name"),
     "_precompute_ref_logps": ("dataset", "name", "batch_size"),
@@ -58,6 +64,7 @@ OVERRIDDEN = {
     "create_accelerator_and_postprocess": (),
     "get_train_dataloader": (),
     "_remove_unused_columns": ("dataset", "description"),
+    "_set_signature_columns_if_needed": (),
     "get_total_train_batch_size": ("args",),
     "get_batch_samples": ("epoch_iterator", "num_batches", "device"),
 }
@@ -102,7 +109,7 @@ def policy_arguments(inputs: Mapping[str, Any], *, router_logits: bool) -> dict[
         inputs: A collated batch.
         router_logits: The trainer's `aux_loss_enabled`.
     """
-    arguments = {name: value for name, value in inputs.items() if name not in (*NOT_OF_THE_MODEL, ROW_PLAN)}
+    arguments = {name: value for name, value in inputs.items() if name not in (*NOT_OF_THE_MODEL, *OURS)}
     arguments["use_cache"] = False
     if router_logits:
         arguments["output_router_logits"] = True
@@ -113,7 +120,7 @@ def policy_arguments(inputs: Mapping[str, Any], *, router_logits: bool) -> dict[
 def policy_argument_names(inputs: Mapping[str, Any], *, router_logits: bool) -> set[str]:
     """Names of [`policy_arguments`]."""
     of_trl = {"use_cache", "labels", "fused_lm_head", *(["output_router_logits"] if router_logits else [])}
-    return (inputs.keys() - {*NOT_OF_THE_MODEL, ROW_PLAN}) | of_trl
+    return (inputs.keys() - {*NOT_OF_THE_MODEL, *OURS}) | of_trl
 
 
 class HandedInputs(dict[str, Any]):
@@ -193,7 +200,8 @@ def dpo_loss(
     """
     # TRL reads options and metrics off the trainer, so they stand there for the call alone.
     handed = HandedInputs({**inputs, **dict(zip(REFERENCE_COLUMNS, reference_sums, strict=True))})
-    handed.pop(ROW_PLAN, None)
+    for name in OURS:
+        handed.pop(name, None)
     elsewhere: dict[str, Any] = {} if logs else _other_metrics()
     if late is not None:
         elsewhere |= late.attributes if logs else {"accelerator": late.attributes["accelerator"]}
@@ -799,6 +807,20 @@ def layout_obstacle(trainer: Any) -> str | None:
     if parallel is not None and (parallel.cp_size > 1 or parallel.sp_size > 1):
         return "context or sequence parallelism, which split rows"
     return None
+
+
+def require_rows_of_tokens(trainer: Any, weighting: str) -> None:
+    """Raises a `ValueError` for images in the data, whose tokens are made with each batch (`_is_vision_dataset`).
+
+    Args:
+        trainer: The trainer.
+        weighting: The one that looks at numbers of the prepared rows' tokens.
+    """
+    if getattr(trainer, "_is_vision_dataset", False):
+        raise ValueError(
+            f"`weighting={weighting!r}` looks at the tokens of prepared rows, and pairs with images get theirs when a "
+            "batch is made. Set another `weighting`."
+        )
 
 
 def implementations(config: Any) -> tuple[str | None, str | None]:

@@ -12,6 +12,7 @@ import yaml
 from otpo import OTPOConfig
 from otpo.data.demo import KINDS, SPLITS
 from otpo.weighting import WEIGHTINGS
+from otpo.weighting.registry import weighting_names
 
 METHODS = ("otpo", "tdpo2", "tis")
 """What trains a cell: `OTPOTrainer`, or one of the rivals that are no weighting alone, see `methods.py`."""
@@ -32,12 +33,19 @@ NAMED: dict[str, dict[str, Any]] = {
     "otpo-pairwise-reg0.02": {**_PAIRWISE, "ot_reg": 0.02},
     "otpo-cosine": {**_COSINE, "ot_reg": 1.0},
     "otpo-cosine-reg0.02": {**_COSINE, "ot_reg": 0.02},
+    "contrast": {"weighting": "contrast", "ot_reg": 1.0},
+    "contrast-reg0.1": {"weighting": "contrast", "ot_reg": 0.1},
+    "contrast-cosine-reg0.1": {"weighting": "contrast", "ot_cost": "cosine", "ot_reg": 0.1},
+    "contrast-half": {"weighting": "contrast", "ot_cost": "cosine", "ot_reg": 0.1, "contrast_mix": 0.5},
+    "otpo-diff": {"weighting": "otpo*diff", "ot_reg": 0.1},
     "tdpo2": {"weighting": "uniform", "method": "tdpo2"},
     "tis": {"weighting": "uniform", "method": "tis"},
 }
 """Options of `OTPOConfig`, and a `method` of [`METHODS`] where it is not the first, by the name of a weighting."""
 _IN_NAMED = {options["weighting"] for options in NAMED.values()}
-NAMED |= {name: {"weighting": name} for name in WEIGHTINGS if name not in _IN_NAMED}
+# Those that read columns of the user's have no cell among the bundled data.
+_OF_NO_COLUMN = [name for name, kind in WEIGHTINGS.items() if not any(value.reads for value in kind.values)]
+NAMED |= {name: {"weighting": name} for name in _OF_NO_COLUMN if name not in _IN_NAMED}
 
 BUNDLED = ("demo", "demo-longer", *(f"demo-{kind}" for kind in KINDS))
 """Bundled pairs: all, those whose chosen answer is the longer one, those of one kind of mistake."""
@@ -103,7 +111,7 @@ class Matrix:
         for name, options in self.weightings.items():
             if not re.fullmatch(r"[\w.-]+", name):
                 raise ValueError(f"{name!r} can't name a file: use letters, digits, '.', '-' and '_'.")
-            if options.get("weighting") not in WEIGHTINGS:
+            if options.get("weighting") not in weighting_names():
                 raise ValueError(
                     f"{name!r} needs `weighting` among {sorted(WEIGHTINGS)}, got {options.get('weighting')!r}."
                 )

@@ -1,13 +1,12 @@
 """Which tokens of an answer lie in its known span, and how well a score ranks them. Shapes: n tokens, S scores."""
 
 from collections.abc import Sequence
-from difflib import SequenceMatcher
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from otpo.explain.pieces import split_pieces
+from otpo.data.spans import span_tokens
 
 
 class TokenLabels(NamedTuple):
@@ -26,10 +25,7 @@ class TokenLabels(NamedTuple):
 
 
 def token_labels(tokenizer: Any, token_ids: Sequence[int], answer: str, spans: Sequence[Sequence[int]]) -> TokenLabels:
-    """Finds the tokens that overlap spans of an answer's characters.
-
-    Tokens that hold parts of the same sign (a Thai vowel on its consonant, an emoji's bytes) count as one: all of them
-    are in the span when the sign is. So no tokenizer's own offsets are trusted.
+    """Finds the tokens that overlap spans of an answer's characters, see [`otpo.data.spans.span_tokens`].
 
     Args:
         tokenizer: Which the tokens are of.
@@ -40,18 +36,8 @@ def token_labels(tokenizer: Any, token_ids: Sequence[int], answer: str, spans: S
     Raises:
         ValueError: The completion does not hold the answer as it is.
     """
-    pieces = split_pieces(tokenizer, token_ids)
-    text, kept = "".join(piece.text for piece in pieces), answer.strip()
-    begin = text.find(kept)
-    if begin < 0:
-        raise ValueError(
-            f"The completion {text!r} does not hold the answer {answer!r}: its spans can't be found. Use a tokenizer "
-            "and a chat template that leave the answer's text as it is."
-        )
-    shift = begin - (len(answer) - len(answer.lstrip()))
-    in_answer = _overlapping(pieces, len(token_ids), [(begin, begin + len(kept))])
-    in_span = _overlapping(pieces, len(token_ids), [(start + shift, end + shift) for start, end in spans])
-    return TokenLabels(in_span & in_answer, in_answer)
+    tokens = span_tokens(tokenizer, token_ids, answer, [(start, end) for start, end in spans])
+    return TokenLabels(tokens.in_spans.any(0), tokens.in_answer)
 
 
 def auroc(scores: NDArray[np.floating], positive: NDArray[np.bool_]) -> NDArray[np.float64]:
@@ -71,22 +57,3 @@ def auroc(scores: NDArray[np.floating], positive: NDArray[np.bool_]) -> NDArray[
         return np.full(scores.shape[:-1], np.nan)
     highs, lows = highs[..., :, None], lows[..., None, :]
     return (highs > lows).mean((-2, -1)) + (highs == lows).mean((-2, -1)) / 2
-
-
-def unmatched(token_ids: Sequence[int], other_ids: Sequence[int]) -> NDArray[np.float64]:
-    """One for the tokens that a plain diff does not find in the other response, zero for the rest, `(n,)`."""
-    result = np.ones(len(token_ids))
-    for block in SequenceMatcher(None, token_ids, other_ids, autojunk=False).get_matching_blocks():
-        result[block.a : block.a + block.size] = 0.0
-    return result
-
-
-def _overlapping(pieces: Sequence[Any], size: int, spans: Sequence[tuple[int, int]]) -> NDArray[np.bool_]:
-    result = np.zeros(size, dtype=bool)
-    begin = 0
-    for piece in pieces:
-        end = begin + len(piece.text)
-        if any(begin < stop and start < end for start, stop in spans):
-            result[piece.tokens.start : piece.tokens.stop] = True
-        begin = end
-    return result

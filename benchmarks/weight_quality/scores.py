@@ -23,10 +23,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import moe_backbone  # noqa: F401 - makes Compass known to transformers
 from otpo import OTPOConfig, OTPOTrainer
 from otpo.data.token_table import TOKEN_COLUMNS
+from otpo.data.token_values import unmatched
 from otpo.transport.solve import transport_weights
-from otpo.weighting import PairBatch, d2po, ld, sampo, uniform
+from otpo.weighting import PairBatch, confpo, d2po, ld, sampo, uniform
+from otpo.weighting.methods import within_budget
+from otpo.weighting.optimal_transport import LEAST_DESTROYED, destroyed_mass
 
-from .labels import TokenLabels, auroc, token_labels, unmatched
+from .labels import TokenLabels, auroc, token_labels
 
 SIDES = ("chosen", "rejected")
 REGS = {"": 1.0, "-reg0.1": 0.1, "-reg0.02": 0.02}
@@ -35,11 +38,14 @@ TRANSPORT = {
     f"otpo{cost}{name}": {"reg": reg, **settings} for cost, settings in COSTS.items() for name, reg in REGS.items()
 }
 """Settings of [`transport_weights`] by name; these depend on the layer."""
-FREE = {"uniform": uniform, "sampo": sampo, "ld": partial(ld, alpha=0.5), "d2po": d2po}
+CONTRAST = {name.replace("otpo", "contrast"): name for name in TRANSPORT}
+"""By name of `contrast` with the same settings, the name among [`TRANSPORT`]: the mass that this plan destroys."""
+FREE = {"uniform": uniform, "sampo": sampo, "ld": partial(ld, alpha=0.5), "d2po": d2po, "confpo": confpo}
 """Weightings that look at no hidden states. `budget` and `length` rank tokens as `uniform` does: not at all."""
-BASELINES = ("surprisal", "unmatched")
-"""What needs no weighting: -log pi of the policy, and one where a diff finds no such token in the other response."""
-SCHEMES = (*TRANSPORT, *FREE, *BASELINES)
+BASELINES = ("surprisal", "reference_surprisal", "unmatched")
+"""What needs no weighting: -log pi of the policy, that of the reference where there is one, and one where a diff finds
+no such token in the other response. The weightings `surprisal` and `diff` rank tokens as the last two do."""
+SCHEMES = (*TRANSPORT, *CONTRAST, *FREE, *BASELINES)
 
 
 class Column(NamedTuple):
@@ -175,16 +181,20 @@ class Scorer:
         """All scores of some pairs, `(S, 2B, W)`, of each response from its first token on."""
         pairs, states, reference_logps = self._forward(places, layers)
         weights: dict[Column, Tensor] = {}
+        solved: dict[str, Tensor] = {}  # `otpo` and `contrast` of the same settings are of one plan
         for name in schemes:
-            if name in TRANSPORT:
-                weights |= zip(
-                    (Column(name, layer, "weight") for layer in layers), _transport(pairs, states, name), strict=True
-                )
+            plan = CONTRAST.get(name, name)
+            if plan in TRANSPORT:
+                solved[plan] = solved[plan] if plan in solved else _transport(pairs, states, plan)
+                layered = _contrast(pairs, solved[plan]) if name in CONTRAST else solved[plan]
+                weights |= zip((Column(name, layer, "weight") for layer in layers), layered, strict=True)
             elif name in FREE:
                 weights[Column(name, None, "weight")] = FREE[name](pairs)
         scores = dict(weights)
         if "surprisal" in schemes:
             scores[Column("surprisal", None, "baseline")] = -pairs.logps
+        if "reference_surprisal" in schemes and reference_logps is not None:
+            scores[Column("reference_surprisal", None, "baseline")] = -reference_logps
         if "unmatched" in schemes:
             scores[Column("unmatched", None, "baseline")] = self._unmatched(places, pairs)
         if reference_logps is not None:
@@ -254,6 +264,11 @@ def _transport(pairs: PairBatch, states: Tensor, name: str) -> Tensor:
     solved = transport_weights(chosen, rejected, *masks, **TRANSPORT[name])
     sides = [side.view(layers, rows // 2, width) for side in (solved.chosen, solved.rejected)]
     return torch.cat(sides, dim=1)
+
+
+def _contrast(pairs: PairBatch, moved: Tensor) -> Tensor:
+    """What the plans of all layers destroy, scaled to the budget, `(K, 2B, W)`."""
+    return torch.stack([within_budget(destroyed_mass(layer, pairs) + LEAST_DESTROYED, pairs) for layer in moved])
 
 
 def _loaded(option: str, auto_class: Any, name: str, **kwargs: Any) -> Any:

@@ -22,6 +22,7 @@ from trl import (
 from otpo import OTPOConfig, OTPOTrainer
 from otpo.data.loading import DataArguments, RowArguments, load_pairs
 from otpo.plain_model import has_adapter
+from otpo.weighting.registry import kinds_of
 
 from .launching.engine import count_rows, describe_run, rows_in_step
 from .models.experts import Request, read_request, set_trainers_experts
@@ -146,7 +147,7 @@ def describe(trainer: OTPOTrainer, parsed: tuple[Any, ...]) -> dict[str, str]:
 
     args: OTPOConfig = parsed[1]
     weighting = args.describe_weighting()
-    if args.weighting == "otpo":
+    if any(kind.bundle is not None for kind in kinds_of(args.weighting)):
         weighting += f", ot_solver {args.ot_solver}"
     lines = {
         **describe_run(trainer, parsed[2].model_name_or_path),

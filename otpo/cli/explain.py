@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from otpo.data.source_kinds import HELP, WHOLE
 from otpo.registry import Option
-from otpo.weighting.registry import registered_options, weightings_help
+from otpo.weighting.registry import kinds_of, registered_options, split, weighting_names, weightings_help
 
 from .launching.interrupt import interruptible
+from .options.explained import TEXTS, load_rows, typed_pair
 from .options.writing import require_writable_file
 
 if TYPE_CHECKING:  # at run time they are imported when options have been read, since they bring torch
@@ -33,7 +34,7 @@ Rewards need the model that training started from: `--reference`, or, where the 
 under it. Without one, log-probabilities are shown instead. OTPO_TRACEBACK=1 in the environment shows where an error
 comes from.
 """
-_TEXTS = ("prompt", "chosen", "rejected")
+_BESIDE = ("otpo", "contrast", "diff")
 _METAVARS = {float: "X", int: "N", str: "NAME"}
 
 
@@ -84,6 +85,13 @@ def make_parser() -> argparse.ArgumentParser:
     add("--weighting", metavar="NAME", help=f"{weightings_help().removesuffix('.')} (otpo)")
     for option in registered_options().values():
         add(f"--{option.field}", type=option.kind, metavar=_METAVARS[option.kind], help=_help(option))
+    add(
+        "--beside",
+        metavar="NAME",
+        nargs="*",
+        help="other weightings that the page shows for comparison, with the same options; none without a NAME "
+        f"({' '.join(_BESIDE)})",
+    )
     add("--beta", type=float, metavar="X", help="factor of the rewards (0.1)")
 
     # What is written.
@@ -118,6 +126,7 @@ def _run(argv: Sequence[str] | None) -> int:
     try:
         path, kind = _output(options.output, options.format)
         _check_source(options)
+        beside = _beside(options)
     except ValueError as error:
         parser.error(str(error))
     from rich.console import Console
@@ -129,7 +138,11 @@ def _run(argv: Sequence[str] | None) -> int:
             trainer, names, referenced, facts = _prepare(options, folder)
         except REFUSALS as error:
             return refuse(parser.prog, error)
-        content = _rendered(_explained(trainer, names, referenced), facts, kind)
+        try:
+            pairs = _explained(trainer, names, referenced, beside)
+        except REFUSALS as error:
+            return refuse(parser.prog, error)
+        content = _rendered(pairs, facts, kind)
     try:
         path.write_bytes(content)
     except OSError as error:
@@ -166,7 +179,7 @@ def _output(output: str | None, kind: str | None) -> tuple[Path, str]:
 
 def _check_source(options: argparse.Namespace) -> None:
     """Raises a `ValueError` unless the options name one pair or rows of a dataset."""
-    texts = {name: getattr(options, name) for name in _TEXTS}
+    texts = {name: getattr(options, name) for name in TEXTS}
     given = [name for name, text in texts.items() if text is not None]
     if given and options.dataset_name:
         raise ValueError(f"Both `dataset_name={options.dataset_name}` and `{given[0]}` name a pair. Leave one out.")
@@ -179,7 +192,7 @@ def _check_source(options: argparse.Namespace) -> None:
             raise ValueError(f"`{name}` is missing: a pair is `prompt`, `chosen` and `rejected`.")
         if name != "prompt" and not text.strip():
             raise ValueError(f"`{name}={text!r}` is empty, so there are no tokens to weigh. Give the response's text.")
-    if options.ld_alpha is not None and options.weighting != "ld":
+    if options.ld_alpha is not None and "ld" not in split(options.weighting or ""):
         raise ValueError(f"`ld_alpha={options.ld_alpha:g}` is an option of `weighting=ld`. Set that, or leave it out.")
 
 
@@ -229,11 +242,16 @@ def _prepare(options: argparse.Namespace, folder: str) -> tuple[Any, list[str], 
     use_one_gpu(args)  # one pair at a time
 
     # What can't be explained is refused before the model is loaded.
+    if any(kind.needs_reference for kind in kinds_of(args.weighting)) and other is None and not origin.adapted:
+        raise ValueError(
+            f"`weighting={args.weighting}` is made of the reference's log-probabilities, and there is none. Set "
+            "`reference`, or another weighting."
+        )
     config = load_config(origin, options.trust_remote_code)
     require_layer(args.hidden_layer, config)
     if other is not None:
         require_same_vocabulary("reference", config, load_config(other, options.trust_remote_code))
-    rows, data = (None, None) if options.dataset_name is None else _load_rows(options)
+    rows, data = (None, None) if options.dataset_name is None else load_rows(options)
 
     # Policy, processor, reference, and a trainer that scores with them.
     kwargs = with_model_options(None, model, origin.revision)
@@ -242,7 +260,7 @@ def _prepare(options: argparse.Namespace, folder: str) -> tuple[Any, list[str], 
     policy = load_adapted(origin, args, kwargs) if origin.adapted else load_plain(origin, args, kwargs)
     processor = load_processor(origin, options.trust_remote_code)
     if data is None:
-        data = _typed_pair(options, processor)
+        data = typed_pair(options, processor)
     reference = None if other is None else load_reference(other, args, kwargs)
     names = ["the pair"] if rows is None else [f"row {row}" for row in rows]
     trainer = _trainer(policy, reference, args, data, processor, names)
@@ -278,59 +296,22 @@ def _trainer(policy: Any, reference: Any, args: Any, data: "Dataset", processor:
     return trainer
 
 
-def _explained(trainer: Any, names: Sequence[str], referenced: bool) -> list["ExplainedPair"]:
+def _beside(options: argparse.Namespace) -> list[str]:
+    """The weightings to compare with: those that are asked for, or the three of one plan and of a plain diff."""
+    names = _BESIDE if options.beside is None else options.beside
+    unknown = [name for name in names if name not in weighting_names()]
+    if unknown:
+        raise ValueError(f"`beside={unknown[0]}` is not known. Name some of {', '.join(weighting_names())}.")
+    return [name for name in dict.fromkeys(names) if name != (options.weighting or "otpo")]
+
+
+def _explained(trainer: Any, names: Sequence[str], referenced: bool, beside: Sequence[str]) -> list["ExplainedPair"]:
     from dataclasses import replace
 
     from otpo.explain import explain_rows
 
-    pairs = explain_rows(trainer, range(len(names)), reference=referenced)
+    pairs = explain_rows(trainer, range(len(names)), reference=referenced, beside=beside)
     return [replace(pair, name=name) for pair, name in zip(pairs, names, strict=True)]
-
-
-def _load_rows(options: argparse.Namespace) -> tuple[list[int], "Dataset"]:
-    """The numbers of the rows and the rows."""
-    from trl import DatasetMixtureConfig
-
-    from otpo.data.loading import DataArguments, load_pairs, unchecked
-    from otpo.data.row_checks import check_pairs
-
-    source = DataArguments(
-        dataset_name=options.dataset_name,
-        dataset_config=options.dataset_config,
-        dataset_train_split=options.dataset_train_split,
-    )
-    data: Any = load_pairs(source, DatasetMixtureConfig(), seed=0, evaluate=False, check=unchecked)[0]
-    rows = [0] if options.rows is None else options.rows
-    wrong = [row for row in rows if not 0 <= row < len(data)]
-    if wrong:
-        raise ValueError(
-            f"`rows={wrong[0]}`: {options.dataset_name} has {len(data)} rows in its split "
-            f"{options.dataset_train_split!r}. Name rows from 0 to {len(data) - 1}."
-        )
-    data = data.select(rows)
-    check_pairs(data, "training", rows)
-    for row, example in zip(rows, data, strict=True):
-        for name in {"chosen", "rejected"} & set(example):
-            if _is_blank(example[name]):
-                raise ValueError(f"`rows={row}`: its {name} response is empty, so there are no tokens to weigh.")
-    return rows, data
-
-
-def _is_blank(response: Any) -> bool:
-    if isinstance(response, list):
-        return not response or _is_blank(response[-1].get("content", ""))
-    return isinstance(response, str) and not response.strip()
-
-
-def _typed_pair(options: argparse.Namespace, processor: Any) -> "Dataset":
-    """The pair of the command line, as messages where the model has a chat template."""
-    from datasets import Dataset
-
-    texts = {name: getattr(options, name) for name in _TEXTS}
-    if getattr(processor, "chat_template", None) is None:
-        return Dataset.from_list([texts])
-    roles = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
-    return Dataset.from_list([{name: [{"role": roles[name], "content": text}] for name, text in texts.items()}])
 
 
 def _rendered(pairs: Sequence["ExplainedPair"], facts: Mapping[str, str], kind: str) -> bytes:

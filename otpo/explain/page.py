@@ -4,11 +4,15 @@ Everything that comes from data is escaped, and the page's own policy forbids sc
 """
 
 import html
+import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from importlib.resources import files
 
 from torch import Tensor
+
+from otpo.weighting.registry import kinds_of
 
 from .heatmap import LABELLED, MOST_PIXELS, render_plan
 from .pairs import ExplainedPair, ExplainedResponse
@@ -59,6 +63,7 @@ def _pair(pair: ExplainedPair) -> str:
         f"{_summary(pair, shown)}\n<h3>Weights</h3>\n"
         f'<p class="quiet">{_text(pair.weighting)}. Point at a token, or tap it, for its numbers.</p>\n'
         f'<div class="sides">{"".join(_weights(name, side, rules) for name, side in sides.items())}</div>\n'
+        f"{_beside(pair)}"
         f'<h3>{shown} by token</h3>\n<p class="quiet">{note}</p>\n<div class="sides">'
         + "".join(_contributions(name, side, rule, largest, rules) for name, side in sides.items() for rule in rules)
         + f"</div>\n{_plan(pair)}\n"
@@ -90,7 +95,11 @@ def _summary(pair: ExplainedPair, shown: str) -> str:
     margins = [f"{numbers['margin_unweighted']:+.4g}", f"{numbers['margin']:+.4g}"]
     rows.append(["margin", "", "", "", *margins])
     heads = ["", "tokens", "sum of weights", "largest over mean", *(f"{shown.lower()}, {rule}" for rule, _ in rules)]
-    return _table(heads, rows)
+    alike = (
+        f'<p class="quiet">Similarity of the hidden states (length-normalised CHES score) {pair.similarity:.4g}: the '
+        "nearer to zero, or the further above, the sooner training lowers the chosen response's likelihood, too.</p>"
+    )
+    return _table(heads, rows) + ("" if math.isnan(pair.similarity) else alike)
 
 
 def _weights(name: str, side: ExplainedResponse, rules: Sequence[Rule]) -> str:
@@ -102,6 +111,23 @@ def _weights(name: str, side: ExplainedResponse, rules: Sequence[Rule]) -> str:
 
     ends = f"{low:.3g}", f"{high:.3g}"
     return _card(name, side, side.weights, shade, _scale(("weight", 0.0), ("weight", 1.0), *ends), rules)
+
+
+def _beside(pair: ExplainedPair) -> str:
+    """The same tokens under other weightings, one below the other."""
+    shown = []
+    for weighting, weights in pair.beside.items():
+        kinds = [f"{kind.help} ({kind.source})" for kind in kinds_of(weighting)]
+        sides = {
+            f"{name}, {weighting}": replace(side, weights=own)
+            for name, side, own in zip(("Chosen", "Rejected"), (pair.chosen, pair.rejected), weights, strict=True)
+        }
+        rules = [("DPO", False), (weighting, True)]
+        shown.append(
+            f'<p class="quiet"><b>{_text(weighting)}</b>, for comparison: {_text("; times ".join(kinds))}.</p>\n'
+            f'<div class="sides">{"".join(_weights(name, side, rules) for name, side in sides.items())}</div>\n'
+        )
+    return "".join(shown)
 
 
 def _contributions(name: str, side: ExplainedResponse, rule: Rule, largest: float, rules: Sequence[Rule]) -> str:

@@ -3,24 +3,28 @@
 Shapes: M tokens of the chosen response, N tokens of the rejected one, T scored positions.
 """
 
+import copy
+import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
-from transformers import ProcessorMixin
 
+from otpo.data.preferences import PairRule
 from otpo.data.prepared import free_name
+from otpo.data.token_values import tokenizer_of
 from otpo.training.hidden_states import evaluating
-from otpo.training.metrics import weight_metrics
+from otpo.training.metrics import pair_similarity, weight_metrics
 from otpo.training.scoring import Scored, rewarded_loss_type
 from otpo.transport.solve import solve_plan
-from otpo.weighting import ld
+from otpo.weighting import TokenWeights, ld
+from otpo.weighting.registry import check_weighting, make_weighting, values_of
 
 from .pieces import Piece, split_pieces
 
@@ -95,6 +99,8 @@ class ExplainedPair:
         plan: `(M, N)` float64, see [`otpo.transport.solve.solve_plan`].
         plan_gives_weights: Whether the weights are the plan's marginals, up to a factor for each response.
         weighting: The weighting and its options, to be read.
+        similarity: How alike the hidden states of both are, see [`otpo.training.metrics.pair_similarity`].
+        beside: By name of other weightings, what they give the chosen and the rejected tokens, `(M,)` and `(N,)`.
     """
 
     name: str
@@ -104,6 +110,8 @@ class ExplainedPair:
     plan: Tensor
     plan_gives_weights: bool
     weighting: str
+    similarity: float = math.nan
+    beside: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     @property
     def has_reference(self) -> bool:
@@ -111,7 +119,7 @@ class ExplainedPair:
         return self.chosen.reference_logps is not None
 
     def numbers(self) -> dict[str, float]:
-        """The pair's `ess`, `entropy` and `max` of weights as in `otpo.training.metrics`, and its margins."""
+        """The pair's `ess`, `entropy` and `max` of weights, its `similarity` (`otpo.training.metrics`), margins."""
         sides = (self.chosen, self.rejected)
         weights = torch.nn.utils.rnn.pad_sequence([side.weights for side in sides], batch_first=True)
         lengths = torch.tensor([len(side.weights) for side in sides])
@@ -120,7 +128,7 @@ class ExplainedPair:
         for name, weighted in (("margin", True), ("margin_unweighted", False)):
             chosen, rejected = (float(side.contributions(weighted=weighted).sum()) for side in sides)
             named[name] = chosen - rejected
-        return named
+        return {**named, "similarity": self.similarity}
 
     def top_alignments(self, count: int = 10) -> list[tuple[int, int, float]]:
         """The largest entries of the plan, largest first: chosen token, rejected token, mass."""
@@ -132,7 +140,12 @@ class ExplainedPair:
 
 
 def explain_rows(
-    trainer: ScoringTrainer, rows: Sequence[int], *, split: str = "train", reference: bool = True
+    trainer: ScoringTrainer,
+    rows: Sequence[int],
+    *,
+    split: str = "train",
+    reference: bool = True,
+    beside: Sequence[str] = (),
 ) -> list[ExplainedPair]:
     """Explains rows of a trainer's dataset with the trainer's own tokenization, weights and reference.
 
@@ -146,13 +159,18 @@ def explain_rows(
         split: `"train"`, `"eval"`, or a name of an `eval_dataset` that is a dictionary; `"eval_train"` where that
             name is "train".
         reference: Whether the trainer's reference is asked; without it, pairs have log-probabilities alone.
+        beside: Names of other weightings whose weights are made of the same passes, with the trainer's options.
 
     Raises:
-        ValueError: There is no such split or row, or the trainer has dropped the row; the message says which.
+        ValueError: There is no such split or row, or the trainer has dropped the row; the message says which. Or there
+            is no such weighting, or it needs something that is not there.
         FloatingPointError: A hidden state or a log-probability is not finite.
     """
     examples = [find_row(trainer, row, split) for row in rows]
-    return [_explain(trainer, example, f"row {row}", reference) for row, example in zip(rows, examples, strict=True)]
+    return [
+        _explain(trainer, example, f"row {row}", reference, beside)
+        for row, example in zip(rows, examples, strict=True)
+    ]
 
 
 def find_row(trainer: ScoringTrainer, row: int, split: str = "train") -> dict[str, Any]:
@@ -185,7 +203,9 @@ def _splits(trainer: ScoringTrainer) -> dict[str, Any]:
     return {name: dataset for name, dataset in found.items() if dataset is not None}
 
 
-def _explain(trainer: ScoringTrainer, example: dict[str, Any], name: str, reference: bool) -> ExplainedPair:
+def _explain(
+    trainer: ScoringTrainer, example: dict[str, Any], name: str, reference: bool, beside: Sequence[str]
+) -> ExplainedPair:
     # What the loss would be made of.
     inputs = trainer.collate([example])
     scored = _look(trainer, inputs, reference)
@@ -194,7 +214,7 @@ def _explain(trainer: ScoringTrainer, example: dict[str, Any], name: str, refere
         weights = weights * ld(scored.batch, alpha=trainer.ld_alpha)
 
     # Each response's tokens, as text and as numbers.
-    tokenizer = _tokenizer(trainer.processing_class)
+    tokenizer = tokenizer_of(trainer.processing_class)
     sides = []
     for row, mask in enumerate(scored.mask):
         values = [_on_cpu(value[row][mask]) for value in (weights, scored.policy_logps, scored.reference_logps)]
@@ -208,12 +228,34 @@ def _explain(trainer: ScoringTrainer, example: dict[str, Any], name: str, refere
     prompt_mask = inputs["attention_mask"][0].bool() & ~inputs["completion_mask"][0].bool()
     prompt = split_pieces(tokenizer, inputs["input_ids"][0][prompt_mask].tolist())
     text = "".join(piece.text for piece in prompt)
-    return ExplainedPair(name, text, sides[0], sides[1], plan, agrees, trainer.describe_weighting())
+    similarity = float(pair_similarity(scored.batch.hidden_states, scored.mask))
+    others = {other: _weights_by(other, trainer, example, scored) for other in beside}
+    told = trainer.describe_weighting()
+    return ExplainedPair(name, text, sides[0], sides[1], plan, agrees, told, similarity, others)
 
 
-def _tokenizer(processing_class: Any) -> Any:
-    """The tokenizer, which a processor of images has in it."""
-    return processing_class.tokenizer if isinstance(processing_class, ProcessorMixin) else processing_class  # pyright: ignore[reportAttributeAccessIssue]
+def _weights_by(
+    weighting: str, trainer: ScoringTrainer, example: dict[str, Any], scored: Scored
+) -> tuple[Tensor, Tensor]:
+    """What another weighting, with the trainer's options, makes of the same scores."""
+    args = copy.copy(trainer.args)
+    args.weighting = weighting
+    check_weighting(args)
+    mask, rule = scored.mask, PairRule(args.max_length, args.truncation_mode, drop_identical=True)
+    if "prompt_ids" not in example:  # as with images: what is scored, behind one token of a prompt
+        ids = [row[own].tolist() for row, own in zip(scored.batch.token_ids, mask, strict=True)]
+        example = {**example, "prompt_ids": [0], "chosen_ids": ids[0], "rejected_ids": ids[1]}
+        rule = PairRule(None, args.truncation_mode, drop_identical=True)
+    values: dict[str, Tensor] = {}
+    for kind in values_of(weighting):
+        values[kind.name] = torch.zeros(mask.shape, device=mask.device)
+        made = kind.load()(example, rule, tokenizer_of(trainer.processing_class))
+        for row, own in enumerate(made):
+            values[kind.name][row][mask[row]] = torch.as_tensor(own, dtype=torch.float32, device=mask.device)
+    with torch.no_grad(), _same_generators(mask.device):
+        answer = make_weighting(args)(replace(scored.batch, token_values=values))
+    weights = answer.values if isinstance(answer, TokenWeights) else answer
+    return _on_cpu(weights[0][mask[0]]), _on_cpu(weights[1][mask[1]])
 
 
 def _look(trainer: ScoringTrainer, inputs: dict[str, Any], reference: bool) -> Scored:

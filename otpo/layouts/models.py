@@ -149,7 +149,7 @@ class LaidOutModels:
         self._tried.add(id(self.unwrapped(model)))
         if self.layout.way is None:
             return
-        unknown = sorted(inputs.keys() - {*PLANNED, *trl_seam.REFERENCE_COLUMNS, trl_seam.ROW_PLAN})
+        unknown = sorted(inputs.keys() - {*PLANNED, *trl_seam.REFERENCE_COLUMNS, *trl_seam.OURS})
         fault = f"the batch's {', '.join(unknown)}" if unknown else self._fault(model)
         if fault is None and reference is not None:
             plain = id(self.unwrapped(reference))

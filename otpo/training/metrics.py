@@ -57,6 +57,29 @@ def reward_metrics(rewards: Tensor, suffix: str = "") -> dict[str, Tensor]:
     }
 
 
+def pair_similarity(states: Tensor, mask: Tensor) -> Tensor:
+    """How alike the hidden states of each pair's responses are: the length-normalised CHES score, `(B,)`.
+
+        <h_c / |y_c|, h_r / |y_r|> - ||h_c / |y_c|||^2,   h the sum of a response's hidden states
+
+    Source: arXiv 2410.08847, which takes the last hidden states, at the positions that predict the response's tokens.
+    DPO on pairs whose score is high, near zero or above, lowers the likelihood of the chosen response, too: look at
+    `logps/chosen`. The score is of the states that weights are made of, so with the option `hidden_layer` of that
+    layer. It compares pairs of one model; its scale is that of the states, squared.
+
+    Args:
+        states: `(2B, T, D)`, whatever stands outside the mask. Sums are in float32, or in float64 for such states.
+        mask: `(2B, T)` bool.
+
+    Returns:
+        NaN for a pair with an empty response.
+    """
+    dtype = torch.promote_types(states.dtype, torch.float32)
+    sums = states.masked_fill(~mask.unsqueeze(2), 0.0).sum(1, dtype=dtype)
+    chosen, rejected = (sums / mask.sum(1, keepdim=True)).chunk(2)
+    return (chosen * (rejected - chosen)).sum(1)
+
+
 def averaged_over_pairs(metrics: Mapping[str, Sequence[float]], pairs: Sequence[int]) -> dict[str, list[float]]:
     """Batch means by name, each name's as one mean over pairs; lists of another length stay as they are.
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .metrics import averaged_over_pairs, reward_metrics, weight_metrics
+from .metrics import averaged_over_pairs, pair_similarity, reward_metrics, weight_metrics
 from .scoring import Scored
 from .timing import DeviceTimer
 
@@ -158,6 +158,7 @@ def pair_columns(scored: Scored, beta: float) -> dict[str, Tensor]:
     return {
         **weight_metrics(scored.weights, scored.mask),
         **reward_metrics(beta * log_ratios.sum(1), "_unweighted"),
+        "pairs/similarity": pair_similarity(scored.batch.hidden_states, scored.mask),
     }
 
 

@@ -6,7 +6,7 @@ Shapes: B pairs, N rows of a dataset, W width of padded rows.
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from otpo.data.token_table import ROWS_AT_ONCE, TOKEN_COLUMNS, blocks
 from otpo.plain_model import has_adapter
-from otpo.trl_seam import REFERENCE_COLUMNS, implementations
+from otpo.trl_seam import REFERENCE_COLUMNS, TOKEN_VALUES, implementations
 from otpo.version import __version__
+from otpo.weighting.token_values import TokenValues
 
 KEY_COLUMN = "ref_logps_key"
 """The key of [`reference_key`] that a row's numbers were made under."""
@@ -123,25 +124,40 @@ def write_rows(path: Path, key: int, batches: Iterable[tuple[Tensor, Tensor]]) -
 
 
 class StoredRowsCollator:
-    """A data collator that also takes precomputed rows, which are lists, and pads them.
+    """A data collator that also takes stored rows of numbers of tokens, which are lists, and pads them.
 
     Args:
         collator: Makes everything else of a batch.
+        values: What the rows hold beside the reference's log-probabilities.
     """
 
-    def __init__(self, collator: Callable[[list[dict[str, Any]]], dict[str, Any]]) -> None:
+    def __init__(
+        self, collator: Callable[[list[dict[str, Any]]], dict[str, Any]], values: Sequence[TokenValues] = ()
+    ) -> None:
         self.collator = collator
+        self.values = {kind.name: kind.columns for kind in values}
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        """A batch, with `ref_chosen_logps` and `ref_rejected_logps` `(B, W)` where the examples have them."""
-        stored = [name for name in REFERENCE_COLUMNS if name in examples[0]]
+        """A batch, with what the examples have of stored rows.
+
+        That is `ref_chosen_logps` and `ref_rejected_logps`, `(B, W)`, and a dictionary `token_values` of numbers by
+        name, `(2B, W)`, whose rows are the chosen responses, then the rejected ones, as the batch's own are.
+        """
+        columns = {*REFERENCE_COLUMNS, *(column for pair in self.values.values() for column in pair)}
+        stored = [name for name in examples[0] if name in columns]
         batch = self.collator(
             [{name: example[name] for name in example if name not in stored} for example in examples]
         )
-        rows = [torch.tensor(example[name], dtype=torch.float32) for name in stored for example in examples]
-        if rows:
-            sides = pad_sequence(rows, batch_first=True).chunk(len(stored))
-            batch.update(zip(stored, sides, strict=True))
+
+        def rows(pair: tuple[str, str]) -> Tensor:
+            lists = [torch.tensor(example[name], dtype=torch.float32) for name in pair for example in examples]
+            return pad_sequence(lists, batch_first=True)
+
+        if set(REFERENCE_COLUMNS) <= set(stored):
+            batch.update(zip(REFERENCE_COLUMNS, rows(REFERENCE_COLUMNS).chunk(2), strict=True))
+        values = {name: rows(pair) for name, pair in self.values.items() if set(pair) <= set(stored)}
+        if values:
+            batch[TOKEN_VALUES] = values
         return batch
 
 

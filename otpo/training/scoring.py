@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from otpo.trl_seam import NOT_OF_THE_MODEL, ROW_PLAN
+from otpo.trl_seam import NOT_OF_THE_MODEL, OURS
 from otpo.weighting import PairBatch
 
 # TRL's loss of these types divides a response's sum by its length. The weights are scaled to a mean of one for them,
@@ -22,7 +22,7 @@ _UNWEIGHTED = {"sft"}
 
 def model_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
     """The entries of a collated batch that the model is called with."""
-    return {name: value for name, value in inputs.items() if name not in (*NOT_OF_THE_MODEL, ROW_PLAN)}
+    return {name: value for name, value in inputs.items() if name not in (*NOT_OF_THE_MODEL, *OURS)}
 
 
 @dataclass(frozen=True)

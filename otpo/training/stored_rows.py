@@ -26,7 +26,11 @@ def pack_rows(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def unpack_rows(
-    rows: Tensor, mask: Tensor, read: Callable[[Tensor, Callable[[Tensor], None]], None] | None = None
+    rows: Tensor,
+    mask: Tensor,
+    read: Callable[[Tensor, Callable[[Tensor], None]], None] | None = None,
+    *,
+    what: str = "precomputed reference log-probabilities",
 ) -> Tensor:
     """The inverse of [`pack_rows`]: puts rows back at the completion tokens of a batch.
 
@@ -35,6 +39,7 @@ def unpack_rows(
         mask: `(R, T)` bool.
         read: Brings a tensor to the host, now or later, and hands it to a function that raises what is below; see
             `LateReads.add`. None: now.
+        what: What the values are, in the plural.
 
     Returns:
         `(R, T)` float, zero outside the mask.
@@ -50,10 +55,9 @@ def unpack_rows(
         longest, excess = found.tolist()
         if longest > width or excess:
             raise ValueError(
-                f"The completions of the batch have up to {longest} tokens, their precomputed reference "
-                f"log-probabilities up to {width}, and the numbers of tokens differ. They were made with another "
-                "truncation: precompute them again, and let a data collator of your own truncate as `max_length` and "
-                "`truncation_mode` say."
+                f"The completions of the batch have up to {longest} tokens, their {what} up to {width}, and the "
+                "numbers of tokens differ. They were made with another truncation: precompute them again, and let a "
+                "data collator of your own truncate as `max_length` and `truncation_mode` say."
             )
 
     if read is None:

@@ -145,6 +145,7 @@ TRANSPORT_OPTIONS = tuple(
         **entry.metadata,
         keyword=entry.name,
         shared=True,  # `otpo explain` draws the plan whatever the weighting
+        bundled=True,
     )
     for entry in fields(TransportOptions)
 )

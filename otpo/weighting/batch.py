@@ -29,6 +29,10 @@ class PairBatch:
         step: Optimizer steps done so far.
         inputs: What the policy was called with, such as `input_ids` `(2B, T + 1)` and `attention_mask`, for
             weightings that ask another model.
+        reference_logps: `(2B, T)` float, the reference's log-probability of each token, zero outside the mask; None
+            where the reference is not asked, as in `otpo explain` without one.
+        token_values: Numbers of tokens that were made of the data before training, `(2B, T)` float each, zero outside
+            the mask, by the names of `otpo.weighting.token_values`; those that the weighting's entry asks for.
     """
 
     mask: Tensor
@@ -37,6 +41,8 @@ class PairBatch:
     hidden_states: Tensor
     step: int = 0
     inputs: Mapping[str, Tensor] = field(default_factory=dict)
+    reference_logps: Tensor | None = None
+    token_values: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def lengths(self) -> Tensor:

@@ -1,12 +1,14 @@
-"""The weightings that look at lengths, positions and tokens alone, each a pure function of a [`PairBatch`].
+"""The weightings that look at no hidden states, each a pure function of a [`PairBatch`].
 
 Shapes: B pairs, T positions; weights are `(2B, T)`, in the dtype of the log-probabilities.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from .batch import PairBatch
+from .batch import PairBatch, TokenWeights, Weighting
 
 
 def uniform(batch: PairBatch) -> Tensor:
@@ -55,6 +57,112 @@ def d2po(batch: PairBatch, *, gamma: float = 0.98) -> Tensor:
     Source: D2PO, arXiv 2502.14340. Its code counts from 1, which is this times gamma.
     """
     return torch.pow(gamma, batch.positions.clamp(min=0)).to(batch.logps.dtype)
+
+
+def confpo(batch: PairBatch) -> Tensor:
+    """One on the tokens that the policy is less sure of than it is of the response's tokens on average, else zero.
+
+        w_i = 1 where pi(y_i) < mean_j pi(y_j), else 0
+
+    The mean is that of the probabilities, not of their logarithms, and the policy is that of the training step.
+
+    Source: ConfPO, arXiv 2506.08712. The official code divides each response's sum by the number of its selected
+    tokens, as SimPO does by the length, and leaves out pairs in which a response has none, such as those with a
+    response of one token. Here both responses of such a pair weigh nothing. `loss_type="sigmoid_norm"` divides by
+    the number of selected tokens too; other losses take the sum. `weighting="uniform*confpo"` scales it to the budget.
+    """
+    probabilities = batch.logps.exp().masked_fill(~batch.mask, 0.0)
+    mean = probabilities.sum(1, keepdim=True) / batch.lengths.clamp(min=1)
+    selected = (probabilities < mean) & batch.mask
+    chosen, rejected = selected.any(1, keepdim=True).chunk(2)
+    return (selected & (chosen & rejected).repeat(2, 1)).to(batch.logps.dtype)
+
+
+def surprisal(batch: PairBatch) -> Tensor:
+    """`-log pi_ref` of each token, scaled to OTPO's budget: what the reference did not expect counts.
+
+    The weights stay the same all through a training, as long as the reference does. Responses that the reference is
+    sure of, to the last bit, get the weights of `budget`.
+
+    Source: ours.
+
+    Raises:
+        ValueError: The batch comes without a reference.
+    """
+    if batch.reference_logps is None:
+        raise ValueError(
+            "`weighting='surprisal'` is made of the reference's log-probabilities, and no reference is asked. Give "
+            "one (`--reference` of `otpo explain`), or set another `weighting`."
+        )
+    return within_budget((-batch.reference_logps).clamp(min=0.0), batch)
+
+
+def diff(batch: PairBatch, *, base: float = 0.2) -> Tensor:
+    """Tokens that an alignment of both responses does not match count 1, the others `base`, scaled to OTPO's budget.
+
+        w_i = v_i * min(|y_c|, |y_r|) / sum_j v_j,   v_i = 1 for unmatched tokens, else base
+
+    The alignment is made of the tokens, once, when the dataset is prepared. At `base` 1 these are the weights of
+    `budget`; so they are at 0 for a response all of whose tokens are matched.
+
+    Source: RLHF-V (arXiv 2312.00849), which counts changed segments 5 times and divides by the sum of the weights:
+    `base` 0.2. The budget takes the place of its divisor, so that this differs from `budget` in nothing but where the
+    weight goes.
+    """
+    return within_budget(torch.where(_token_values(batch, "unmatched") > 0, 1.0, base).to(batch.logps.dtype), batch)
+
+
+def columns(batch: PairBatch) -> Tensor:
+    """The weights in the dataset's columns `chosen_weights` and `rejected_weights`, as they are.
+
+    See [`otpo.data.given_weights`] for what they hold. Ones are DPO, to the last bit.
+    """
+    return _token_values(batch, "given_weights").to(batch.logps.dtype)
+
+
+def product(batch: PairBatch, *, factors: Sequence[Weighting]) -> TokenWeights:
+    """The product of several weightings, scaled to OTPO's budget; that of `budget` where a response's is all zero.
+
+    Args:
+        batch: B pairs.
+        factors: Weightings. Numbers that they want to have logged are all logged; of two of a name the last.
+    """
+    values, metrics = torch.ones_like(batch.logps), {}
+    for factor in factors:
+        answer = factor(batch)
+        weights, numbers = answer if isinstance(answer, TokenWeights) else (answer, {})
+        values, metrics = values * weights, {**metrics, **numbers}
+    return TokenWeights(within_budget(values, batch), metrics)
+
+
+def within_budget(values: Tensor, batch: PairBatch) -> Tensor:
+    """Values in the proportions that they have, scaled so that each response's sum is OTPO's budget.
+
+        w_i = v_i * min(|y_c|, |y_r|) / sum_j v_j
+
+    Where a response's values are all zero there are no proportions: it gets those of [`budget`], all alike.
+
+    Args:
+        values: `(2B, T)` float, non-negative; whatever stands outside the mask.
+        batch: B pairs.
+
+    Returns:
+        `(2B, T)` in the dtype of the values, zero outside the mask.
+    """
+    values = values.masked_fill(~batch.mask, 0.0)
+    total = values.sum(1, keepdim=True)
+    least = torch.finfo(values.dtype).tiny
+    scaled = values * (batch.shorter / total.clamp(min=least))
+    return torch.where(total >= least, scaled, budget(batch).to(values.dtype)).masked_fill(~batch.mask, 0.0)
+
+
+def _token_values(batch: PairBatch, name: str) -> Tensor:
+    if name not in batch.token_values:
+        raise ValueError(
+            f"The batch has no {name!r} of its tokens. They are made when a dataset is prepared: pass it to the "
+            "trainer as `train_dataset` or `eval_dataset`, or to `evaluate`, under the options that are trained with."
+        )
+    return batch.token_values[name]
 
 
 _LOW_32 = 0xFFFFFFFF

@@ -10,11 +10,14 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from otpo.registry import Option, Registered, above_zero_to_one, never, zero_to_one_or_none
+from otpo.lazy import load
+from otpo.registry import Option, Registered, above_zero_to_one, never, zero_to_one, zero_to_one_or_none
 from otpo.transport.options import TRANSPORT_OPTIONS, TransportOptions
 
+from .token_values import GIVEN, UNMATCHED, TokenValues
+
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from .batch import Weighting
 
@@ -29,17 +32,22 @@ class WeightingKind(Registered):
     Attributes:
         options: The fields of `OTPOConfig` that it takes, and which of its keywords each is for.
         bundle: Makes of an `OTPOConfig` one object that the function takes as its keyword `options`, in place of a
-            keyword for each option.
+            keyword for each option that says `bundled`.
+        values: Numbers of tokens that it looks at and that are made of the data before training.
+        needs_reference: Whether it looks at the reference's log-probabilities.
     """
 
     options: tuple[Option, ...] = ()
     bundle: "Callable[[Any], Any] | None" = None
+    values: tuple[TokenValues, ...] = ()
+    needs_reference: bool = False
 
     def __call__(self, args: Any) -> "Weighting":
         """The weighting with its options set from an `OTPOConfig`."""
+        own = [option for option in self.options if option.keyword and not option.bundled]
+        keywords: dict[str, Any] = {str(option.keyword): getattr(args, option.field) for option in own}
         if self.bundle is not None:
-            return partial(self.load(), options=self.bundle(args))
-        keywords = {option.keyword: getattr(args, option.field) for option in self.options if option.keyword}
+            keywords["options"] = self.bundle(args)
         return partial(self.load(), **keywords) if keywords else self.load()
 
 
@@ -59,6 +67,25 @@ WEIGHTINGS: dict[str, WeightingKind] = {
         help="marginal of the transport plan, with the sum `min(|y_c|, |y_r|)`",
         source="arXiv 2505.18720",
         options=(*TRANSPORT_OPTIONS, _HIDDEN_LAYER),
+        bundle=TransportOptions.of,
+    ),
+    "contrast": WeightingKind(
+        "otpo.weighting.optimal_transport:contrast",
+        help="mass that the transport plan destroys, what the other response has nothing near to; with the sum "
+        "`min(|y_c|, |y_r|)`",
+        source="ours",
+        options=(
+            Option(
+                "contrast_mix",
+                float,
+                1.0,
+                "Share of the destroyed mass in the weights of 'contrast', in [0, 1]; the rest is that of 'budget'.",
+                keyword="mix",
+                check=zero_to_one,
+            ),
+            *TRANSPORT_OPTIONS,
+            _HIDDEN_LAYER,
+        ),
         bundle=TransportOptions.of,
     ),
     "uniform": WeightingKind(
@@ -108,7 +135,83 @@ WEIGHTINGS: dict[str, WeightingKind] = {
             ),
         ),
     ),
+    "confpo": WeightingKind(
+        "otpo.weighting.methods:confpo",
+        help="1 where the policy is less sure of the token than of the response's tokens on average, else 0",
+        source="arXiv 2506.08712",
+    ),
+    "surprisal": WeightingKind(
+        "otpo.weighting.methods:surprisal",
+        help="`-log pi_ref` of the token, with the sum `min(|y_c|, |y_r|)`",
+        source="ours",
+        needs_reference=True,
+    ),
+    "diff": WeightingKind(
+        "otpo.weighting.methods:diff",
+        help="1 where an alignment finds no such token in the other response, else `diff_base`; with the sum "
+        "`min(|y_c|, |y_r|)`",
+        source="arXiv 2312.00849",
+        options=(
+            Option(
+                "diff_base",
+                float,
+                0.2,
+                "Weight of a token that both responses have over that of one that they have not with 'diff', in "
+                "[0, 1].",
+                keyword="base",
+                check=zero_to_one,
+            ),
+        ),
+        values=(UNMATCHED,),
+    ),
+    "columns": WeightingKind(
+        "otpo.weighting.methods:columns",
+        help="what the dataset's columns `chosen_weights` and `rejected_weights` say, for each token or for spans of "
+        "characters",
+        source="ours",
+        values=(GIVEN,),
+    ),
 }
+JOINT = "*"
+"""Stands between the names of weightings that are multiplied with each other."""
+
+
+class WeightingNames(list[str]):
+    """The names of weightings, as the choices of an option, which products of them are too."""
+
+    def __contains__(self, name: object) -> bool:
+        """Whether it is a name, or names joined by `*`."""
+        return isinstance(name, str) and all(super(WeightingNames, self).__contains__(each) for each in split(name))
+
+
+def weighting_names() -> WeightingNames:
+    """The names of all weightings, sorted; a product of them is among them."""
+    return WeightingNames(sorted(WEIGHTINGS))
+
+
+def split(weighting: str) -> list[str]:
+    """The names that a weighting's name is joined of."""
+    return weighting.split(JOINT)
+
+
+def kinds_of(weighting: str) -> "list[WeightingKind]":
+    """The entries of a weighting's name, several where it is a product.
+
+    Raises:
+        KeyError: There is no such weighting.
+    """
+    return [WEIGHTINGS[name] for name in split(weighting)]
+
+
+def make_weighting(args: Any) -> "Weighting":
+    """The weighting of an `OTPOConfig` with its options set."""
+    factors = [kind(args) for kind in kinds_of(args.weighting)]
+    return factors[0] if len(factors) == 1 else partial(load("otpo.weighting.methods:product"), factors=factors)
+
+
+def values_of(weighting: str) -> tuple[TokenValues, ...]:
+    """The numbers of tokens that a weighting looks at and that are made of the data, each once."""
+    return tuple(dict.fromkeys(value for kind in kinds_of(weighting) for value in kind.values))
 
 
 def registered_options() -> dict[str, Option]:
@@ -132,21 +235,22 @@ def check_weighting(args: Any) -> None:
     Raises:
         ValueError: A name or a value is outside its range, or the weighting needs an option that is not set.
     """
-    if args.weighting not in WEIGHTINGS:
+    if args.weighting not in weighting_names():
         raise ValueError(
-            f"`weighting` must be one of {sorted(WEIGHTINGS)}, got {args.weighting!r}. To use your own "
-            "weighting, pass a callable as the trainer's argument `weighting`."
+            f"`weighting` must be one of {sorted(WEIGHTINGS)}, got {args.weighting!r}. Several are multiplied where "
+            f"'{JOINT}' joins them, as in 'otpo{JOINT}diff'. To use your own weighting, pass a callable as the "
+            "trainer's argument `weighting`."
         )
     for option in registered_options().values():
         option.check(option.field, getattr(args, option.field))
-    for option in WEIGHTINGS[args.weighting].options:
+    for option in _options_of(args.weighting):
         if option.needed and getattr(args, option.field) is None:
             raise ValueError(f"`weighting={args.weighting!r}` needs `{option.field}`, got None. {option.needed}")
 
 
 def describe_weighting(args: Any) -> str:
     """The weighting of an `OTPOConfig` and those of its options that matter, in one line."""
-    shown = [option.describe(args) for option in WEIGHTINGS[args.weighting].options if option.shown(args)]
+    shown = [option.describe(args) for option in _options_of(args.weighting) if option.shown(args)]
     return ", ".join([args.weighting, *shown])
 
 
@@ -157,13 +261,13 @@ def says_nothing(option: str, weighting: str | None) -> bool:
         for name, kind in WEIGHTINGS.items()
         if any(taken.field == option and not taken.shared for taken in kind.options)
     }
-    return bool(takers) and weighting not in takers
+    return bool(takers) and takers.isdisjoint(split(weighting or ""))
 
 
 def weightings_help() -> str:
     """All weightings in one sentence, for `--help`."""
     listed = [f"'{name}' ({kind.help.replace('`', '')})" for name, kind in WEIGHTINGS.items()]
-    return f"What a token weighs: {', '.join(listed)}."
+    return f"What a token weighs: {', '.join(listed)}. Names joined by '{JOINT}' are multiplied."
 
 
 def weightings_table() -> str:
@@ -173,3 +277,8 @@ def weightings_table() -> str:
         options = ", ".join(f"`{option.field}`" for option in kind.options)
         rows.append((f"`{name}`", kind.help.replace("|", r"\|"), options, kind.source))
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def _options_of(weighting: str) -> "Iterator[Option]":
+    """The options of a weighting, each once."""
+    yield from dict.fromkeys(option for kind in kinds_of(weighting) for option in kind.options)

@@ -257,7 +257,7 @@ def test_other_options_do_not_overwrite(finished, model_folder):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--weightings", "dpo", "best"], "Unknown weightings ['best']. There are ['budget', 'd"),
+        (["--weightings", "dpo", "best"], "Unknown weightings ['best']. There are ['budget', 'c"),
         (["--weightings"], "The matrix has no cells: `weightings` is empty"),
         (["--seeds"], "The matrix has no cells: `seeds` is empty"),
         (["--data"], "The matrix has no cells: `data` is empty"),

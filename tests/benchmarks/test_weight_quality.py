@@ -11,11 +11,13 @@ from helpers import make_tokenizer
 from transformers.utils import logging
 
 from benchmarks.weight_quality import __main__
-from benchmarks.weight_quality.labels import auroc, token_labels, unmatched
+from benchmarks.weight_quality.halves import choices, halves_of
+from benchmarks.weight_quality.labels import auroc, token_labels
 from benchmarks.weight_quality.report import means_of
-from benchmarks.weight_quality.scores import SCHEMES, TRANSPORT, Scorer, resolve_layers
+from benchmarks.weight_quality.scores import CONTRAST, SCHEMES, TRANSPORT, Column, Found, Scorer, resolve_layers
 from otpo import OTPOConfig, OTPOTrainer
 from otpo.data import load_demo_preferences
+from otpo.data.token_values import unmatched
 from otpo.explain import explain_rows
 
 # Labels
@@ -170,9 +172,9 @@ def test_rows_and_figure(finished):
     assert (folder / "weight_quality.png").stat().st_size > 1000
     both = [row for row in rows if (row["side"], row["kind"]) == ("both", "all")]
     keys = [(row["scheme"], row["layer"], row["score"]) for row in both]
-    weights = [(name, str(layer), "weight") for name in TRANSPORT for layer in (0, 1, 2)]
-    weights += [(name, "", "weight") for name in ("uniform", "sampo", "ld", "d2po")]
-    baselines = [("surprisal", "", "baseline"), ("unmatched", "", "baseline")]
+    weights = [(name, str(layer), "weight") for name in (*TRANSPORT, *CONTRAST) for layer in (0, 1, 2)]
+    weights += [(name, "", "weight") for name in ("uniform", "sampo", "ld", "d2po", "confpo")]
+    baselines = [(name, "", "baseline") for name in ("surprisal", "reference_surprisal", "unmatched")]
     assert keys == [*weights, *baselines, *((name, layer, "contribution") for name, layer, _ in weights)]
     assert len(rows) == len(both) * 3 * 5
     for row in rows:
@@ -190,6 +192,57 @@ def test_what_must_hold_whatever_the_model(finished):
     uniform = [r for r in finished[1] if (r["scheme"], r["score"]) == ("uniform", "weight") and r["auroc"]]
     assert {row["auroc"] for row in uniform} == {"0.5"}
     assert all(by_key["unmatched", side] > 0.6 for side in ("chosen", "rejected"))
+
+
+def found_by_hand() -> Found:
+    """Four pairs that count and one that does not: each half has a setting of its own that is best there."""
+    columns = [Column("contrast", 0, "weight"), Column("contrast-cosine", 1, "weight")]
+    columns += [Column("unmatched", None, "baseline"), Column("contrast", 0, "contribution")]
+    values = np.array(
+        [
+            [[0.9, 0.9], [np.nan, np.nan], [0.2, 0.4], [0.8, 0.8], [0.3, 0.3]],
+            [[0.1, 0.1], [np.nan, np.nan], [0.6, 0.8], [0.2, 0.2], [0.7, 0.7]],
+            [[0.5, 0.5], [np.nan, np.nan], [0.5, 0.5], [0.5, 0.5], [0.5, 0.5]],
+            [[1.0, 1.0], [np.nan, np.nan], [1.0, 1.0], [1.0, 1.0], [1.0, 1.0]],
+        ]
+    )
+    return Found(columns, values, ["price"] * 5, 2)
+
+
+def test_what_one_half_chooses_is_reported_on_the_other():
+    found = found_by_hand()
+    first, second = halves_of(found)
+    assert first.tolist() == [True, False, False, True, False]
+    assert second.tolist() == [False, False, True, False, True]
+    rows = choices(found, "policy", None)
+    assert [(row["family"], row["reported_on"]) for row in rows] == [
+        (name, half) for name in ("contrast", "unmatched") for half in ("first", "second")
+    ]
+    # The second half likes the cosine (0.7), which is worst on the first (0.15), and the other way round.
+    assert (rows[0]["scheme"], rows[0]["layer"], rows[0]["where_chosen"]) == ("contrast-cosine", 1, 0.7)
+    assert rows[0]["auroc"] == pytest.approx(0.15) and rows[0]["over_diff"] == pytest.approx(-0.35)
+    assert (rows[1]["scheme"], rows[1]["layer"], rows[1]["where_chosen"]) == ("contrast", 0, 0.85)
+    assert rows[1]["auroc"] == pytest.approx(0.3) and rows[1]["over_diff_low"] <= -0.2 <= rows[1]["over_diff_high"]
+    assert rows[2]["auroc"] == 0.5 and rows[2]["over_diff"] == 0 and rows[2]["chosen_among"] == 1
+
+
+def test_one_pair_has_no_other_half():
+    found = found_by_hand()
+    alone = Found(found.columns, found.auroc[:, :2], ["price"] * 2, 2)
+    assert choices(alone, "policy", "reference") == []
+
+
+@pytest.mark.lengthy
+def test_contrast_turns_over_the_weights_of_its_plan(finished):
+    """One less the weight ranks tokens the other way round; where both are clipped they tie, at most."""
+    folder, rows = finished
+    found = {(row["scheme"], row["layer"]): row for row in rows if (row["side"], row["kind"]) == ("both", "all")}
+    for name, plan in CONTRAST.items():
+        for layer in ("0", "1", "2"):
+            got, moved = (float(found[scheme, layer]["auroc"]) for scheme in (name, plan))
+            assert abs(got - (1 - moved)) < 0.2
+    assert (folder / "halves.csv").stat().st_size > 100
+    assert "| family | half | chosen |" in (folder / "summary.md").read_text()
 
 
 @pytest.mark.lengthy
@@ -267,4 +320,4 @@ def test_what_is_refused(options, message, model_folder, tmp_path, capsys):
 def test_pairs_beyond_the_bundled_are_drawn():
     assert len(__main__.load_pairs(["en"], None)) == len(load_demo_preferences("test", ["en"]))
     assert len(__main__.load_pairs(["en"], 40)) == 40
-    assert len(SCHEMES) == len(set(SCHEMES)) == 15
+    assert len(SCHEMES) == len(set(SCHEMES)) == 26

@@ -13,7 +13,7 @@ import otpo
 from otpo import LogTokenWeightsCallback, OTPOTrainer, callbacks
 from otpo.explain import explain_rows
 
-NUMBERS = {"ess", "entropy", "max", "margin", "margin_unweighted"}
+NUMBERS = {"ess", "entropy", "max", "margin", "margin_unweighted", "similarity"}
 
 
 def make_trainer(model_folder, folder, callback=None, **changes):

@@ -59,6 +59,27 @@ def pairs(trainer) -> list[ExplainedPair]:
     return explain_rows(trainer, [0, 1])
 
 
+def test_other_weightings_stand_beside(trainer, pairs, model_folder, other_model_folder, tmp_path):
+    """Each with the numbers that a trainer with that weighting has."""
+    names = ["contrast", "diff", "surprisal", "otpo*diff"]
+    shown = explain_rows(trainer, [1], beside=names)[0]
+    assert torch.equal(shown.chosen.weights, pairs[1].chosen.weights) and list(shown.beside) == names
+    for name, sides in shown.beside.items():
+        other = make_trainer(model_folder, other_model_folder, tmp_path, weighting=name, ot_reg=0.1)
+        want = explain_rows(other, [1])[0]
+        torch.testing.assert_close(sides, (want.chosen.weights, want.rejected.weights), rtol=1e-5, atol=1e-6)
+    page = render_page([shown])
+    assert all(f"<b>{name}</b>, for comparison" in page for name in names)
+    assert "arXiv 2312.00849" in page and "for comparison" not in render_page(pairs)
+    with pytest.raises(ValueError, match="`weighting` must be one of"):
+        explain_rows(trainer, [1], beside=["otop"])
+
+
+def test_the_page_says_how_alike_the_states_are(pairs):
+    assert f"(length-normalised CHES score) {pairs[0].similarity:.4g}" in render_page(pairs)
+    assert pairs[0].numbers()["similarity"] == pairs[0].similarity < 0
+
+
 def made_up_pair(chosen: int, rejected: int) -> ExplainedPair:
     """A pair with as many tokens as that, whose policy is its reference."""
 

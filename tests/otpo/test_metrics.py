@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from otpo.training.metrics import averaged_over_pairs, reward_metrics, weight_metrics
+from otpo.training.metrics import averaged_over_pairs, pair_similarity, reward_metrics, weight_metrics
 from otpo.training.stored_rows import pack_rows, unpack_rows
 
 
@@ -69,3 +69,33 @@ def test_means_are_over_pairs():
     assert got == {"rewards/accuracies": [0.8], "weights/ess": [0.5], "num_tokens": [7.0]}
     values = [0.1, 0.2, 0.7]
     assert averaged_over_pairs({"a": values}, [3, 3, 3])["a"] == [sum(values) / 3]  # as TRL has it, to the last bit
+
+
+def test_similarity_is_the_ches_score_of_mean_states():
+    """By its definition, with the sums and the lengths written out, for odd sizes and in every dtype."""
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(6, 7, 5, generator=generator, dtype=torch.float64)
+    mask = torch.zeros(6, 7, dtype=torch.bool)
+    for row, (start, count) in enumerate([(0, 7), (2, 1), (1, 3), (4, 3), (0, 2), (6, 1)]):
+        mask[row, start : start + count] = True
+    want = []
+    for pair in range(3):
+        chosen, rejected = (states[row][mask[row]] for row in (pair, pair + 3))
+        c, r = chosen.sum(0), rejected.sum(0)
+        want.append(float(c @ r) / (len(chosen) * len(rejected)) - float(c @ c) / len(chosen) ** 2)
+    outside = states.masked_fill(~mask.unsqueeze(2), torch.nan)
+    torch.testing.assert_close(pair_similarity(outside, mask), torch.tensor(want, dtype=torch.float64))
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 5e-2)):
+        got = pair_similarity(states.to(dtype), mask)
+        assert got.dtype == torch.float32
+        torch.testing.assert_close(got, torch.tensor(want), rtol=tolerance, atol=tolerance)
+
+
+def test_similarity_of_equal_and_of_empty_responses():
+    states = torch.randn(4, 3, 2)
+    mask = torch.tensor([[True, True, True], [False] * 3, [True, True, True], [True] * 3])
+    same = torch.cat([states[:2], states[:2]])
+    got = pair_similarity(same, mask)
+    assert got[0] == 0 and got[1].isnan()
+    assert pair_similarity(torch.cat([same[:2], 3 * same[2:]]), mask)[0] > 0  # as far, and further
+    assert pair_similarity(torch.cat([same[:2], -same[2:]]), mask)[0] < 0

@@ -22,10 +22,12 @@ from helpers import (
 from peft import LoraConfig
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, TrainerCallback
+from weighting_helpers import with_weights
 from written_loss import LORA
 
 from otpo import OTPOConfig, OTPOTrainer, TokenWeights
 from otpo.training.late_reads import LateReads
+from otpo.weighting import optimal_transport
 
 LOSS_TYPES = [
     *("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired"),
@@ -40,6 +42,12 @@ CASES: dict[str, dict[str, Any]] = {
     "d2po": {"weighting": "d2po"},
     "length": {"weighting": "length"},
     "budget": {"weighting": "budget"},
+    "contrast": {"weighting": "contrast", "ot_reg": 0.1, "contrast_mix": 0.7},
+    "confpo": {"weighting": "confpo"},
+    "surprisal": {"weighting": "surprisal"},
+    "diff": {"weighting": "diff"},
+    "columns": {"weighting": "columns"},
+    "product": {"weighting": "otpo*diff"},
     "three_losses": {"weighting": "sampo", "loss_type": ["sigmoid", "ipo", "sft"], "loss_weights": [0.8, 0.2, 1.0]},
     "ld_alpha": {"ld_alpha": 0.5},
     "wpo": {"use_weighting": True},
@@ -72,8 +80,8 @@ def made(case: dict[str, Any], folders: dict[str, str], tmp_path, trainer_class:
     return trainer_class(
         folder,
         args=options(tmp_path, **settings),
-        train_dataset=make_pairs(),
-        eval_dataset=make_pairs(6, 3),
+        train_dataset=with_weights(make_pairs()),
+        eval_dataset=with_weights(make_pairs(6, 3)),
         **arguments,
     )
 
@@ -169,8 +177,19 @@ def watched(trainer: OTPOTrainer, watch: NoWaits) -> None:
     trainer.data_collator = paused(collate)
     if trainer.args.weighting == "otpo":  # the solver in plain torch looks at its residual; the kernels never do
         trainer.token_weights = paused(weigh)
+    elif trainer.args.weighting in ("contrast", "otpo*diff"):  # what they make of its result is looked at
+        trainer.token_weights = weigh_with(paused(optimal_transport.solve), weigh)
     for model in {trainer.model, trainer.ref_model} - {None}:
         model.forward = paused(model.forward)
+
+
+def weigh_with(solver: Any, weigh: Any) -> Any:
+    def call(batch: Any) -> Any:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(optimal_transport, "solve", solver)
+            return weigh(batch)
+
+    return call
 
 
 @pytest.mark.parametrize("name", CASES)

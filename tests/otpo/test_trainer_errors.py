@@ -17,6 +17,7 @@ from helpers import (
 )
 from transformers import AutoModelForCausalLM
 from trl import DPOConfig, DPOTrainer
+from weighting_helpers import with_weights
 
 from otpo import OTPOConfig, OTPOTrainer
 from otpo.weighting import WEIGHTINGS
@@ -38,6 +39,11 @@ def test_options_that_must_be_positive_and_finite(name, value, tmp_path):
         ({"ot_cost": "l1"}, "`ot_cost` must be 'euclidean' or 'cosine', got 'l1'"),
         ({"d2po_gamma": 0.0}, r"`d2po_gamma` must be within \(0, 1\], got 0.0"),
         ({"d2po_gamma": 1.1}, r"`d2po_gamma` must be within \(0, 1\], got 1.1"),
+        ({"contrast_mix": 1.1}, r"`contrast_mix` must be within \[0, 1\], got 1.1"),
+        ({"diff_base": -0.5}, r"`diff_base` must be within \[0, 1\], got -0.5"),
+        ({"diff_base": math.nan}, r"`diff_base` must be within \[0, 1\], got nan"),
+        ({"weighting": "otpo*"}, r"`weighting` must be one of .*, got 'otpo\*'. Several are multiplied where '\*'"),
+        ({"weighting": "otpo*ld"}, r"`weighting='otpo\*ld'` needs `ld_alpha`, got None. Set it within \[0, 1\]"),
         ({"ot_max_iterations": 0}, "`ot_max_iterations` must be at least 1, got 0"),
         ({"ld_alpha": 1.5}, r"`ld_alpha` must be within \[0, 1\], got 1.5"),
         ({"ld_alpha": -0.1}, r"`ld_alpha` must be within \[0, 1\], got -0.1"),
@@ -51,6 +57,11 @@ def test_options_that_must_be_positive_and_finite(name, value, tmp_path):
         "cost",
         "gamma_zero",
         "gamma_large",
+        "mix_large",
+        "base_negative",
+        "base_nan",
+        "half_a_product",
+        "a_factor_without_its_option",
         "no_iterations",
         "ld_alpha_large",
         "ld_alpha_negative",
@@ -63,9 +74,10 @@ def test_options_out_of_range(settings, message, tmp_path):
         options(tmp_path, **settings)
 
 
-@pytest.mark.parametrize("name", sorted(WEIGHTINGS))
+@pytest.mark.parametrize("name", [*sorted(WEIGHTINGS), "otpo*diff", "surprisal*confpo*columns"])
 def test_every_weighting_trains(name, model_folder, tmp_path):
-    run = train_and_evaluate(make_trainer(model_folder, tmp_path, make_pairs(), weighting=name, ld_alpha=0.0))
+    data = with_weights(make_pairs())
+    run = train_and_evaluate(make_trainer(model_folder, tmp_path, data, weighting=name, ld_alpha=0.0))
     assert all(math.isfinite(loss) for loss in run.losses) and run.losses[3] < run.losses[0]
 
 

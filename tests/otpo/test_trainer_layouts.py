@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 from peft import PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+from weighting_helpers import with_weights
 
 from otpo import OTPOTrainer
 from otpo.weighting import WEIGHTINGS
@@ -74,15 +75,14 @@ def test_every_loss_type(layout, loss_type, model_folder, other_model_folder, tm
     compare(make, layout)
 
 
-@pytest.mark.parametrize("weighting", WEIGHTINGS)
+@pytest.mark.parametrize("weighting", [*WEIGHTINGS, "otpo*diff", "confpo*columns"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_weighting(layout, weighting, model_folder, other_model_folder, tmp_path):
     changes: dict[str, Any] = {"weighting": weighting, "ot_reg": 0.1, "ld_alpha": 0.3 if weighting == "ld" else None}
 
     def make(name: str) -> OTPOTrainer:
-        return make_trainer(
-            model_folder, tmp_path, make_pairs(6), ref_model=other_model_folder, row_layout=name, **changes
-        )
+        pairs = with_weights(make_pairs(6))
+        return make_trainer(model_folder, tmp_path, pairs, ref_model=other_model_folder, row_layout=name, **changes)
 
     compare(make, layout)
 

@@ -4,7 +4,7 @@ The file is over 350 lines because all solvers and costs are held to the same pr
 """
 
 import itertools
-from dataclasses import FrozenInstanceError, fields
+from dataclasses import FrozenInstanceError, fields, replace
 from typing import get_args, get_type_hints
 
 import numpy as np
@@ -466,11 +466,13 @@ def test_devices_without_float64_stop_where_float32_stalls(regs, monkeypatch, wa
     torch.testing.assert_close(plan.sum(1), got.chosen[0], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", sorted(set(WEIGHTINGS) - {"otpo"}))
+@pytest.mark.parametrize("name", sorted(name for name, kind in WEIGHTINGS.items() if kind.bundle is None))
 def test_weightings_and_metrics_need_no_float64(name, monkeypatch, tmp_path):
     mask = torch.rand(6, 9) < 0.7
     args = OTPOConfig(str(tmp_path), weighting=name, ld_alpha=0.5, use_cpu=True, bf16=False)
     batch = PairBatch(mask, torch.randint(0, 50, mask.shape), -torch.rand(mask.shape), torch.randn(6, 9, 4))
+    values = {"unmatched": (torch.rand(6, 9) < 0.5).float(), "given_weights": torch.rand(6, 9)}
+    batch = replace(batch, reference_logps=-torch.rand(mask.shape), token_values=values)
     want = weight_metrics(WEIGHTINGS[name](args)(batch), mask)
     rewards = torch.randn(6)
     wanted_rewards = reward_metrics(rewards, "")

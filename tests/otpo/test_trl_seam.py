@@ -180,6 +180,7 @@ READ_BY: dict[str, tuple[Callable, list[str]]] = {
         ],
     ),
     "autocast_dtype": (Accelerator.mixed_precision.fget, ["self.state.mixed_precision"]),
+    "require_rows_of_tokens": (DPOTrainer.__init__, ["self._is_vision_dataset"]),
     "layout_obstacle": (DPOTrainer.__init__, ["self._is_vision_dataset"]),
     "have_experts_run_by": (PreTrainedConfig, ["def _experts_implementation(self, value: str | dict | None):"]),
     "implementations": (

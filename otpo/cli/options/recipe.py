@@ -1,7 +1,7 @@
 """Recipes: options in a YAML file, each of the type that its dataclass gives it."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from enum import Enum
 from pathlib import Path
@@ -103,7 +103,7 @@ def conform(recipe: Mapping[str, Any], types: Mapping[str, Any], path: str) -> d
     return conformed
 
 
-def require_choices(recipe: Mapping[str, Any], choices: Mapping[str, Sequence[Any]], path: str) -> None:
+def require_choices(recipe: Mapping[str, Any], choices: Mapping[str, Collection[Any]], path: str) -> None:
     """Raises a `ValueError` for a value that is not among its option's choices, which argparse only asks of words."""
     for name, known in choices.items():
         if recipe.get(name) is not None and recipe[name] not in known:

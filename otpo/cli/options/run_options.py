@@ -175,7 +175,7 @@ def read_command_line(parser: TrlParser, argv: Sequence[str], settings: Mapping[
         recipe = read_recipe(found.config)
         environment = recipe.pop("env", None) or {}
         recipe = conform(recipe, types, found.config)
-        choices = {action.dest: tuple(action.choices) for action in parser._actions if action.choices}
+        choices: dict[str, Any] = {action.dest: action.choices for action in parser._actions if action.choices}
         require_choices(recipe, choices, found.config)
         for name, value in environment.items():
             os.environ[name] = str(value)

@@ -1,0 +1,128 @@
+"""Weights that the user gives: a number for each token of an answer, or for spans of its characters."""
+
+import math
+from collections.abc import Mapping, Sequence
+from numbers import Real
+from typing import Any
+
+import numpy as np
+
+from .preferences import PairRule
+from .spans import span_tokens
+from .token_values import scored_part
+
+
+def given_weights(row: Mapping[str, Any], rule: PairRule, tokenizer: Any) -> tuple[Any, Any]:
+    """The weights in a row's columns `chosen_weights` and `rejected_weights`, of the tokens that are scored.
+
+    A column holds one of two things:
+
+    - a number for each token: of the completion, or of the answer alone, in which case what the chat template puts
+      around it weighs 1;
+    - a list of spans `[start, end, weight]` in characters of the answer, `end` not included: of the last message, or
+      of the text in `chosen` behind the prompt. A token that overlaps a span gets its weight, that of the last such
+      span in the list; tokens in no span weigh 1. An empty list is no span, unless the row's other column has
+      numbers of tokens.
+
+    Args:
+        row: With the columns, and `prompt_ids`, `chosen_ids` and `rejected_ids`.
+        rule: How the pair is truncated; weights of tokens that are cut off are cut off with them.
+        tokenizer: Which the tokens are of.
+
+    Raises:
+        ValueError: A weight is negative, or not finite, or there are too many or too few; as the end of a sentence.
+    """
+    columns: dict[str, list[Any]] = {}
+    for side in ("chosen", "rejected"):
+        given = row.get(f"{side}_weights")
+        if given is None:
+            raise ValueError(
+                f"has no '{side}_weights'. Give a weight for each token, or a list of [start, end, weight]."
+            )
+        columns[side] = list(given)
+    first = next((given[0] for given in columns.values() if given), [])
+    make = _of_spans if isinstance(first, Sequence | np.ndarray) else _of_tokens
+    chosen, rejected = (
+        scored_part(row, side, make(row, side, given, tokenizer), rule) for side, given in columns.items()
+    )
+    return chosen, rejected
+
+
+def _of_tokens(row: Mapping[str, Any], side: str, given: list[Any], tokenizer: Any) -> np.ndarray:
+    column, ids = f"{side}_weights", row[f"{side}_ids"]
+    for place, weight in enumerate(given):
+        if isinstance(weight, Sequence | np.ndarray):
+            raise ValueError(
+                f"has {weight!r} at {column}[{place}], and numbers of tokens beside it. Give one or other."
+            )
+        _require_weight(weight, f"{column}[{place}]")
+    if len(given) == len(ids):
+        return np.array(given, np.float32)
+    answer = _answer(row, side, tokenizer)
+    if answer is not None:
+        in_answer = span_tokens(tokenizer, ids, answer).in_answer
+        if len(given) == in_answer.sum():
+            weights = np.ones(len(ids), np.float32)
+            weights[in_answer] = given
+            return weights
+        counted = f"{len(ids)} tokens, of which {in_answer.sum()} are the answer's and the rest the chat template's"
+    else:
+        counted = f"{len(ids)} tokens"
+    raise ValueError(
+        f"has {len(given)} numbers in {column!r}, and its completion has {counted}. Give a number for each of "
+        "either, or spans of characters, [start, end, weight], which need no tokenizer."
+    )
+
+
+def _of_spans(row: Mapping[str, Any], side: str, given: list[Any], tokenizer: Any) -> np.ndarray:
+    column, ids = f"{side}_weights", row[f"{side}_ids"]
+    answer = _answer(row, side, tokenizer)
+    if answer is None:
+        raise ValueError(
+            f"has spans of characters in {column!r}, and no answer in plain text that they could be of. Give a number "
+            "for each token."
+        )
+    spans, weights = [], np.ones(len(ids), np.float32)
+    for place, span in enumerate(given):
+        if (
+            not isinstance(span, Sequence | np.ndarray)
+            or len(span) != 3
+            or not all(_is_number(number) for number in span)
+        ):
+            raise ValueError(f"has {span!r} at {column}[{place}], which is no [start, end, weight].")
+        start, end, weight = span
+        if start != int(start) or end != int(end) or not 0 <= start < end <= len(answer):
+            raise ValueError(
+                f"has the span [{start:g}, {end:g}) at {column}[{place}], and its answer has {len(answer)} "
+                "characters. Spans are whole numbers with 0 <= start < end, within the answer."
+            )
+        _require_weight(weight, f"{column}[{place}]")
+        spans.append((int(start), int(end)))
+    try:
+        found = span_tokens(tokenizer, ids, answer, spans).in_spans
+    except ValueError as error:
+        raise ValueError(f"has weights in {column!r} that can't be placed. {error}") from error
+    for tokens, (_, _, weight) in zip(found, given, strict=True):
+        weights[tokens] = weight
+    return weights
+
+
+def _answer(row: Mapping[str, Any], side: str, tokenizer: Any) -> str | None:
+    """The text that spans are of; None where it is not text, or where the row has tokens alone."""
+    answer = row.get(side)
+    if isinstance(answer, list) and answer:
+        answer = answer[-1].get("content")
+    if not isinstance(answer, str):
+        return None
+    ending = getattr(tokenizer, "eos_token", None)
+    # TRL ends plain text with it.
+    return answer.removesuffix(ending) if ending and not isinstance(row[side], list) else answer
+
+
+def _require_weight(weight: Any, where: str) -> None:
+    if not _is_number(weight) or not math.isfinite(weight) or weight < 0:
+        raise ValueError(f"has the weight {weight!r} at {where}. Weights are finite numbers of at least 0.")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)

@@ -1,0 +1,61 @@
+"""Spans of an answer's characters as tokens of its completion. Shapes: n tokens, S spans."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from otpo.explain.pieces import Piece, split_pieces
+
+
+class SpanTokens(NamedTuple):
+    """Which of a completion's tokens lie in its answer, `(n,)` bool, and in each span of it, `(S, n)` bool.
+
+    What else there is of a completion is the chat template's: the end of a turn, a line break.
+    """
+
+    in_answer: NDArray[np.bool_]
+    in_spans: NDArray[np.bool_]
+
+
+def span_tokens(
+    tokenizer: Any, token_ids: Sequence[int], answer: str, spans: Sequence[tuple[int, int]] = ()
+) -> SpanTokens:
+    """Finds the tokens that overlap an answer, and spans of its characters.
+
+    Tokens that hold parts of the same sign (a Thai vowel on its consonant, an emoji's bytes) count as one: all of them
+    are in the span when the sign is. So no tokenizer's own offsets are trusted.
+
+    Args:
+        tokenizer: Which the tokens are of.
+        token_ids: A completion, n tokens: the answer, perhaps between what its chat template adds.
+        answer: As it was given to the template, which may strip it.
+        spans: `[start, end)` in characters of the answer.
+
+    Raises:
+        ValueError: The completion does not hold the answer as it is.
+    """
+    pieces = split_pieces(tokenizer, token_ids)
+    text, kept = "".join(piece.text for piece in pieces), answer.strip()
+    begin = text.find(kept)
+    if begin < 0:
+        raise ValueError(
+            f"The completion {text!r} does not hold the answer {answer!r}: its spans can't be found. Use a tokenizer "
+            "and a chat template that leave the answer's text as it is."
+        )
+    shift = begin - (len(answer) - len(answer.lstrip()))
+    in_answer = _overlapping(pieces, len(token_ids), begin, begin + len(kept))
+    found = [_overlapping(pieces, len(token_ids), start + shift, end + shift) for start, end in spans]
+    return SpanTokens(in_answer, np.array(found, dtype=bool).reshape(len(spans), len(token_ids)) & in_answer)
+
+
+def _overlapping(pieces: Sequence[Piece], size: int, start: int, stop: int) -> NDArray[np.bool_]:
+    result = np.zeros(size, dtype=bool)
+    begin = 0
+    for piece in pieces:
+        end = begin + len(piece.text)
+        if begin < stop and start < end:
+            result[piece.tokens.start : piece.tokens.stop] = True
+        begin = end
+    return result

@@ -1,0 +1,301 @@
+"""Numbers of tokens that are made of the data: an alignment and the user's weights, on all ways to the step."""
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers import (
+    assert_same_parameters,
+    history,
+    make_pairs,
+    make_plain_pairs,
+    make_tokenizer,
+    make_trainer,
+    options,
+    train_and_evaluate,
+)
+from weighting_helpers import with_weights
+
+from otpo import OTPOTrainer, trl_seam
+from otpo.data.given_weights import given_weights
+from otpo.data.preferences import PairRule, RowError
+from otpo.data.token_values import unmatched, unmatched_sides, unmatched_tokens
+from otpo.explain import explain_rows
+
+WHOLE = PairRule(None, "keep_start", False)
+
+
+def scored(trainer: OTPOTrainer, rows: list[int] | None = None) -> Any:
+    rows = list(range(len(trainer.train_dataset))) if rows is None else rows
+    with torch.no_grad():
+        return trainer.score_batch(trainer.model, trainer.collate([trainer.train_dataset[row] for row in rows]))
+
+
+# The alignment
+
+
+def test_an_alignment_matches_as_much_of_one_side_as_of_the_other():
+    generator = np.random.default_rng(0)
+    for _ in range(50):
+        sides = [generator.integers(0, 6, generator.integers(0, 12)).tolist() for _ in range(2)]
+        chosen, rejected = unmatched_sides(*sides)
+        assert len(chosen) == len(sides[0]) and len(rejected) == len(sides[1])
+        matched = [[token for token, odd in zip(side, mark, strict=True) if not odd]
+                   for side, mark in zip(sides, (chosen, rejected), strict=True)]  # fmt: skip
+        assert matched[0] == matched[1]  # a common subsequence
+    assert unmatched([1, 2, 3], [1, 2, 3]).sum() == 0 and unmatched([], [1]).shape == (0,)
+
+
+def test_a_partner_that_is_cut_off_is_no_partner():
+    row = {"prompt_ids": [7, 8], "chosen_ids": [1, 2, 3, 4], "rejected_ids": [9, 9, 9, 4]}
+    assert [side.tolist() for side in unmatched_tokens(row, WHOLE, None)] == [[1, 1, 1, 0], [1, 1, 1, 0]]
+    assert [side.tolist() for side in unmatched_tokens(row, PairRule(5, "keep_start", False), None)] == [[1] * 3] * 2
+    # The last four tokens of each, the first of which nothing predicts.
+    assert [side.tolist() for side in unmatched_tokens(row, PairRule(4, "keep_end", False), None)] == [[1, 1, 0]] * 2
+    assert [side.tolist() for side in unmatched_tokens(row, PairRule(2, "keep_start", False), None)] == [[], []]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"max_length": 18, "truncation_mode": "keep_start"},
+        {"max_length": 9, "truncation_mode": "keep_end"},
+        {"row_layout": "packed", "max_length": 18},
+        {"row_layout": "shared_prompt"},
+    ],
+    ids=["whole", "keep_start", "keep_end", "packed", "shared_prompt"],
+)
+def test_values_stand_at_their_tokens(changes, model_folder, tmp_path):
+    trainer = make_trainer(
+        model_folder, tmp_path, make_pairs(7), weighting="diff", drop_identical_pairs=True, **changes
+    )
+    found = scored(trainer)
+    batch, pairs = found.batch, found.pairs
+    values = batch.token_values["unmatched"]
+    assert values.shape == batch.mask.shape and values[~batch.mask].eq(0).all()
+    for pair in range(pairs):
+        rows = (pair, pair + pairs)
+        ids = [batch.token_ids[row][batch.mask[row]].tolist() for row in rows]
+        for row, want in zip(rows, unmatched_sides(*ids), strict=True):
+            assert values[row][batch.mask[row]].tolist() == want.tolist()
+    assert 0 < values.sum() < batch.mask.sum()
+
+
+# Ways of the data to the step
+
+
+@pytest.mark.parametrize("weighting", ["diff", "columns"])
+def test_every_way_of_the_data_trains_the_same(weighting, model_folder, other_model_folder, tmp_path):
+    """Rows, a stream, a precomputed reference, workers' processes, a collator of the user's."""
+    pairs = with_weights(make_pairs())
+
+    def losses(data: Any = pairs, **changes: Any) -> list[tuple[float, ...]]:
+        trainer = make_trainer(
+            model_folder, tmp_path, data, ref_model=other_model_folder, weighting=weighting, **changes
+        )
+        if isinstance(data, type(pairs)):  # a stream is not shuffled, so rows are not here
+            trainer._get_train_sampler = lambda *_: torch.utils.data.SequentialSampler(trainer.train_dataset)
+        trainer.train()
+        return history(trainer, "loss", "rewards/margins", "weights/ess")
+
+    want = losses()
+    assert len(want) == 4
+    for got in (
+        losses(pairs.to_iterable_dataset()),
+        losses(precompute_ref_log_probs=True),
+        losses(dataset_num_proc=2),
+    ):
+        np.testing.assert_allclose(got, want, rtol=1e-5)
+
+
+def test_batches_of_a_number_of_tokens_and_evaluations_have_them(model_folder, tmp_path):
+    data = with_weights(make_pairs())
+    changes = {"weighting": "diff*columns", "max_steps": 2, "eval_strategy": "no"}
+    trainer = OTPOTrainer(
+        model_folder,
+        args=options(tmp_path, tokens_per_batch=120, **changes),
+        train_dataset=data,
+        eval_dataset={"one": with_weights(make_pairs(5, 1)), "two": with_weights(make_pairs(3, 2))},
+    )
+    run = train_and_evaluate(trainer)
+    assert all(math.isfinite(loss) for loss in run.losses)
+    passed = trainer.evaluate(with_weights(make_pairs(5, 1)))
+    # Of the same rows, under the name of a dataset that is passed.
+    assert passed["eval_loss"] == pytest.approx(run.evaluation["eval_one_loss"], rel=1e-6)
+
+
+def test_a_collator_of_the_users_gets_its_own_columns_alone(model_folder, tmp_path):
+    first = make_trainer(model_folder, tmp_path, make_pairs(), weighting="diff")
+    seen = []
+
+    def collator(examples: list[dict[str, Any]]) -> Any:
+        seen.append(set(examples[0]))
+        return first.data_collator.collator(examples)
+
+    trainer = OTPOTrainer(
+        model_folder, args=options(tmp_path, weighting="diff", max_steps=1), data_collator=collator,
+        train_dataset=make_pairs(),
+    )  # fmt: skip
+    trainer.train()
+    assert seen and all(columns == {"prompt_ids", "chosen_ids", "rejected_ids"} for columns in seen)
+
+
+def test_a_subclass_weighs_them_and_explain_shows_them(model_folder, tmp_path):
+    trainer = make_trainer(model_folder, tmp_path, make_pairs(), weighting="diff", diff_base=0.0)
+    (pair,) = explain_rows(trainer, [3])
+    ids = [trainer.train_dataset[3][f"{side}_ids"] for side in ("chosen", "rejected")]
+    for side, marks in zip((pair.chosen, pair.rejected), unmatched_sides(*ids), strict=True):
+        assert (side.weights > 0).tolist() == (marks > 0).tolist()
+    assert pair.weighting == "diff, diff_base 0"
+
+
+def test_images_have_no_prepared_rows():
+    trl_seam.require_rows_of_tokens(SimpleNamespace(), "diff")
+    with pytest.raises(ValueError, match=r"`weighting='diff'` looks at the tokens of prepared rows, and pairs"):
+        trl_seam.require_rows_of_tokens(SimpleNamespace(_is_vision_dataset=True), "diff")
+
+
+# The user's weights
+
+
+def tokenized(chosen: str, weights: Any, *, plain: bool = False) -> dict[str, Any]:
+    """A row as TRL's tokenization leaves it, after the prompt; the rejected answer is a word."""
+    tokenizer = make_tokenizer()
+    row: dict[str, Any] = {"prompt_ids": [1, 2], "chosen_weights": weights, "rejected_weights": [1.0]}
+    for side, text in (("chosen", chosen), ("rejected", "no")):
+        row[f"{side}_ids"] = tokenizer(f"{text}<|end|>", add_special_tokens=False)["input_ids"]
+        row[side] = f"{text}<|end|>" if plain else [{"role": "assistant", "content": text}]
+    spans = isinstance(weights, list) and weights and isinstance(weights[0], list)
+    row["rejected_weights"] = [] if spans else [1.0] * len(row["rejected_ids"])
+    return row
+
+
+def weights_of(row: dict[str, Any], rule: PairRule = WHOLE) -> list[float]:
+    return [round(float(each), 6) for each in given_weights(row, rule, make_tokenizer())[0]]
+
+
+@pytest.mark.parametrize("plain", [False, True], ids=["messages", "plain"])
+def test_spans_are_of_characters(plain):
+    text = "the red shirt costs twenty dollars"
+    spans = [[4, 7, 3.0], [14, 19, 0.0], [15, 16, 7.0]]
+    row = tokenized(text, spans, plain=plain)
+    begin, want = 0, []
+    for number in row["chosen_ids"]:
+        end = begin + len(make_tokenizer().decode([number]))
+        want.append(next((weight for start, stop, weight in spans[::-1] if start < end and begin < stop), 1.0))
+        begin = end
+    assert weights_of(row) == want and set(want) >= {1.0, 3.0, 7.0} and want[-1] == 1.0
+    row["rejected_weights"] = [[0, 1, 2.0]]
+    assert weights_of({**row, "chosen_weights": [[0, 1, 1]]}) == [1.0] * len(want)
+    assert weights_of({**row, "chosen_weights": []}) == [1.0] * len(want)
+    assert weights_of({**row, "chosen_weights": [], "rejected_weights": []}) == [1.0] * len(want)
+
+
+def test_spans_cover_whole_signs():
+    text = "ราคา ฿3,856 ค่ะ"
+    row = tokenized(text, [[text.index("฿"), text.index("฿") + 1, 5]])
+    got = weights_of(row)
+    count = len(make_tokenizer()("฿", add_special_tokens=False)["input_ids"])
+    assert count > 1 and got.count(5.0) >= count and got[0] == got[-1] == 1.0
+
+
+def test_numbers_are_of_the_completion_or_of_the_answer_alone():
+    row = tokenized("the red shirt", None)
+    size = len(row["chosen_ids"])
+    whole = [0.5 * place for place in range(size)]
+    assert weights_of({**row, "chosen_weights": whole}) == whole
+    assert weights_of({**row, "chosen_weights": whole[:-1]}) == [*whole[:-1], 1.0]
+    assert weights_of({**row, "chosen_weights": np.array(whole[:-1])}) == [*whole[:-1], 1.0]
+    # Truncation cuts weights off with their tokens: from the end, or from the start.
+    assert weights_of({**row, "chosen_weights": whole}, PairRule(4, "keep_start", False)) == whole[:2]
+    assert weights_of({**row, "chosen_weights": whole}, PairRule(3, "keep_end", False)) == whole[size - 2 :]
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ([1.0], r"has 1 numbers in 'chosen_weights', and its completion has (\d+) tokens, of which (\d+) are the ans"),
+        ([], "has 0 numbers in 'chosen_weights', and its completion has"),
+        ([1.0, [0, 2, 3.0]], r"has \[0, 2, 3.0\] at chosen_weights\[1\], and numbers of tokens beside it"),
+        ([[0, 2, 3.0], 1.0], r"has 1.0 at chosen_weights\[1\], which is no \[start, end, weight\]"),
+        ([1.0] * 40, "has 40 numbers in 'chosen_weights'.*Give a number for each of either, or spans of characters"),
+        ([1.0, math.nan], r"has the weight nan at chosen_weights\[1\]. Weights are finite numbers of at least 0"),
+        ([1.0, math.inf], r"has the weight inf at chosen_weights\[1\]"),
+        ([-0.5], r"has the weight -0.5 at chosen_weights\[0\]"),
+        ([None], r"has the weight None at chosen_weights\[0\]"),
+        (None, "has no 'chosen_weights'. Give a weight for each token, or a list of"),
+        ([[0, 3, -1.0]], r"has the weight -1.0 at chosen_weights\[0\]"),
+        ([[0, 3]], r"has \[0, 3\] at chosen_weights\[0\], which is no \[start, end, weight\]"),
+        ([[0, 3, None]], r"has \[0, 3, None\] at chosen_weights\[0\]"),
+        ([[0, 3, 1], [3, 3, 1]], r"has the span \[3, 3\) at chosen_weights\[1\], and its answer has 13 characters"),
+        ([[0, 14, 1]], r"has the span \[0, 14\) at chosen_weights\[0\]"),
+        ([[-1, 2, 1]], r"has the span \[-1, 2\) at chosen_weights\[0\]"),
+        ([[0.5, 2, 1]], r"has the span \[0.5, 2\) at chosen_weights\[0\]"),
+    ],
+)
+def test_what_can_not_be_weights(weights, message):
+    with pytest.raises(ValueError, match=message):
+        given_weights(tokenized("the red shirt", weights), WHOLE, make_tokenizer())
+
+
+def test_spans_need_text():
+    row = tokenized("the red shirt", [[0, 3, 2.0]])
+    for answer in (None, [{"role": "assistant", "content": [{"type": "text", "text": "the red shirt"}]}]):
+        with pytest.raises(ValueError, match="has spans of characters in 'chosen_weights', and no answer in plain"):
+            given_weights({**row, "chosen": answer}, WHOLE, make_tokenizer())
+    with pytest.raises(ValueError, match=r"has weights in 'chosen_weights' that can't be placed\. The comp"):
+        given_weights({**row, "chosen": "THE RED SHIRT"}, WHOLE, make_tokenizer())
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["rows", "stream"])
+def test_a_row_with_wrong_weights_is_named(stream, model_folder, tmp_path):
+    pairs = with_weights(make_pairs(6)).to_list()
+    pairs[4]["rejected_weights"] = [[0.0, 2.0, math.nan]]
+    data: Any = type(make_pairs(1)).from_list(pairs)
+    data = data.to_iterable_dataset() if stream else data
+    with pytest.raises(RowError, match=r"Row 4 of the train dataset has the weight nan at rejected_weights\[0\]"):
+        make_trainer(model_folder, tmp_path, data, weighting="columns", per_device_train_batch_size=2).train()
+
+
+def test_columns_that_are_missing_are_named(model_folder, tmp_path):
+    pairs = with_weights(make_pairs(6)).remove_columns("rejected_weights")
+    with pytest.raises(ValueError, match=r"reads the columns .* train dataset lacks \['rejected_weights'\]; it has"):
+        make_trainer(model_folder, tmp_path, pairs, weighting="columns")
+
+
+@pytest.mark.parametrize("form", ["spans", "tokens"])
+def test_ones_are_uniform_to_the_last_bit(form, model_folder, other_model_folder, tmp_path):
+    def ones(row: dict[str, Any]) -> dict[str, Any]:
+        return {f"{side}_weights": [[0.0, 2.0, 1.0]] for side in ("chosen", "rejected")}
+
+    pairs = make_pairs()
+    by_name: dict[str, Any] = {"uniform": pairs}
+    if form == "spans":
+        by_name["columns"] = pairs.map(ones)
+    else:
+        prepared: Any = make_trainer(model_folder, tmp_path, pairs).train_dataset
+        columns = {side: prepared[f"{side}_ids"] for side in ("chosen", "rejected")}
+        sides = {f"{side}_weights": [[1.0] * len(ids) for ids in column] for side, column in columns.items()}
+        by_name["columns"] = type(pairs).from_dict({**pairs.to_dict(), **sides})
+    runs = {
+        name: train_and_evaluate(
+            make_trainer(model_folder, tmp_path, data, ref_model=other_model_folder, weighting=name)
+        )
+        for name, data in by_name.items()
+    }
+    assert_same_parameters(runs["columns"].after, runs["uniform"].after)
+    assert runs["columns"].losses == runs["uniform"].losses
+
+
+def test_plain_text_ends_where_trl_ends_it(model_folder, tmp_path):
+    pairs = make_plain_pairs([("the box", " red shirt", " blue"), ("the box", " ten dollars", " twenty")] * 2)
+    text = pairs[0]["chosen"]
+    at = text.index("shirt")
+    pairs = pairs.map(lambda row: {"chosen_weights": [[at, at + 3, 4.0]], "rejected_weights": [[0, 2, 0.0]]})
+    trainer = make_trainer(model_folder, tmp_path, pairs, weighting="columns")
+    weights = scored(trainer, [0]).weights
+    assert set(weights[0].tolist()) == {0.0, 1.0, 4.0} and weights[1].sum() < 2
