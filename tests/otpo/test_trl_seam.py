@@ -289,6 +289,8 @@ def private_names(path: Path) -> Iterator[str]:
             yield str(node.module)
         elif isinstance(node, ast.Attribute) and re.match(r"_[a-z]", node.attr):
             owner = node.value
+            if node.attr == "_asdict":  # of a named tuple, public all the same
+                continue
             if isinstance(owner, ast.Name) and owner.id in (
                 "self",
                 "cls",

@@ -109,7 +109,7 @@ class GroupedParser(TrlParser):
     """`TrlParser` whose help has the options in groups, with short placeholders."""
 
     def __init__(self, dataclass_types: Sequence[type], groups: Groups, **kwargs: Any) -> None:
-        self._titles = [title for title, _ in groups]
+        self.titles = [title for title, _ in groups]
         self._title_of: dict[str, str] = {}
         for title, owners in groups:
             for owner in owners:
@@ -118,16 +118,20 @@ class GroupedParser(TrlParser):
         self._groups: dict[str, Any] = {}
         super().__init__(dataclass_types, **kwargs)  # pyright: ignore[reportArgumentType]
 
+    def title_of(self, name: str) -> str | None:
+        """The group of the help that an option stands in; None for one outside of them."""
+        return self._title_of.get(name)
+
     def add_argument(self, *name_or_flags: str, **kwargs: Any) -> argparse.Action:
         """Adds an option to the group of its dataclass."""
-        title = self._title_of.get(kwargs.get("dest", name_or_flags[0].lstrip("-")))
+        title = self.title_of(kwargs.get("dest", name_or_flags[0].lstrip("-")))
         if title is None:
             return super().add_argument(*name_or_flags, **kwargs)
         if "action" not in kwargs and "choices" not in kwargs:
             placeholder = "BOOL" if kwargs.get("nargs") == "?" else _METAVARS.get(kwargs["type"], "VALUE")
             kwargs.setdefault("metavar", placeholder)
         if not self._groups:
-            self._groups = {name: self.add_argument_group(name) for name in self._titles}
+            self._groups = {name: self.add_argument_group(name) for name in self.titles}
         return self._groups[title].add_argument(*name_or_flags, **kwargs)
 
 

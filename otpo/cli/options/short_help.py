@@ -49,15 +49,15 @@ def render(parser: Any) -> str:
     """
     actions = {action.dest: action for action in parser._actions}
     parts = [f"usage: {parser.usage}", parser.description.strip()]
-    for group in parser._action_groups:
-        names = [action.dest for action in group._group_actions]
-        ours = group.title in WHOLE
+    for title in parser.titles:
+        names = [name for name in actions if parser.title_of(name) == title]
+        ours = title in WHOLE
         if not ours:
-            names = [name for name in COMMON.get(group.title, "").split() if name in names]
+            names = [name for name in COMMON.get(title, "").split() if name in names]
         names = [name for name in names if name not in _HIDDEN and _help(actions[name])]
         shown = [_entry(actions[name], whole=ours) for name in names]
         if shown:
-            parts.append("\n".join([f"{group.title}:", *shown]))
+            parts.append("\n".join([f"{title}:", *shown]))
     parts.append("`--help-all` lists all options: those of TRL's and transformers' configurations too.")
     return "\n\n".join(parts) + "\n"
 
