@@ -38,6 +38,7 @@ class RunArguments:
         save_code: Whether checkpoints of a Compass model carry the model's code.
         experts_implementation: Which of transformers' experts functions runs the experts of a Mixture-of-Experts
             model; see `otpo.cli.models.experts`.
+        verbose: Whether the console shows all of a log; see `otpo.cli.running.console`.
         notes: Lines for the header, found while the models were made.
     """
 
@@ -75,6 +76,13 @@ class RunArguments:
             "help": "What computes the experts of a Mixture-of-Experts model, and of its reference: auto, memcpy, "
             "grouped_mm, batched_mm, eager, or another that transformers has. auto is memcpy on a GPU (rows moved by "
             "Triton kernels), grouped_mm on the CPU and where memcpy can't run, eager where neither can."
+        },
+    )
+    verbose: bool = field(
+        default=False,
+        metadata={
+            "help": "Show every number of a log, and what the libraries below deprecate. Unset: a line of a few "
+            "numbers; trackers and trainer_state.json have all of them."
         },
     )
     notes: dict[str, str] = field(default_factory=dict, init=False)

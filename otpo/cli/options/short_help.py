@@ -19,7 +19,8 @@ WHOLE = ("token weights (otpo)", "pretraining (otpo)", "model")
 """Groups of a command's help that are shown whole."""
 COMMON = {
     "data and run": "dataset_name dataset_config dataset_train_split dataset_test_split dataset_streaming "
-    "max_train_rows max_eval_rows report experts_implementation expert_parallel_size save_code",
+    "max_train_rows max_eval_rows report experts_implementation expert_parallel_size save_code "
+    "verbose",
     "model and adapters": "model_name_or_path dtype attn_implementation trust_remote_code load_in_4bit use_peft "
     "lora_r lora_alpha lora_dropout lora_target_modules",
     "preference loss (TRL)": "beta loss_type max_length truncation_mode precompute_ref_log_probs "

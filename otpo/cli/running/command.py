@@ -36,6 +36,7 @@ from otpo.data.preferences import RowError
 from otpo.trl_seam import leave_boolean_buffers_to_ranks, use_one_gpu
 
 from .checkpoints import find_checkpoint, newest_checkpoint
+from .console import show_little, silence_deprecations
 from .identity import RunFile, require_same_run, run_identity
 from .model_card import WritesCard
 from .report import make_report, write_report
@@ -90,6 +91,8 @@ def _run(command: TrainingCommand, argv: list[str], read: list[Given]) -> int:
     """[`run`]; puts the options into `read` as soon as they are read."""
     # Options are read and checked, then processes are launched, unless this one was; each of them prepares a trainer.
     begin = time.monotonic()
+    if "--verbose" not in argv:
+        silence_deprecations()
     parser = command.make_parser()
     try:
         given = read_command_line(parser, argv, command.settings)
@@ -121,6 +124,8 @@ def _run(command: TrainingCommand, argv: list[str], read: list[Given]) -> int:
         lines |= describe_native(parsed[0], trainer.model)
 
     # Training, then the model's folder and the report.
+    if not parsed[0].verbose:
+        show_little(trainer)
     trainer.add_callback(RunFile(run_identity(parser.dataclass_types, given.values)))
     try:
         _train({**lines, **line}, trainer, checkpoint)

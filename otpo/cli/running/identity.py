@@ -24,7 +24,7 @@ _MAY_CHANGE = {"attn_implementation", "experts_implementation", "ot_solver", "pr
 _MAY_CHANGE |= {"precompute_ref_batch_size", "dataset_num_proc", "dataset_test_split", "peak_tflops"}
 _MAY_CHANGE |= {"max_eval_pairs", "max_eval_rows", "ignore_bias_buffers", "trust_remote_code", "model_init_kwargs"}
 _MAY_CHANGE |= {"pad_to_multiple_of", "activation_offloading", "use_liger_kernel", "padding_free", "eval_packing"}
-_MAY_CHANGE |= {"row_layout", "compile_layers"}
+_MAY_CHANGE |= {"row_layout", "compile_layers", "token_loss", "verbose"}
 _MAY_CHANGE |= {"ot_tolerance", "ot_max_iterations"}
 _ALSO = ("seed", "data_seed")
 # Options that say nothing where another one is off.
