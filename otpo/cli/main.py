@@ -22,6 +22,7 @@ COMMANDS = {
     "align": Command("Align a model on preference pairs, on one device or many.", "otpo.cli.align"),
     "pretrain": Command("Pretrain a Compass Mixture-of-Experts model, stage by stage.", "otpo.cli.pretrain"),
     "sft": Command("Fine-tune a model on instructions and their answers.", "otpo.cli.sft"),
+    "pairs": Command("Make preference pairs of a model's own answers, which a judge scores.", "otpo.cli.pairs"),
     "explain": Command("Show which tokens of a pair count, as an HTML page or a PNG.", "otpo.cli.explain"),
     "env": Command("Print versions, devices and folders, to be pasted into an issue.", "otpo.cli.env"),
     "plan": Command("Plan a training run: parameters, memory of a GPU, communication, time.", "otpo.cli.plan"),
