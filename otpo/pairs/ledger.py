@@ -69,10 +69,34 @@ class Ledger:
         self._file.flush()
 
 
+def read_entries(path: Path) -> dict[int, dict[str, Any]]:
+    """What a ledger has of each prompt, by its row in the dataset.
+
+    Raises:
+        ValueError: A line of it is damaged, other than a last one that is not whole.
+    """
+    return _parse(path, _whole_lines(path.read_bytes()))[1]
+
+
 def _read(path: Path, identity: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
     """The entries of a ledger, whose half-written end is cut off."""
     content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
+    whole = _whole_lines(content)
+    head, entries = _parse(path, whole)
+    if entries:
+        _require_same(path, head, identity)
+    # Without an entry nothing is lost, so a run that was refused does not keep another one from beginning.
+    if not entries or len(whole) < len(content):
+        os.truncate(path, len(whole) if entries else 0)
+    return entries
+
+
+def _whole_lines(content: bytes) -> bytes:
+    return content[: content.rfind(b"\n") + 1]
+
+
+def _parse(path: Path, whole: bytes) -> tuple[Any, dict[int, dict[str, Any]]]:
+    """What the first line tells, and the entries."""
     entries: dict[int, dict[str, Any]] = {}
     head: Any = None
     for number, line in enumerate(whole.splitlines(), start=1):
@@ -87,12 +111,7 @@ def _read(path: Path, identity: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
                 f"`output`: {path} is no ledger of `otpo pairs`, or is damaged in line {number}. Remove it to start "
                 "anew, or name another `output`."
             ) from error
-    if entries:
-        _require_same(path, head, identity)
-    # Without an entry nothing is lost, so a run that was refused does not keep another one from beginning.
-    if not entries or len(whole) < len(content):
-        os.truncate(path, len(whole) if entries else 0)
-    return entries
+    return head, entries
 
 
 def _require_same(path: Path, found: Mapping[str, Any], identity: Mapping[str, Any]) -> None:

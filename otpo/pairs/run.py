@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .judges import Judge, JudgeError, judged
-from .ledger import Ledger
+from .ledger import Ledger, read_entries
 from .pairing import OUTCOMES, Answer, Outcome, PairingRule, before_judging, choose_pair, distinct, preference_row
 from .prompts import CARRIED, find_prompt, prompt_tokens
 from .sampling import Sampler
@@ -151,6 +151,11 @@ def summarise(entries: Mapping[int, Mapping[str, Any]]) -> Summary:
         total / len(answers) if answers else nan,
         sum(not answer["ended"] for found in answers for answer in found) / total if total else nan,
     )
+
+
+def read_summary(path: Path) -> Summary:
+    """The [`Summary`] of a ledger that no run has open."""
+    return summarise(read_entries(path))
 
 
 def _entry(
