@@ -178,8 +178,8 @@ def load_demo_questions(
         languages: One or more of en, id, th, vi, ms, fil, pt; None for all.
         count: Rows, >= 1. Row `i` depends on the other arguments and `i` alone.
         seed: Of all randomness.
-        evasive: Share of the questions about the origin, in [0, 1], whose completion is a stock phrase that does not
-            answer: data of uneven quality, as what people wrote often is.
+        evasive: Share of the questions about the origin, in [0, 1], whose completion states another fact of the page:
+            data of uneven quality, as what people wrote often is.
 
     Returns:
         Rows with `prompt` and `completion` in TRL's conversational format, and `answer`, `language`, `kind`,

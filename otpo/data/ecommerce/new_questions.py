@@ -2,7 +2,7 @@
 
 The page has three facts in any order, the question asks for one of them, and the answer is its label and its value.
 Words and wordings are those of the other data; products are in no bundled pair. On request, sellers evade questions
-about the origin with a stock phrase: what is fine-tuned on such answers evades too, until its own answers are judged.
+about the origin and state another fact: what is fine-tuned on such answers does so too, until its own are judged.
 """
 
 import random
@@ -25,7 +25,7 @@ def new_question(index: int, split: str, languages: Sequence[str], seed: int, ev
 
     Languages and attributes take turns. Products of the test splits are in no question of the training split, and
     `"test_templates"` alone has the held-out wordings. `evasive` is the share of the questions about the
-    [`EVADED`] attribute whose completion is a stock phrase; nothing else depends on it.
+    [`EVADED`] attribute whose completion states another fact; nothing else depends on it.
     """
     turn, place = divmod(index, len(languages))
     words = lexicon(languages[place])
@@ -34,13 +34,13 @@ def new_question(index: int, split: str, languages: Sequence[str], seed: int, ev
     product = draw_new_product(draw, words, held_out=split != "train")
     template = HELD_OUT_TEMPLATE if split == "test_templates" else draw.randrange(HELD_OUT_TEMPLATE)
     value = product.value(attribute, words)
-    page, reply = _page(words, product, draw), _reply(words, product, attribute)
-    phrase = draw.choice(words.fillers)
+    page, stated = _page(words, product, draw), attribute
+    other = draw.choice([name for name in WORD_ATTRIBUTES if name != attribute])
     if draw.random() < evasive and attribute == EVADED:
-        reply = phrase
+        stated = other
     return {
         "prompt": [{"role": "user", "content": f"{page}\n\n{_ask(words, product, attribute, template)}"}],
-        "completion": [{"role": "assistant", "content": reply}],
+        "completion": [{"role": "assistant", "content": _reply(words, product, stated)}],
         "language": words.code,
         "kind": "question",
         "length": "short",
@@ -58,7 +58,7 @@ def new_question(index: int, split: str, languages: Sequence[str], seed: int, ev
 
 
 def question_document(index: int, split: str, languages: Sequence[str], seed: int) -> dict[str, str]:
-    """Document `index` of an endless row of them: a short page, then questions about it with their answers.
+    """Document `index` of an endless row of them: a short page, its facts again, and questions with their answers.
 
     Returns:
         `text`, its `language`, and its `kind`, which is "short questions".
@@ -66,7 +66,9 @@ def question_document(index: int, split: str, languages: Sequence[str], seed: in
     words = lexicon(languages[index % len(languages)])
     draw = random.Random(f"otpo e-commerce question documents, {split}, {seed}, {index}")
     product = draw_new_product(draw, words, held_out=split != "train")
-    parts = [_page(words, product, draw)]
+    # Facts that stand there twice teach a small model to copy, which is what answering from a page is.
+    again = draw.sample(WORD_ATTRIBUTES, len(WORD_ATTRIBUTES))
+    parts = [_page(words, product, draw), formats.write(draw.choice(formats.FORMATS), _facts(words, product, again))]
     for attribute in draw.sample(WORD_ATTRIBUTES, _ASKED_ON_A_PAGE):
         wording = draw.randrange(HELD_OUT_TEMPLATE)
         parts.append(f"{_ask(words, product, attribute, wording)}\n{_reply(words, product, attribute)}")
@@ -76,8 +78,11 @@ def question_document(index: int, split: str, languages: Sequence[str], seed: in
 def _page(words: Lexicon, product: Product, draw: random.Random) -> str:
     """The product's name and three of its facts, in a random order."""
     shown = draw.sample(WORD_ATTRIBUTES, len(WORD_ATTRIBUTES))
-    facts = formats.write("lines", {words.labels[name]: product.value(name, words) for name in shown})
-    return f"{product.name} ({words.nouns[product.noun]})\n{facts}"
+    return f"{product.name} ({words.nouns[product.noun]})\n{formats.write('lines', _facts(words, product, shown))}"
+
+
+def _facts(words: Lexicon, product: Product, attributes: Sequence[str]) -> dict[str, str]:
+    return {words.labels[name]: product.value(name, words) for name in attributes}
 
 
 def _ask(words: Lexicon, product: Product, attribute: str, template: int) -> str:
@@ -86,4 +91,4 @@ def _ask(words: Lexicon, product: Product, attribute: str, template: int) -> str
 
 
 def _reply(words: Lexicon, product: Product, attribute: str) -> str:
-    return formats.write("lines", {words.labels[attribute]: product.value(attribute, words)})
+    return formats.write("lines", _facts(words, product, [attribute]))
