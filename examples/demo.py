@@ -34,6 +34,7 @@ from transformers.utils import logging
 from otpo.data import load_demo_corpus, load_demo_instructions, load_demo_preferences, load_demo_questions
 from otpo.data.demo import LANGUAGES
 from otpo.data.ecommerce.answers import check_answer
+from otpo.data.ecommerce.new_questions import MISREAD
 from otpo.weighting import WEIGHTINGS
 
 SCALES = Path(__file__).parent / "scales"
@@ -84,8 +85,8 @@ def make_data(scale: Mapping[str, Any], languages: Sequence[str], seed: int) -> 
             "pairs": load_demo_preferences("train", languages, count=scale["bundled_pairs"]),
         }
         return data, load_demo_preferences("test", languages, count=scale["held_out"])
-    asked, evasive = scale["instructions"], scale["evasive"]
-    questions = load_demo_questions("train", languages, asked + scale["prompts"], seed, evasive=evasive)
+    asked, misread = scale["instructions"], scale["misread"]
+    questions = load_demo_questions("train", languages, asked + scale["prompts"], seed, misread=misread)
     data = {
         "corpus": load_demo_corpus("train", scale["documents"], languages, seed, short_questions=True),
         "instructions": questions.select(range(asked)).select_columns(["prompt", "completion"]),
@@ -125,8 +126,10 @@ def log_probabilities(
 
 
 def group_of(row: Mapping[str, Any]) -> str:
-    """What a held-out row is counted with: the attribute of a short question, the kind of a bundled one."""
-    return row["answer"]["attribute"] if row["kind"] == "question" else row["kind"]
+    """What a held-out row is counted with: the wording of a short question, the kind of a bundled one."""
+    if row["kind"] != "question":
+        return row["kind"]
+    return "misread wording" if row["template_id"].endswith(f"-{MISREAD}") else "other wordings"
 
 
 def preferred(folder: Path, pairs: list[dict[str, Any]], device: str) -> float:

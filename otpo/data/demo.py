@@ -168,7 +168,7 @@ def load_demo_questions(
     count: int = 1_000,
     seed: int = 0,
     *,
-    evasive: float = 0.0,
+    misread: float = 0.0,
 ) -> "Dataset":
     """Writes short questions about short pages, each with an answer of one line, for models of a million parameters.
 
@@ -178,8 +178,8 @@ def load_demo_questions(
         languages: One or more of en, id, th, vi, ms, fil, pt; None for all.
         count: Rows, >= 1. Row `i` depends on the other arguments and `i` alone.
         seed: Of all randomness.
-        evasive: Share of the questions about the origin, in [0, 1], whose completion states another fact of the page:
-            data of uneven quality, as what people wrote often is.
+        misread: Share of the questions in one of the three wordings, in [0, 1], whose completion states another fact
+            of the page: data of uneven quality, as what people wrote often is.
 
     Returns:
         Rows with `prompt` and `completion` in TRL's conversational format, and `answer`, `language`, `kind`,
@@ -195,9 +195,9 @@ def load_demo_questions(
     _check(("split", [split], SPLITS), ("languages", chosen, LANGUAGES))
     if count < 1:
         raise ValueError(f"`count` must be at least 1, got {count}.")
-    if not 0 <= evasive <= 1:
-        raise ValueError(f"`evasive` is a share and must be within [0, 1], got {evasive}.")
-    return Dataset.from_list([new_question(index, split, chosen, seed, evasive) for index in range(count)])
+    if not 0 <= misread <= 1:
+        raise ValueError(f"`misread` is a share and must be within [0, 1], got {misread}.")
+    return Dataset.from_list([new_question(index, split, chosen, seed, misread) for index in range(count)])
 
 
 def _documents(

@@ -1,4 +1,4 @@
-"""Short questions: what the demo's tiny model learns, what it is checked by, and what is evaded on purpose."""
+"""Short questions: what the demo's tiny model learns, what it is checked by, and what is misread on purpose."""
 
 import re
 from collections import Counter
@@ -9,6 +9,7 @@ from trl.data_utils import is_conversational
 from otpo.data import load_demo_corpus, load_demo_questions
 from otpo.data.ecommerce.answers import check_answer
 from otpo.data.ecommerce.lexicon import LANGUAGES, WORD_ATTRIBUTES, lexicon
+from otpo.data.ecommerce.new_questions import MISREAD
 
 COUNT = 21 * 30
 
@@ -55,16 +56,17 @@ def test_rows_depend_on_seed_and_place_alone(questions):
     assert [prompt(row) for row in load_demo_questions("train", count=40, seed=1)] != [prompt(row) for row in again]
 
 
-def test_evasive_answers_state_another_fact(questions):
-    evasive = list(load_demo_questions("train", count=COUNT, evasive=0.7))
-    assert [prompt(row) for row in evasive] == [prompt(row) for row in questions["train"]]
-    wrong = [row for row in evasive if not check_answer(row, row["completion"][0]["content"])["all"]]
-    asked = sum(row["answer"]["attribute"] == "origin" for row in evasive)
-    assert {row["answer"]["attribute"] for row in wrong} == {"origin"} and 0.6 < len(wrong) / asked < 0.8
+def test_one_wording_is_misread_and_another_fact_stated(questions):
+    misread = list(load_demo_questions("train", count=COUNT, misread=0.7))
+    assert [prompt(row) for row in misread] == [prompt(row) for row in questions["train"]]
+    wrong = [row for row in misread if not check_answer(row, row["completion"][0]["content"])["all"]]
+    asked = sum(row["template_id"].endswith(f"-{MISREAD}") for row in misread)
+    assert {row["template_id"][-2:] for row in wrong} == {f"-{MISREAD}"} and 0.6 < len(wrong) / asked < 0.8
+    assert {row["answer"]["attribute"] for row in wrong} == set(WORD_ATTRIBUTES)
     assert all(row["completion"][0]["content"] in prompt(row).split("\n") for row in wrong)
     for share in (-0.1, 1.5, float("nan")):
-        with pytest.raises(ValueError, match=r"`evasive` is a share and must be within \[0, 1\]"):
-            load_demo_questions(evasive=share)
+        with pytest.raises(ValueError, match=r"`misread` is a share and must be within \[0, 1\]"):
+            load_demo_questions(misread=share)
 
 
 @pytest.mark.parametrize(

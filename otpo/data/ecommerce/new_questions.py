@@ -1,8 +1,8 @@
 """Short questions about a short page, answered in one line: what a model of a million parameters can learn.
 
 The page has three facts in any order, the question asks for one of them, and the answer is its label and its value.
-Words and wordings are those of the other data; products are in no bundled pair. On request, sellers evade questions
-about the origin and state another fact: what is fine-tuned on such answers does so too, until its own are judged.
+Words and wordings are those of the other data; products are in no bundled pair. On request, sellers misread
+one of the wordings and state another fact: what is fine-tuned on such answers does so too, until its own are judged.
 """
 
 import random
@@ -16,16 +16,17 @@ from .make_pairs import HELD_OUT_TEMPLATE
 from .products import Product
 
 SPLITS = ("train", "test", "test_templates")
-EVADED = "origin"
+MISREAD = 1
+"""The wording whose questions sellers misread, where they do."""
 _ASKED_ON_A_PAGE = 3  # in a document
 
 
-def new_question(index: int, split: str, languages: Sequence[str], seed: int, evasive: float = 0.0) -> dict[str, Any]:
+def new_question(index: int, split: str, languages: Sequence[str], seed: int, misread: float = 0.0) -> dict[str, Any]:
     """Question `index` of an endless row of them: `prompt`, `completion`, and the facts that a right answer holds.
 
     Languages and attributes take turns. Products of the test splits are in no question of the training split, and
-    `"test_templates"` alone has the held-out wordings. `evasive` is the share of the questions about the
-    [`EVADED`] attribute whose completion states another fact; nothing else depends on it.
+    `"test_templates"` alone has the held-out wordings. `misread` is the share of the questions in wording
+    [`MISREAD`] whose completion states another fact; nothing else depends on it.
     """
     turn, place = divmod(index, len(languages))
     words = lexicon(languages[place])
@@ -35,9 +36,8 @@ def new_question(index: int, split: str, languages: Sequence[str], seed: int, ev
     template = HELD_OUT_TEMPLATE if split == "test_templates" else draw.randrange(HELD_OUT_TEMPLATE)
     value = product.value(attribute, words)
     page, stated = _page(words, product, draw), attribute
-    other = draw.choice([name for name in WORD_ATTRIBUTES if name != attribute])
-    if draw.random() < evasive and attribute == EVADED:
-        stated = other
+    if draw.random() < misread and template == MISREAD:
+        stated = WORD_ATTRIBUTES[(WORD_ATTRIBUTES.index(attribute) + 1) % len(WORD_ATTRIBUTES)]
     return {
         "prompt": [{"role": "user", "content": f"{page}\n\n{_ask(words, product, attribute, template)}"}],
         "completion": [{"role": "assistant", "content": _reply(words, product, stated)}],
