@@ -22,7 +22,7 @@ class RewardModel:
 
     def __init__(self, model: Any, tokenizer: Any, name: str = "the reward model") -> None:
         if model.config.num_labels != 1:
-            raise ValueError(f"{name} has {model.config.num_labels} labels, and a reward model has one. Name another.")
+            raise ValueError(f"{name} has {model.config.num_labels} labels, a reward model has one. Name another.")
         if tokenizer.pad_token_id is None:
             raise ValueError(f"The tokenizer of {name} has no token to pad with. Set its `pad_token` and save it.")
         self.model, self.tokenizer = model.eval(), tokenizer

@@ -167,7 +167,7 @@ def test_a_reward_model_scores_each_answer_as_it_does_alone(classifier):
     assert len(set(together)) == 3
     assert together == pytest.approx([judge(prompt, [answer], {})[0] for answer in answers], abs=1e-5)
     assert judge("the red shirt ", answers, {}) != pytest.approx(together)
-    with pytest.raises(ValueError, match="mine has 2 labels, and a reward model has one"):
+    with pytest.raises(ValueError, match="mine has 2 labels, a reward model has one"):
         classifier.config.num_labels = 2
         try:
             RewardModel(classifier, make_tokenizer(), "mine")
