@@ -18,7 +18,7 @@ from otpo.pairs.sampling import SamplingOptions
 
 from .launching.interrupt import interruptible
 from .options.run_options import read_command_line
-from .pairing.loading import load_answering, load_prompts, make_judge
+from .pairing.loading import load_answering, load_prompts, make_judge, models_digest
 from .pairing.options import PairsArguments, check_options, identity_of, make_parser
 from .running.command import REFUSALS, refuse
 
@@ -51,7 +51,7 @@ def _run(argv: Sequence[str]) -> int:
         )
         rule = PairingRule(options.min_score_chosen, options.min_margin)
         prompts = load_prompts(options)
-        identity = {**identity_of(given.values), "prompts": prompts.digest}
+        identity = {**identity_of(given.values), "prompts": prompts.digest, "weights": models_digest(options)}
         path = ledger_path(output)
         if output.exists() and not path.exists():
             raise ValueError(

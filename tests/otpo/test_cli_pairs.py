@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -297,6 +298,15 @@ def test_other_options_and_foreign_files_are_refused(talker, prompts, judges, ma
     assert pairs.main(line) == 0
     changed.write_text(Path(prompts).read_text().replace("the", "a"))
     assert "another run: `prompts` was" in refusal(pairs.main, capsys, line)
+    changed.write_text(Path(prompts).read_text())
+    model, file = tmp_path / "model", "model.safetensors"
+    shutil.copytree(talker, model)
+    other = tmp_path / "other.jsonl"
+    assert pairs.main(words(str(model), str(changed), f"{judges}:score", other)) == 0
+    content = (model / file).read_bytes()
+    (model / file).write_bytes(content[:-4] + b"\0\0\0\0")  # trained on, in the same place
+    line_of_other = words(str(model), str(changed), f"{judges}:score", other)
+    assert "another run: `weights` was" in refusal(pairs.main, capsys, line_of_other)
     ledger_of(output).unlink()
     assert "no ledger pairs.jsonl.ledger beside it tells the run" in refusal(pairs.main, capsys, line)
 

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +22,8 @@ from otpo.pairs.sampling import Sampler, SamplingOptions, TransformersSampler, l
 from otpo.pairs.vllm_sampling import vllm_answers
 
 from .options import PairsArguments
+
+_MEGABYTE = 1 << 20
 
 
 class Prompts(NamedTuple):
@@ -82,6 +85,24 @@ def load_prompts(options: PairsArguments) -> Prompts:
             raise RowError(f"Row {number} of `dataset_name={options.dataset_name}` {error}.") from error
         digest.update(json.dumps([number, prompt], default=str).encode())
     return Prompts(rows, kept, digest.hexdigest()[:16])
+
+
+def models_digest(options: PairsArguments) -> str:
+    """What tells the weights of local models from others of the same path: those that answer, and the reward model's.
+
+    Of each file of weights its name, its size and the first and last megabyte are taken, so that it costs no read of
+    a large model. Models of the Hub are told by their revision.
+    """
+    digest = hashlib.sha256()
+    for name in (options.model_name_or_path, options.reward_model_name_or_path):
+        for file in sorted(Path(name).glob("*")) if name is not None else ():
+            if file.suffix in (".safetensors", ".bin"):
+                size = file.stat().st_size
+                with file.open("rb") as content:
+                    digest.update(f"{file.name} {size}".encode() + content.read(_MEGABYTE))
+                    content.seek(max(0, size - _MEGABYTE))
+                    digest.update(content.read())
+    return digest.hexdigest()[:16]
 
 
 def load_answering(options: PairsArguments, drawing: SamplingOptions) -> Answering:
