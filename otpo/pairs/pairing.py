@@ -119,17 +119,13 @@ def preference_row(
         outcome: A pair's.
     """
     sides = {"chosen": outcome.chosen, "rejected": outcome.rejected}
-    texts = {side: answers[place].text for side, place in sides.items() if place is not None}
+    places = {side: place for side, place in sides.items() if place is not None}
+    texts: dict[str, Any] = {side: answers[place].text for side, place in places.items()}
     if not isinstance(prompt, str):
-        return {
-            "prompt": prompt,
-            **{side: [{"role": "assistant", "content": text}] for side, text in texts.items()},
-            **{f"score_{side}": scores[place] for side, place in sides.items() if place is not None},
-            "row": row,
-        }
+        texts = {side: [{"role": "assistant", "content": text}] for side, text in texts.items()}
     return {
         "prompt": prompt,
         **texts,
-        **{f"score_{side}": scores[place] for side, place in sides.items() if place is not None},
+        **{f"score_{side}": scores[place] for side, place in places.items()},
         "row": row,
     }
