@@ -12,6 +12,12 @@ import pytest
 ROOT = Path(__file__).parents[1]
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
 PLACEHOLDER = "path/to/a/chat/model"
+FILES = {
+    block.split("\n")[0].removeprefix("# "): block
+    for language, block in BLOCKS
+    if language == "python" and re.match(r"# [\w/]+\.py\n", block)
+}
+"""Blocks that are files of the user's, by the name that their first line tells."""
 COMMANDS = [
     command
     for language, block in BLOCKS
@@ -40,6 +46,8 @@ def test_commands_run(command, model_folder, tmp_path):
     else:
         assert words[0] == "otpo"
         run, cwd = [sys.executable, "-m", "otpo.cli.main", *words[1:]], tmp_path
+        for name, content in FILES.items():
+            (tmp_path / name).write_text(content, encoding="utf-8")
     plain = {**os.environ, "TRITON_INTERPRET": "0"}  # as a user has it
     done = subprocess.run(run, cwd=cwd, env=plain, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

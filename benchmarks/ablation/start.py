@@ -3,7 +3,13 @@
 from pathlib import Path
 from typing import Any
 
-from examples.demo import COMMON, SCALES, run, write_data
+import yaml
+
+from examples.demo import COMMON, make_data, run, write_data
+from examples.demo import SCALES as DEMO
+
+SCALES = {"tiny": Path(__file__).parent / "start_tiny.yaml", "small": DEMO / "small.yaml"}
+"""Settings of the bundled data's task, in the form of the demo's."""
 
 DOCUMENTS = {"tiny": 60, "small": 140}
 """Documents for each step of pretraining: somewhat more than it reads."""
@@ -26,19 +32,21 @@ def make_start(
     if (sft / "model.safetensors").is_file():
         return sft
     settings: dict[str, Any] = {
-        **SCALES[scale],
+        **yaml.safe_load(SCALES[scale].read_text(encoding="utf-8")),
         "documents": DOCUMENTS[scale] * steps[0],
         "instructions": INSTRUCTIONS[scale] * steps[1],
-        "pairs": 1,
+        "bundled_pairs": 1,
+        "held_out": 1,
     }
     folder.mkdir(parents=True, exist_ok=True)
-    paths = write_data(folder, settings, languages)
+    paths = write_data(folder, make_data(settings, languages, seed=0)[0], settings["vocabulary"])
     sources = {
         "pretrain": {"tokenizer_name_or_path": paths["tokenizer"], "dataset_name": paths["corpus"]},
         "sft": {"model_name_or_path": folder / "pretrain", "dataset_name": paths["instructions"]},
     }
     for count, (step, options) in zip(steps, sources.items(), strict=True):
         warmup = min(settings[step]["warmup_steps"], count // 4)
-        shared = {**COMMON, **settings["common"], **settings[step], "max_steps": count, "warmup_steps": warmup}
+        shared = {**COMMON, **settings["common"], **settings["training"], **settings[step]}
+        shared |= {"max_steps": count, "warmup_steps": warmup}
         run(step, {**options, **shared, "output_dir": folder / step})
     return sft

@@ -23,6 +23,7 @@ COMMANDS = {
     "align": Command("Align a model on preference pairs, on one device or many.", "otpo.cli.align"),
     "pretrain": Command("Pretrain a Compass Mixture-of-Experts model, stage by stage.", "otpo.cli.pretrain"),
     "sft": Command("Fine-tune a model on instructions and their answers.", "otpo.cli.sft"),
+    "pairs": Command("Make preference pairs of a model's own answers, which a judge scores.", "otpo.cli.pairs"),
     "explain": Command("Show which tokens of a pair count, as an HTML page or a PNG.", "otpo.cli.explain"),
     "chat": Command("Chat with a model in the terminal, or with two side by side.", "otpo.cli.chat"),
     "eval": Command("Score a model, or two side by side, by tasks of lm-eval, with intervals.", "otpo.cli.eval"),

@@ -10,6 +10,7 @@ from .ecommerce.lexicon import LANGUAGES
 from .ecommerce.make_pairs import KINDS
 from .ecommerce.new_instructions import new_instruction
 from .ecommerce.new_pairs import new_pairs
+from .ecommerce.new_questions import new_question, question_document
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -93,11 +94,22 @@ def load_demo_instructions(
 
 @overload
 def load_demo_corpus(
-    split: str = ..., count: int = ..., languages: Sequence[str] | None = ..., seed: int = ...
+    split: str = ...,
+    count: int = ...,
+    languages: Sequence[str] | None = ...,
+    seed: int = ...,
+    *,
+    short_questions: bool = ...,
 ) -> "Dataset": ...
 @overload
 def load_demo_corpus(
-    split: str = ..., count: int = ..., languages: Sequence[str] | None = ..., seed: int = ..., *, streaming: bool
+    split: str = ...,
+    count: int = ...,
+    languages: Sequence[str] | None = ...,
+    seed: int = ...,
+    *,
+    streaming: bool,
+    short_questions: bool = ...,
 ) -> "Dataset | IterableDataset": ...
 def load_demo_corpus(
     split: str = "train",
@@ -106,6 +118,7 @@ def load_demo_corpus(
     seed: int = 0,
     *,
     streaming: bool = False,
+    short_questions: bool = False,
 ) -> "Dataset | IterableDataset":
     """Writes documents for pretraining: listings, prose, questions with answers, lists, facts in several formats.
 
@@ -120,6 +133,8 @@ def load_demo_corpus(
         seed: Of all randomness.
         streaming: Whether documents are written while they are read, in shards for several readers, rather than all
             at once.
+        short_questions: Whether all documents are short pages, each with questions as in [`load_demo_questions`] and
+            their answers, in place of all kinds.
 
     Returns:
         Rows with `text`, `language` and `kind`.
@@ -140,16 +155,58 @@ def load_demo_corpus(
         "split": split,
         "languages": chosen,
         "seed": seed,
+        "short_questions": short_questions,
     }
     if streaming:
         return IterableDataset.from_generator(_documents, gen_kwargs=options)
     return Dataset.from_list(list(_documents(**options)))
 
 
-def _documents(ranges: list[range], split: str, languages: tuple[str, ...], seed: int) -> Iterator[dict[str, str]]:
+def load_demo_questions(
+    split: str = "train",
+    languages: Sequence[str] | None = None,
+    count: int = 1_000,
+    seed: int = 0,
+    *,
+    misread: float = 0.0,
+) -> "Dataset":
+    """Writes short questions about short pages, each with an answer of one line, for models of a million parameters.
+
+    Args:
+        split: `"train"`, `"test"` (products that are not in train) or `"test_templates"` (wordings that are not in
+            train, too).
+        languages: One or more of en, id, th, vi, ms, fil, pt; None for all.
+        count: Rows, >= 1. Row `i` depends on the other arguments and `i` alone.
+        seed: Of all randomness.
+        misread: Share of the questions in one of the three wordings, in [0, 1], whose completion states another fact
+            of the page: data of uneven quality, as what people wrote often is.
+
+    Returns:
+        Rows with `prompt` and `completion` in TRL's conversational format, and `answer`, `language`, `kind`,
+        `length`, `product_id` and `template_id` as in [`load_demo_preferences`], so that
+        [`otpo.data.ecommerce.answers.check_answer`] can check what a model answers to the prompt.
+
+    Raises:
+        ValueError: An argument names something that is not there, or nothing, or is out of its range.
+    """
+    from datasets import Dataset
+
+    chosen = tuple(LANGUAGES if languages is None else languages)
+    _check(("split", [split], SPLITS), ("languages", chosen, LANGUAGES))
+    if count < 1:
+        raise ValueError(f"`count` must be at least 1, got {count}.")
+    if not 0 <= misread <= 1:
+        raise ValueError(f"`misread` is a share and must be within [0, 1], got {misread}.")
+    return Dataset.from_list([new_question(index, split, chosen, seed, misread) for index in range(count)])
+
+
+def _documents(
+    ranges: list[range], split: str, languages: tuple[str, ...], seed: int, short_questions: bool
+) -> Iterator[dict[str, str]]:
+    make = question_document if short_questions else new_documents.make_document
     for places in ranges:
         for index in places:
-            yield new_documents.make_document(index, split, languages, seed)
+            yield make(index, split, languages, seed)
 
 
 def _bundled(split: str, languages: Sequence[str] | None, kinds: Sequence[str]) -> list[dict[str, Any]]:

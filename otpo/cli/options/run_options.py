@@ -152,12 +152,22 @@ def make_grouped_parser(prog: str, description: str, types: Sequence[type], grou
         types: Dataclasses in the order in which their instances are handed out.
         groups: Groups of the help.
     """
+    usage = f"{prog} [--config RECIPE.yaml] [options] [options of accelerate launch]"
+    return _make_parser(prog, usage, f"{description}\n{LAUNCHING}", types, groups)
+
+
+def make_plain_parser(prog: str, description: str, types: Sequence[type], groups: Groups) -> GroupedParser:
+    """[`make_grouped_parser`] for a command that runs in one process and has no launcher."""
+    return _make_parser(prog, f"{prog} [--config RECIPE.yaml] [options]", description, types, groups)
+
+
+def _make_parser(prog: str, usage: str, description: str, types: Sequence[type], groups: Groups) -> GroupedParser:
     return GroupedParser(
         types,
         groups,
         prog=prog,
-        usage=f"{prog} [--config RECIPE.yaml] [options] [options of accelerate launch]",
-        description=f"{description}\n{LAUNCHING}",
+        usage=usage,
+        description=description,
         formatter_class=_Formatter,
         allow_abbrev=False,
     )

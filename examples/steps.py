@@ -1,0 +1,56 @@
+"""What the examples share: running a command of `otpo`, and a model's own answers to held-out prompts."""
+
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import moe_backbone  # noqa: F401 - makes Compass known to transformers
+from otpo.cli.main import main as otpo
+
+console = Console()
+
+
+def run(command: str, options: Mapping[str, Any]) -> None:
+    """Runs a command of `otpo` after printing it, and ends where it fails. A list gives an option several values."""
+    words = [command]
+    for name, value in options.items():
+        words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    console.print(f"otpo {shlex.join(words)}", style="bold", highlight=False)
+    code = otpo(words)
+    if code:
+        raise SystemExit(code)
+
+
+def batches(rows: Sequence[Any], size: int) -> Iterator[list[Any]]:
+    for begin in range(0, len(rows), size):
+        yield list(rows[begin : begin + size])
+
+
+@torch.no_grad()
+def greedy_answers(
+    folder: Path, prompts: Sequence[Sequence[Mapping[str, str]]], tokens: int, size: int, device: str
+) -> list[str]:
+    """The likeliest answer, token by token, of the model in a folder to each conversation.
+
+    Args:
+        folder: Of the model and its tokenizer.
+        prompts: Conversations that end with the user's message.
+        tokens: Most tokens of an answer.
+        size: Prompts answered at a time.
+        device: To run on.
+    """
+    model: Any = AutoModelForCausalLM.from_pretrained(folder).to(device).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+    answers = []
+    for batch in batches(prompts, size):
+        inputs = tokenizer.apply_chat_template(
+            batch, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
+        ).to(device)
+        output = model.generate(**inputs, max_new_tokens=tokens, do_sample=False)
+        answers += tokenizer.batch_decode(output[:, inputs["input_ids"].size(1) :], skip_special_tokens=True)
+    return answers

@@ -1,0 +1,1 @@
+"""What `otpo pairs` alone needs: its options, and the model, prompts and judge that they name."""

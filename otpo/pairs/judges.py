@@ -1,0 +1,138 @@
+"""Who says how good each answer to a prompt is: checkers by name, a reward model, or a function of the user's."""
+
+import importlib.util
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+from otpo.registry import Registered
+
+
+class JudgeError(RuntimeError):
+    """A judge raised, or gave something that is not a finite number for each answer."""
+
+
+class Judge(Protocol):
+    """What scores the answers to one prompt; any function of this form is one."""
+
+    def __call__(self, prompt: Any, answers: list[str], row: Mapping[str, Any]) -> Sequence[float]:
+        """One finite number for each answer, in their order; higher is better, any scale.
+
+        Args:
+            prompt: Text, or a list of messages, as it stands in the row.
+            answers: The distinct answers, at least two; one may be blank or cut off.
+            row: The whole row of the dataset, for right answers, tests and the like.
+        """
+        ...
+
+
+REWARD_MODEL = "reward_model"
+JUDGES: dict[str, Registered] = {
+    "checkers": Registered(
+        "otpo.pairs.judges:checkers",
+        "the share of attribute, price, language and format that is right, for rows of the data that comes with otpo",
+        "ours",
+    ),
+    "exact_match": Registered(
+        "otpo.pairs.judges:exact_match",
+        "1 for an answer that is the row's 'answer', white space at the ends and case aside, else 0",
+        "ours",
+    ),
+}
+"""Judges by name; [`REWARD_MODEL`] is made of its model."""
+
+
+def checkers(prompt: Any, answers: list[str], row: Mapping[str, Any]) -> list[float]:
+    """Scores in {0, 0.25, ..., 1} by [`otpo.data.ecommerce.answers.check_answer`]; 0 for a blank answer.
+
+    Raises:
+        ValueError: The row does not tell its right answer as the bundled data does.
+    """
+    from otpo.data.ecommerce.answers import check_answer
+
+    known = row.get("answer")
+    if not isinstance(known, Mapping) or not {"attribute", "price", "language", "format"} <= set(known):
+        raise ValueError("the row has no 'answer' as the data that comes with otpo has: name another judge")
+    checks = ("attribute", "price", "language", "format")
+    scores = []
+    for answer in answers:
+        results = check_answer(row, answer)
+        scores.append(sum(results[name] for name in checks) / len(checks) if answer.strip() else 0.0)
+    return scores
+
+
+def exact_match(prompt: Any, answers: list[str], row: Mapping[str, Any]) -> list[float]:
+    """1 for an answer that is the text of the row's `answer`, else 0.
+
+    Raises:
+        ValueError: The row has no such text.
+    """
+    known = row.get("answer")
+    if not isinstance(known, str):
+        raise ValueError("the row has no text in 'answer' to compare with: add that column, or name another judge")
+    return [float(answer.strip().casefold() == known.strip().casefold()) for answer in answers]
+
+
+def judged(judge: Judge, prompt: Any, answers: list[str], row: Mapping[str, Any]) -> list[float]:
+    """Asks a judge and looks at what it says.
+
+    Raises:
+        JudgeError: It raised, or did not give a finite number for each answer.
+    """
+    try:
+        given = judge(prompt, list(answers), row)
+        scores = [float(score) for score in given]
+    except Exception as error:  # whatever a user's function raises is of this prompt alone
+        text = " ".join(str(error).split())
+        raise JudgeError(f"the judge raised {type(error).__name__}: {text}") from error
+    if len(scores) != len(answers):
+        raise JudgeError(f"the judge gave {len(scores)} score(s) for {len(answers)} answers")
+    bad = [place for place, score in enumerate(scores) if not math.isfinite(score)]
+    if bad:
+        raise JudgeError(f"the judge gave {scores[bad[0]]} for answer {bad[0]}, not a finite number")
+    return scores
+
+
+def load_judge(name: str) -> Judge:
+    """The judge of [`JUDGES`] by its name, or the function that `module:function` or `path/to/file.py:function` is.
+
+    That imports the module or runs the file.
+
+    Raises:
+        ValueError: There is no such judge, or it is no function; the message says what can be named.
+    """
+    if name in JUDGES:
+        return cast(Judge, JUDGES[name].load())
+    home, _, attribute = name.rpartition(":")
+    if not home or not attribute:
+        raise ValueError(
+            f"`judge={name}` is not known. Set one of {', '.join(JUDGES)}, {REWARD_MODEL}, or name a function of "
+            "yours as module:function or path/to/file.py:function."
+        )
+    try:
+        module = _run_file(Path(home)) if home.endswith(".py") else import_module(home)
+    except FileNotFoundError as error:
+        raise ValueError(f"`judge={name}`: there is no file {home}.") from error
+    except Exception as error:  # of the user's code, which may raise anything
+        raise ValueError(f"`judge={name}`: {home} can't be imported: {type(error).__name__}: {error}.") from error
+    found = getattr(module, attribute, None)
+    if not callable(found):
+        what = "has no such name" if found is None else f"has a {type(found).__name__} of that name"
+        raise ValueError(f"`judge={name}`: {home} {what}. Name a function that takes prompt, answers and row.")
+    return cast(Judge, found)
+
+
+def _run_file(path: Path) -> Any:
+    if not path.is_file():
+        raise FileNotFoundError(path)
+    name = f"otpo_judge_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path} is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses and pickle look a module up by its name
+    spec.loader.exec_module(module)
+    return module

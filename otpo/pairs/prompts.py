@@ -1,0 +1,62 @@
+"""Prompts of a dataset's rows: found, looked at, and made into tokens that an answer follows."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from otpo.data.row_checks import text_problem
+
+_IMAGES = ("image", "images")
+CARRIED = ("tools", "chat_template_kwargs")
+"""Columns that TRL hands to the chat template too, and that a pair therefore keeps."""
+
+
+def find_prompt(row: Mapping[str, Any]) -> Any:
+    """The prompt of a row: its `prompt`, or its `messages` up to the last of the assistant's.
+
+    Raises:
+        ValueError: There is none to answer, as the end of "row 3 ...".
+    """
+    if any(row.get(column) for column in _IMAGES):
+        raise ValueError("has images, which `otpo pairs` does not read")
+    if row.get("prompt") is not None:
+        prompt = row["prompt"]
+    elif row.get("messages") is not None:
+        prompt = _without_last_answer(row["messages"])
+    else:
+        raise ValueError(f"has neither 'prompt' nor 'messages' but {sorted(row)}; rename yours to 'prompt'")
+    problem = text_problem(prompt, "prompt")
+    if problem is not None:
+        raise ValueError(problem)
+    if not prompt or (isinstance(prompt, str) and not prompt.strip()):
+        raise ValueError("has an empty prompt")
+    if not isinstance(prompt, str) and prompt[-1]["role"] == "assistant":
+        raise ValueError("has a prompt that ends with the assistant's message, so there is nothing to answer")
+    return prompt
+
+
+def prompt_tokens(tokenizer: Any, prompt: Any, row: Mapping[str, Any]) -> list[int]:
+    """The tokens of a prompt, by the chat template where it is messages, up to where the answer begins.
+
+    Args:
+        tokenizer: Of the model.
+        prompt: Of [`find_prompt`].
+        row: Its row, whose `tools` and `chat_template_kwargs` the template gets.
+    """
+    if isinstance(prompt, str):
+        return list(tokenizer(prompt)["input_ids"])
+    made = tokenizer.apply_chat_template(
+        prompt,
+        tools=row.get("tools") or None,
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        **(row.get("chat_template_kwargs") or {}),
+    )
+    return list(made["input_ids"])
+
+
+def _without_last_answer(messages: Any) -> Any:
+    if not isinstance(messages, list) or not all(isinstance(message, Mapping) for message in messages):
+        return messages  # the check says what is wrong
+    last = max((place for place, message in enumerate(messages) if message.get("role") == "assistant"), default=None)
+    return messages if last is None else messages[:last]

@@ -1,0 +1,104 @@
+"""`examples/iterate.py` at its smallest: two rounds on a random model, killed and taken up again."""
+
+import csv
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from cli_helpers import ROOT
+from datasets import Dataset
+from helpers import WORDS
+from transformers import AutoModelForCausalLM
+
+pytestmark = pytest.mark.usefixtures("own_process")
+
+
+@pytest.fixture
+def iterate(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    return importlib.import_module("iterate")
+
+
+@pytest.fixture(scope="module")
+def folder(model_folder, tokenizer, tmp_path_factory) -> Path:
+    """A random model whose answers many tokens end, prompts, and a judge that counts letters."""
+    folder = tmp_path_factory.mktemp("iterate")
+    model = AutoModelForCausalLM.from_pretrained(model_folder)
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, *range(10, 50)]
+    model.save_pretrained(folder / "start")
+    tokenizer.save_pretrained(folder / "start")
+    words = WORDS.split()
+    rows = [{"prompt": [{"role": "user", "content": " ".join(words[:n])}]} for n in range(1, 7)]
+    Dataset.from_list(rows).to_json(folder / "prompts.jsonl")
+    (folder / "judge.py").write_text("def score(prompt, answers, row):\n    return [len(a) for a in answers]\n")
+    return folder
+
+
+def plan(folder: Path, output: Path, **changes) -> str:
+    """The committed plan, made small."""
+    values = yaml.safe_load((ROOT / "examples" / "iterate.yaml").read_text(encoding="utf-8"))
+    prompts, judge = str(folder / "prompts.jsonl"), f"{folder / 'judge.py'}:score"
+    values |= {"output": str(output), "model_name_or_path": str(folder / "start")}
+    values["pairs"] |= {"dataset_name": prompts, "judge": judge, "max_train_rows": 4, "num_samples": 4}
+    values["align"] |= {"max_steps": 1, "per_device_train_batch_size": 2}
+    values["held_out"] |= {"dataset_name": prompts, "judge": judge, "right_from": 12}
+    values |= changes
+    path = output.parent / f"{output.name}.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return str(path)
+
+
+def test_rounds_and_going_on(iterate, folder, tmp_path, capsys):
+    output = tmp_path / "run"
+    path = plan(folder, output)
+    assert iterate.main([path]) == 0
+    told = capsys.readouterr().out
+    assert told.count("otpo pairs") == told.count("otpo align") == 2 and "of 6 (" in told
+    with (output / "rounds.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["round"] for row in rows] == ["0", "1", "2"]
+    assert all(0 <= int(row["right"]) <= 6 == int(row["held_out"]) for row in rows)
+    assert all(int(row["pairs"]) >= 1 for row in rows[1:])
+    assert (output / "rounds.png").stat().st_size > 5_000
+    first, second = (json.loads((output / f"round{n}" / "round.json").read_text()) for n in (1, 2))
+    assert first["round"] == 1 and second["round"] == 2
+
+    # As if it had been killed in the second round, while pairs were made: only what is missing is done again.
+    table, pairs = (output / "rounds.csv").read_bytes(), (output / "round2" / "pairs.jsonl").read_bytes()
+    for name in ("round.json", "align.json", "pairs.jsonl"):
+        (output / "round2" / name).unlink()
+    ledger = output / "round2" / "pairs.jsonl.ledger"
+    ledger.write_bytes(ledger.read_bytes()[:-40])
+    assert iterate.main([path]) == 0
+    told = capsys.readouterr().out
+    assert told.count("otpo pairs") == told.count("otpo align") == 1
+    assert (output / "rounds.csv").read_bytes() == table
+    assert (output / "round2" / "pairs.jsonl").read_bytes() == pairs
+
+    # Nothing is left to do; another plan in the same folder is refused, more rounds are not.
+    assert iterate.main([path]) == 0 and "otpo pairs" not in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        iterate.main([plan(folder, output, seed=3)])
+    assert "has the rounds of another plan, which differs in ['seed']" in capsys.readouterr().err
+    assert iterate.main([plan(folder, output, rounds=3)]) == 0
+    assert "Round 3 of 3" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rounds": 0}, "`rounds` must be a whole number of at least 1, got 0"),
+        ({"round": 2}, "must hold the keys"),
+        ({"held_out": {"judge": "checkers"}}, "`held_out` has no `dataset_name`"),
+        ({"held_out": {"judge": "best", "dataset_name": "x"}}, "`judge=best` is not known"),
+        ({"held_out": {"judges": "best"}}, "`held_out` has ['judges']"),
+        ({"align": {"seed": 3}}, "`align` has ['seed'], which each round sets itself"),
+        ({"pairs": {"output": "x"}}, "`pairs` has ['output']"),
+    ],
+)
+def test_plans_that_are_refused(iterate, folder, tmp_path, capsys, changes, message):
+    with pytest.raises(SystemExit):
+        iterate.main([plan(folder, tmp_path / "run", **changes)])
+    assert message in capsys.readouterr().err
