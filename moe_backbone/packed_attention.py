@@ -56,8 +56,13 @@ def varlen_attention_forward(
         `[1, N, heads, D]`, and None in place of the attention's weights.
 
     Raises:
-        ValueError: Dropout, or several rows.
+        ValueError: Dropout, several rows, or one of `cu_seq_lens_q` and `max_length_q` alone.
     """
+    if (cu_seq_lens_q is None) != (max_length_q is None):
+        raise ValueError(
+            f"`cu_seq_lens_q` and `max_length_q` go together: got {cu_seq_lens_q!r} and {max_length_q!r}. Give both, "
+            "or neither."
+        )
     if cu_seq_lens_q is None or max_length_q is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
@@ -114,7 +119,10 @@ def choose_attention(config: Any, device: torch.device, dtype: torch.dtype) -> t
 
 
 def joins_rows(implementation: str | None) -> bool:
-    """Whether an attention implementation takes packed rows as a single one, told where its documents end."""
+    """Whether an attention implementation takes packed rows as a single one, told where its documents end.
+
+    `CompassModel` knows these by the same words, since its code travels with checkpoints and this module does not.
+    """
     return implementation == NAME or "flash" in str(implementation)
 
 

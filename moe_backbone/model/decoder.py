@@ -85,7 +85,7 @@ class CompassModel(CompassPreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         position_ids, causal_mask = self._positions(
-            inputs_embeds, attention_mask, position_ids, past_key_values, ends=kwargs.get("cu_seq_lens_q")
+            inputs_embeds, attention_mask, position_ids, past_key_values, told=_tells_ends(kwargs)
         )
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids=position_ids)
 
@@ -124,7 +124,7 @@ class CompassModel(CompassPreTrainedModel):
             kwargs: Options.
         """
         position_ids, causal_mask = self._positions(
-            inputs_embeds, attention_mask, position_ids, None, ends=kwargs.get("cu_seq_lens_q")
+            inputs_embeds, attention_mask, position_ids, None, told=_tells_ends(kwargs)
         )
         states, state = [], last_hidden_state
         for depth, layer in enumerate(self.mtp_layers, start=1):
@@ -147,7 +147,7 @@ class CompassModel(CompassPreTrainedModel):
         position_ids: Tensor | None,
         past_key_values: Cache | None,
         *,
-        ends: Tensor | None,
+        told: bool,
     ) -> tuple[Tensor, Any]:
         """Position ids `[B, L]` or `[1, L]`, and the causal mask in the form of the attention implementation.
 
@@ -158,7 +158,7 @@ class CompassModel(CompassPreTrainedModel):
             past = 0 if past_key_values is None else past_key_values.get_seq_length()
             position_ids = (torch.arange(inputs_embeds.size(1), device=inputs_embeds.device) + past).unsqueeze(0)
         by_lengths = any(word in str(self.config._attn_implementation) for word in ("flash", "varlen"))
-        if ends is not None and by_lengths and attention_mask is None and past_key_values is None:
+        if told and by_lengths and attention_mask is None and past_key_values is None:
             return position_ids, None
         mask = create_causal_mask(
             config=self.config,
@@ -168,3 +168,8 @@ class CompassModel(CompassPreTrainedModel):
             position_ids=position_ids,
         )
         return position_ids, mask
+
+
+def _tells_ends(options: dict[str, Any]) -> bool:
+    """Whether a call's options say where the documents of its row end."""
+    return options.get("cu_seq_lens_q") is not None and options.get("max_length_q") is not None

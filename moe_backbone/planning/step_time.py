@@ -1,7 +1,8 @@
 """Estimated time of a training step: operations over the device's rate plus bytes over its bandwidths.
 
 The estimate adds up all parts, as if none ran beside another. It is of the step that `otpo pretrain` runs on a GPU by
-default: compiled layers, attention by documents' lengths, and nobody who waits.
+default: compiled layers, attention by documents' lengths, and nobody who waits. Memory is planned for layers that are
+not compiled and a mask in packed rows, so it is a bound of that step's.
 Legend: T tokens of a micro-batch, K experts that a token takes, H hidden size, R bytes of T rows of H numbers, and
 N = K R.
 """

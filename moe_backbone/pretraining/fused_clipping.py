@@ -23,9 +23,12 @@ def takes_scales(optimizer: Any, engine: DistributedType) -> bool:
         optimizer: torch's, without accelerate's wrapper.
         engine: Of the run; others than plain and data-parallel training clip in ways of their own.
     """
-    if engine not in _WHOLE or not isinstance(optimizer, torch.optim.Adam) or not optimizer.defaults.get("fused"):
+    # A subclass may have a step of its own, and a checkpoint may bring groups that are not fused.
+    if engine not in _WHOLE or type(optimizer) not in (torch.optim.Adam, torch.optim.AdamW):
         return False
-    return not any(isinstance(each, DTensor) for group in optimizer.param_groups for each in group["params"])
+    groups = optimizer.param_groups
+    whole = not any(isinstance(each, DTensor) for group in groups for each in group["params"])
+    return whole and all(group["fused"] for group in groups)
 
 
 def clip_in_optimizer(optimizer: Any, max_norm: float) -> Tensor:
@@ -40,6 +43,13 @@ def clip_in_optimizer(optimizer: Any, max_norm: float) -> Tensor:
     """
     gradients = [each.grad for group in optimizer.param_groups for each in group["params"] if each.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
+    handle = optimizer.register_step_post_hook(lambda *_: _forget(optimizer, handle))
     optimizer.grad_scale = ((norm + _TINY) / max_norm).clamp(min=1.0).float()
     optimizer.found_inf = (~norm.isfinite()).float()
     return norm
+
+
+def _forget(optimizer: Any, handle: Any) -> None:
+    """Ends the scales with the step that they were for."""
+    del optimizer.grad_scale, optimizer.found_inf
+    handle.remove()

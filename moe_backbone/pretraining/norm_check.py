@@ -16,13 +16,14 @@ class NormCheck:
     def __init__(self) -> None:
         self._copied: tuple[Tensor, torch.cuda.Event, int, bool] | None = None
 
-    def add(self, norm: Any, steps: int, *, left_out: bool = False) -> None:
+    def add(self, norm: Any, steps: int, *, left_out: bool = False, to_come: bool = True) -> None:
         """Takes a step's norm and looks at the one before.
 
         Args:
             norm: A scalar tensor, a number, or None where nothing was computed.
             steps: How many steps were made before.
             left_out: Whether the optimizer leaves out a step whose norm is not finite.
+            to_come: Whether this step's update is still to be made.
 
         Raises:
             FloatingPointError: This norm, or the one before, is not finite.
@@ -34,7 +35,7 @@ class NormCheck:
             event.record(torch.cuda.current_stream(norm.device))
             self._copied = copied, event, steps, left_out
         elif norm is not None:
-            _require_finite(float(norm), steps, left_out=True)
+            _require_finite(float(norm), steps, left_out=left_out or to_come)
 
     def read(self) -> None:
         """Looks at the last norm that was added; whoever shows or saves something calls it first.

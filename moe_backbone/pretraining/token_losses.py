@@ -35,7 +35,7 @@ def compiled_loss(head: nn.Module, states: Tensor, labels: Tensor, detach: bool)
 
 
 def chunked_loss(head: nn.Module, states: Tensor, labels: Tensor, detach: bool) -> Tensor:
-    """The same by TRL's chunked head, in which at most 4,096 tokens' logits exist at a time; they are float32.
+    """The same by TRL's chunked head, which has the logits of 4,096 tokens and 32,768 words at a time.
 
     It runs the head's product once more for the gradient. See [`compiled_loss`] for the arguments.
     """
@@ -55,18 +55,19 @@ def chunked_loss(head: nn.Module, states: Tensor, labels: Tensor, detach: bool) 
     return -found[0].masked_fill(labels == IGNORED, 0.0).sum()
 
 
-def find_token_loss(name: str, model: Any) -> Any:
+def find_token_loss(name: str, model: Any, device: torch.device) -> Any:
     """The function of a name, as `CompassForCausalLM.token_loss` takes it; None for `logits`.
 
     Args:
         name: One of [`TOKEN_LOSSES`], or `auto`: `compiled` on a GPU, `logits` elsewhere.
         model: A `CompassForCausalLM`.
+        device: That trains it.
 
     Raises:
         ValueError: The head is not a plain linear layer, which `chunked` needs.
     """
     if name == "auto":
-        name = "compiled" if torch.cuda.is_available() and model.device.type != "cpu" else "logits"
+        name = "compiled" if device.type == "cuda" else "logits"
     if name == "chunked" and type(model.lm_head) is not nn.Linear:
         raise ValueError(
             f"`token_loss=chunked` multiplies by a plain head's weights, and this head is a "
@@ -85,4 +86,4 @@ def _sum(logits: Tensor, labels: Tensor) -> Tensor:
 
 @functools.cache
 def _compiled_sum() -> Any:
-    return torch.compile(_sum)  # rows of a training have one length, so nothing needs to be dynamic
+    return torch.compile(_sum)  # batches have one size, but for the last, for which a second graph serves

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from accelerate import DistributedType
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -47,8 +48,8 @@ class PretrainingConfig(TrainingArguments):
         default="auto",
         metadata={
             "help": "How cross-entropies are computed in training: `logits` by transformers' function, `compiled` by "
-            "one kernel that reads logits in the head's precision, `chunked` by TRL's head, which keeps the logits of "
-            "4096 tokens at a time. `auto`: compiled on a GPU, else logits.",
+            "one kernel that reads logits in the head's precision, `chunked` by TRL's head, which has the logits of a "
+            "part of the tokens at a time. `auto`: compiled on a GPU, else logits.",
             "choices": ["auto", *TOKEN_LOSSES],
         },
     )
@@ -56,7 +57,7 @@ class PretrainingConfig(TrainingArguments):
         default=False,
         metadata={
             "help": "Leave NaN and infinite losses out of the logged mean. It makes every step wait for the device, "
-            "and such a loss stops the training anyway."
+            "and such a loss stops the training anyway, but under fp16."
         },
     )
     bf16: bool | None = field(  # pyright: ignore - None is resolved below
@@ -81,6 +82,9 @@ class PretrainingConfig(TrainingArguments):
         if not is_set and not read_from_file and self.dataloader_pin_memory and self.device.type != "mps":
             resolved: Any = self.accelerator_config
             resolved.non_blocking = True
+        config: Any = self.accelerator_config
+        if config.dispatch_batches is None and self.world_size == 1:
+            config.dispatch_batches = False  # nobody to read for
         if self.token_loss not in ("auto", *TOKEN_LOSSES):
             raise ValueError(f"`token_loss` must be auto, {', '.join(TOKEN_LOSSES)}, got {self.token_loss!r}.")
         if self.sequence_length < 2:
@@ -135,17 +139,14 @@ class PretrainingTrainer(Trainer):
         **kwargs: Any,
     ):
         pad = model.config.pad_token_id
-        # One process reads a stream for all of them and cuts what it read into equal parts, which ends of documents
-        # can't be.
-        attention = model.config._attn_implementation
-        is_cut = not hasattr(train_dataset, "__len__") and args.world_size > 1
-        is_cut = is_cut or bool(args.accelerator_config.dispatch_batches)  # pyright: ignore - resolved by now
         collator = PackedCollator(
-            0 if pad is None else pad,
-            args.sequence_length,
-            flatten=joins_rows(attention) and not (is_cut and attention == TORCH_VARLEN),
-            tell_ends=not is_cut,
+            0 if pad is None else pad, args.sequence_length, flatten=joins_rows(model.config._attn_implementation)
         )
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"This process sees {args.n_gpu} GPUs, and would cut each batch of packed documents for them. Start "
+                "one process a GPU, by `accelerate launch` or torchrun, or set CUDA_VISIBLE_DEVICES to one of them."
+            )
         super().__init__(
             model,
             args=args,
@@ -162,11 +163,32 @@ class PretrainingTrainer(Trainer):
             gpu = recognise_gpu(torch.cuda.get_device_name())
             self._peak_tflops = None if gpu is None else gpu.tflops
         self._norms = NormCheck()
-        self._token_loss = find_token_loss(args.token_loss, model)
+        self._left_out = False  # whether the optimizer leaves out the step to come if its norm is not finite
+        self._token_loss = find_token_loss(args.token_loss, model, args.device)
         self._window = _Window()
         self._load_of_step: Tensor | None = None
         if model.config.router_bias_update_speed:
             self.add_callback(_RouterBiasUpdate(self))
+
+    def is_cut(self, dataset: Any) -> bool:
+        """Whether one process reads a dataset for all and cuts what it read into equal parts, as accelerate does.
+
+        Ends of documents can't be cut, so the rows of such a dataset come without.
+        """
+        asked = self.accelerator.dispatch_batches
+        return not hasattr(dataset, "__len__") if asked is None else bool(asked)
+
+    def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        collator: Any = self.data_collator
+        if isinstance(collator, PackedCollator) and collator.flatten and self.is_cut(dataset):
+            joined = self.model.config._attn_implementation != TORCH_VARLEN  # pyright: ignore
+            self.data_collator = PackedCollator(
+                collator.pad_token_id, collator.sequence_length, flatten=joined, tell_ends=False
+            )
+        try:
+            return super()._get_dataloader(dataset, *args, **kwargs)
+        finally:
+            self.data_collator = collator
 
     def compute_loss(
         self,
@@ -216,16 +238,18 @@ class PretrainingTrainer(Trainer):
 
     def _clip_grad_norm(self, model: Any) -> Any:
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
-        if self.args.fp16 or not takes_scales(optimizer, self.accelerator.distributed_type):
+        scaled = self.accelerator.scaler is not None  # by fp16, whose scaler unscales gradients itself
+        self._left_out = not scaled and takes_scales(optimizer, self.accelerator.distributed_type)
+        if not self._left_out:
             return super()._clip_grad_norm(model)
         return clip_in_optimizer(optimizer, self.args.max_grad_norm)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         norm: Any = super()._get_grad_norm(model, grad_norm=grad_norm)
-        if not self.args.fp16:  # fp16's scaler skips such steps itself
-            optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
-            left_out = grad_norm is not None and takes_scales(optimizer, self.accelerator.distributed_type)
-            self._norms.add(norm, self.state.global_step, left_out=left_out)
+        if self.accelerator.scaler is None:  # fp16's scaler skips such steps itself
+            # DeepSpeed's engine steps within the backward pass; elsewhere the step is still to come.
+            to_come = self.accelerator.distributed_type != DistributedType.DEEPSPEED
+            self._norms.add(norm, self.state.global_step, left_out=self._left_out, to_come=to_come)
         return norm
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -233,6 +257,11 @@ class PretrainingTrainer(Trainer):
         trained = super().train(*args, **kwargs)
         self._norms.read()
         return trained
+
+    def save_model(self, *args: Any, **kwargs: Any) -> None:
+        """Saves as transformers does, after a look at the last step's gradient."""
+        self._norms.read()
+        super().save_model(*args, **kwargs)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         self._norms.read()

@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if text is not None:
             sys.stdout.write(text)
             return 0
-    if asked == ["--help-all"]:
+    if "--help-all" in asked:
         asked = ["--help"]
     with importing():
         module = import_module(COMMANDS[command].module)

@@ -69,7 +69,7 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="tokens of a row (4096, or the limit if less); beyond the limit, that is raised as in pretraining",
     )
-    add("--packed", action="store_true", help="rows hold several documents, which takes an attention mask")
+    add("--packed", action="store_true", help="rows hold several documents; memory is that of a mask")
     add("--gradient_accumulation_steps", type=int, default=1, metavar="N", help="micro-batches of a step (1)")
     add("--gradient_checkpointing", action="store_true", help="layers keep their inputs alone and run twice")
     add(

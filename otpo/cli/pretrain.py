@@ -14,6 +14,7 @@ from transformers import set_seed
 from trl import ScriptArguments, TrlParser
 
 from moe_backbone import PRESETS
+from moe_backbone.packed_attention import NAME as TORCH_VARLEN
 from moe_backbone.pretraining.documents import Stage, read_mixture
 from moe_backbone.pretraining.trainer import PretrainingConfig, PretrainingTrainer
 from otpo.data.loading import RowArguments
@@ -94,6 +95,8 @@ def make_trainer(data: PretrainArguments, args: PretrainingConfig, model: ModelA
             raise ValueError("There is nothing to evaluate on. List sources under `evaluation` in the mixture.")
         held_out = load_rows(test, options[1], tokenizer, config, args, streaming=False)
     trainer = of_class(compass, args, rows, held_out, processing_class=tokenizer)
+    if data.notes["attention"] == TORCH_VARLEN and trainer.is_cut(rows):
+        data.notes["attention"] = "torch_varlen as sdpa, since one process reads the stream for all"
     data.notes["compiled"] = compile_for_run(trainer, asked=data.compile_layers)
     return trainer
 

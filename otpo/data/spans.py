@@ -38,7 +38,7 @@ def span_tokens(
     """
     pieces = split_pieces(tokenizer, token_ids)
     text, kept = "".join(piece.text for piece in pieces), answer.strip()
-    begin = text.find(kept)
+    begin = _last_place(text, kept, pieces, set(tokenizer.all_special_ids), token_ids)
     if begin < 0:
         raise ValueError(
             f"The completion {text!r} does not hold the answer {answer!r}: its spans can't be found. Use a tokenizer "
@@ -48,6 +48,19 @@ def span_tokens(
     in_answer = _overlapping(pieces, len(token_ids), begin, begin + len(kept))
     found = [_overlapping(pieces, len(token_ids), start + shift, end + shift) for start, end in spans]
     return SpanTokens(in_answer, np.array(found, dtype=bool).reshape(len(spans), len(token_ids)) & in_answer)
+
+
+def _last_place(text: str, answer: str, pieces: Sequence[Piece], special: set[int], token_ids: Sequence[int]) -> int:
+    """Where the answer begins in the text, -1 for nowhere.
+
+    A template puts earlier messages and thoughts before it, and special tokens behind it. So it is the last place that
+    is not within a special token's name.
+    """
+    named = np.array([int(token) in special for token in token_ids], dtype=bool)
+    begin = text.rfind(answer)
+    while begin >= 0 and (_overlapping(pieces, len(token_ids), begin, begin + len(answer)) & named).any():
+        begin = text.rfind(answer, 0, begin + len(answer) - 1)
+    return begin
 
 
 def _overlapping(pieces: Sequence[Piece], size: int, start: int, stop: int) -> NDArray[np.bool_]:

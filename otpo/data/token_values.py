@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, IterableDataset
 from numpy.typing import NDArray
+from torch.utils.data import get_worker_info
 from transformers import ProcessorMixin
 
 from otpo.version import __version__
@@ -108,9 +109,15 @@ class _Values:
             try:
                 sides = kind.load()(row, self.rule, self.tokenizer)
             except ValueError as error:
-                raise RowError(f"Row {index} of the {self.name} dataset {error}") from error
+                raise RowError(f"Row {index} of the {self.name} dataset{_reader()} {error}") from error
             made |= {column: np.asarray(side, np.float32) for column, side in zip(kind.columns, sides, strict=True)}
         return made
+
+
+def _reader() -> str:
+    """Who read the row, where several workers share a stream and each one counts its own rows."""
+    worker = get_worker_info()
+    return "" if worker is None else f", as worker {worker.id} of {worker.num_workers} read it,"
 
 
 def _require_columns(dataset: Rows, kinds: Sequence[TokenValues], name: str) -> None:

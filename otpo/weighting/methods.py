@@ -73,7 +73,8 @@ def confpo(batch: PairBatch) -> Tensor:
     """
     probabilities = batch.logps.exp().masked_fill(~batch.mask, 0.0)
     mean = probabilities.sum(1, keepdim=True) / batch.lengths.clamp(min=1)
-    selected = (probabilities < mean) & batch.mask
+    # Equal probabilities are none below their mean, whose rounding says nothing.
+    selected = (probabilities < mean * (1 - 4 * torch.finfo(mean.dtype).eps)) & batch.mask
     chosen, rejected = selected.any(1, keepdim=True).chunk(2)
     return (selected & (chosen & rejected).repeat(2, 1)).to(batch.logps.dtype)
 

@@ -25,7 +25,12 @@ def kernel(monkeypatch):
     calls = []
 
     def varlen(query, key, value, ends_q, ends_k, longest_q, longest_k, *, scale, window_size, enable_gqa=False):
-        assert ends_q.dtype is torch.int32 and query.is_contiguous() and longest_q >= int(ends_q.diff().max())
+        assert (
+            ends_q.dtype is torch.int32
+            and int(ends_q[-1]) == len(query)
+            and query.is_contiguous()
+            and longest_q >= int(ends_q.diff().max())
+        )
         scale = query.size(-1) ** -0.5 if scale is None else scale
         output, _ = flash_forward(
             *(query, key, value, ends_q, ends_k, longest_q, longest_k, 0.0, True, False),
@@ -112,6 +117,8 @@ def test_refusals():
     part = torch.zeros(2, 1, 4, 8)
     ends = torch.tensor([0, 4], dtype=torch.int32)
     options = {"cu_seq_lens_q": ends, "max_length_q": 4}
+    with pytest.raises(ValueError, match=r"go together"):
+        varlen_attention_forward(torch.nn.Identity(), part[:1], part[:1], part[:1], None, cu_seq_lens_q=ends)
     with pytest.raises(ValueError, match=r"a batch of 2 rows"):
         varlen_attention_forward(torch.nn.Identity(), part, part, part, None, **options)
     with pytest.raises(ValueError, match=r"`attention_dropout=0.1`.*attn_implementation=sdpa"):
@@ -143,7 +150,24 @@ def test_a_training_by_lengths_repeats_a_training_by_masks(tmp_path, kernel):
         losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
         losses[-1].append(trainer.evaluate()["eval_loss"])
     assert kernel and losses[0] == pytest.approx(losses[1], abs=2e-5)
-    # A process that reads a stream for the others cuts what it read, which ends of documents can't be.
-    assert trainer.data_collator.flatten and trainer.data_collator.tell_ends
-    cut = pretrainer(tmp_path / "cut", model=model, rows=rows, accelerator_config={"dispatch_batches": True})
-    assert not cut.data_collator.flatten
+
+
+def test_streams_by_lengths_are_those_by_masks(tmp_path, kernel):
+    """A process that reads a stream for the others cuts what it read, which ends of documents can't be."""
+    rows = pack_documents(chain_documents(100), 32)
+    losses, sizes = [], []
+    for name, attention, dispatch in (("sdpa", "sdpa", None), ("alone", NAME, None), ("cut", NAME, True)):
+        model = tiny_compass(num_mtp_layers=1)
+        model.set_attn_implementation(attention)
+        options = {} if dispatch is None else {"accelerator_config": {"dispatch_batches": dispatch}}
+        stream = rows.to_iterable_dataset()
+        trainer = pretrainer(tmp_path / name, model=model, rows=stream, eval_rows=stream, max_steps=3, **options)
+        assert trainer.is_cut(stream) == bool(dispatch)
+        kernel.clear()
+        trainer.train()
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+        losses[-1].append(trainer.evaluate()["eval_loss"])
+        sizes.append(set(kernel))
+    assert losses[1] == pytest.approx(losses[0], abs=2e-5)
+    assert losses[2][:3] == pytest.approx(losses[0][:3], abs=2e-5)  # a dispatcher fills an evaluation's last batch up
+    assert not sizes[0] and 256 in sizes[1] and not sizes[2]

@@ -74,10 +74,12 @@ def test_evaluation_and_inference_keep_their_logits():
 
 def test_a_head_that_is_not_plain_is_refused():
     model = tiny_compass()
-    assert find_token_loss("auto", model) is None and find_token_loss("chunked", model) is chunked_loss
+    cpu = torch.device("cpu")
+    assert find_token_loss("auto", model, cpu) is None and find_token_loss("chunked", model, cpu) is chunked_loss
+    assert find_token_loss("auto", model, torch.device("cuda")) is compiled_loss
     model.lm_head = torch.nn.Sequential(model.lm_head)
     with pytest.raises(ValueError, match=r"`token_loss=chunked`.*Sequential.*token_loss=logits"):
-        find_token_loss("chunked", model)
+        find_token_loss("chunked", model, cpu)
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)

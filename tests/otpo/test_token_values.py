@@ -22,6 +22,7 @@ from weighting_helpers import with_weights
 from otpo import OTPOTrainer, trl_seam
 from otpo.data.given_weights import given_weights
 from otpo.data.preferences import PairRule, RowError
+from otpo.data.spans import span_tokens
 from otpo.data.token_values import unmatched, unmatched_sides, unmatched_tokens
 from otpo.explain import explain_rows
 
@@ -299,3 +300,14 @@ def test_plain_text_ends_where_trl_ends_it(model_folder, tmp_path):
     trainer = make_trainer(model_folder, tmp_path, pairs, weighting="columns")
     weights = scored(trainer, [0]).weights
     assert set(weights[0].tolist()) == {0.0, 1.0, 4.0} and weights[1].sum() < 2
+
+
+@pytest.mark.parametrize("answer", ["k", "in", "think", "eos", "<"])
+def test_an_answer_is_found_behind_what_a_template_puts_before_it(tokenizer, answer):
+    """Qwen3's template writes an empty thought before an answer, and all end a turn by a special token behind it."""
+    assert tokenizer.eos_token in tokenizer.all_special_tokens
+    before = tokenizer(f"<think>\n\n</think>\n\n{answer} eos\n", add_special_tokens=False)["input_ids"]
+    ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
+    found = span_tokens(tokenizer, [*before, *ids, tokenizer.eos_token_id], answer, [(0, len(answer))])
+    assert found.in_answer.tolist() == [False] * len(before) + [True] * len(ids) + [False]
+    assert found.in_spans[0].tolist() == found.in_answer.tolist()

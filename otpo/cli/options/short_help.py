@@ -27,11 +27,16 @@ COMMON = {
     "label_smoothing sync_ref_model",
     "instructions and loss (TRL)": "max_length packing padding_free assistant_only_loss completion_only_loss",
     "training (transformers)": "output_dir per_device_train_batch_size gradient_accumulation_steps learning_rate "
-    "num_train_epochs max_steps lr_scheduler_type warmup_steps optim bf16 fp16 gradient_checkpointing torch_compile "
-    "eval_strategy eval_steps logging_steps save_steps save_total_limit resume_from_checkpoint report_to run_name "
+    "num_train_epochs max_steps lr_scheduler_type warmup_steps max_grad_norm optim bf16 fp16 activation_checkpointing "
+    "torch_compile deepspeed fsdp eval_strategy eval_steps per_device_eval_batch_size logging_steps save_strategy "
+    "save_steps save_total_limit resume_from_checkpoint report_to run_name "
     "seed use_cpu dataloader_num_workers",
 }
 """What is shown of the other groups."""
+_BETTER = {
+    "resume_from_checkpoint": "A checkpoint to go on from, or `true` for the newest in `output_dir`.",
+}
+"""What options of transformers say here, where they say something else there."""
 _HIDDEN = {"logging_nan_inf_filter", "remove_unused_columns", "prediction_loss_only"}  # nobody needs to set them
 _WIDTH, _NAMES, _CHOICES, _LENGTH = 110, 34, 70, 150
 
@@ -65,6 +70,8 @@ def render(parser: Any) -> str:
 
 def _help(action: argparse.Action) -> str:
     """What an option's help says, without what `argparse` hides."""
+    if action.dest in _BETTER:
+        return _BETTER[action.dest]
     return "" if action.help in (None, argparse.SUPPRESS) else " ".join(action.help.replace("%%", "%").split())
 
 

@@ -24,5 +24,5 @@ def compile_for_run(trainer: Any, *, asked: bool | None) -> str:
     reason = why_not_compile(trainer.model, trainer.accelerator.distributed_type, hidden_layer=-1)
     if reason is not None:
         return f"no, since {reason}"
-    compile_layers(trainer.model, dynamic=None)  # packed rows have one length
+    compile_layers(trainer.model, dynamic=None)  # packed batches have one size, but for the last
     return "each layer, in the first steps, which takes a minute once and seconds from torch's cache"

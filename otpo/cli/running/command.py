@@ -80,6 +80,7 @@ def run(command: TrainingCommand, argv: Sequence[str] | None = None) -> int:
     where the environment sets OTPO_TRACEBACK. 130 after Ctrl-C, with one message that says how to go on.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
+    argv = ["--help"] if "--help-all" in argv else argv
     since = time.time()
     read: list[Given] = []
     return interruptible(
