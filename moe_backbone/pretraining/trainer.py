@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from accelerate import DistributedType
 from torch import Tensor
+from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from moe_backbone.model.modeling_compass import CompassCausalLMOutput, CompassForCausalLM
@@ -176,7 +177,8 @@ class PretrainingTrainer(Trainer):
         Ends of documents can't be cut, so the rows of such a dataset come without.
         """
         asked = self.accelerator.dispatch_batches
-        return not hasattr(dataset, "__len__") if asked is None else bool(asked)
+        streamed = isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__")
+        return streamed if asked is None else bool(asked)
 
     def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         collator: Any = self.data_collator
