@@ -71,7 +71,7 @@ def _export(options: argparse.Namespace) -> None:
     converter = gguf.find_converter(options.converter, os.environ) if as_gguf else None
     if as_gguf and Path(options.out).exists():
         raise ValueError(f"{options.out} is there already. Name a new file, or remove this one.")
-    source = open_source(options.model, options.revision)
+    source = open_source(options.model, options.revision, keep_dtype=options.dtype is None, verify=options.verify)
     kind = source.config.model_type
     if kind != modeling_compass.CompassConfig.model_type:
         raise ValueError(

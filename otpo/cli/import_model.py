@@ -50,7 +50,7 @@ def _import(options: argparse.Namespace) -> None:
     from moe_backbone.model import modeling_compass
     from otpo.cli.converting.source import open_source
 
-    source = open_source(options.model, options.revision)
+    source = open_source(options.model, options.revision, keep_dtype=options.dtype is None, verify=options.verify)
     written = write(import_model, source, options.out, options)
     lines = {}
     if options.verify:
