@@ -8,7 +8,9 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
+from zipfile import is_zipfile
 
 import torch
 from safetensors import safe_open
@@ -27,6 +29,11 @@ _DTYPES = {
 # Experts in one tensor for a layer: as transformers has them in memory, and as DeepSpeed's layer has them.
 _PACKED = re.compile(r"(.*\.experts)\.(gate_up_proj|down_proj)")
 _SPREAD = re.compile(r"(.*\.experts)\.experts\.(w1|w2|w3)")
+# What `torch.load` raises for files that are damaged or hold objects of other classes than tensors.
+_UNREADABLE = (
+    *(UnpicklingError, RuntimeError, EOFError, LookupError),
+    *(ValueError, TypeError, AttributeError, AssertionError),
+)
 _DEEPSPEED_NAMES = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 
 
@@ -119,7 +126,17 @@ def _read_safetensors(path: Path) -> Tensors:
 
 
 def _read_torch(path: Path) -> Tensors:
-    return state_tensors(torch.load(path, map_location="cpu", mmap=True, weights_only=True))
+    """Of torch's own format; files of torch before 1.6 are no archives, which can't be mapped, and are read whole."""
+    try:
+        state = torch.load(path, map_location="cpu", mmap=is_zipfile(path), weights_only=True)
+    except _UNREADABLE as error:
+        raise ValueError(
+            f"{path} can't be read: it is damaged, or holds more than weights, which could run code. Copy it again, "
+            "or save the model as safetensors."
+        ) from error
+    if not isinstance(state, Mapping) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+        raise ValueError(f"{path} has more than tensors by their names. Save the model's `state_dict()` alone.")
+    return state_tensors(state)
 
 
 def state_tensors(state: Mapping[str, Tensor]) -> Tensors:

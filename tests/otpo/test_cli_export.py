@@ -14,6 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3MoeForCausalLM, TrainingArguments
 
 from moe_backbone import CompassForCausalLM
+from moe_backbone.conversion import verifying
 from otpo.cli import export, import_model
 from otpo.cli.main import COMMANDS, main
 from otpo.cli.models.loading import find_origin, load_reference
@@ -23,6 +24,7 @@ CONVERTER = """\
 import json, pathlib, sys
 folder, out = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[sys.argv.index("--outfile") + 1])
 config = json.loads((folder / "config.json").read_text())
+out.write_text("half of it")
 if config["num_experts_per_tok"] == 1:
     sys.exit("cannot do one expert")
 out.write_text(" ".join([config["model_type"], *sys.argv[-2:]]))
@@ -87,6 +89,43 @@ def test_export_says_what_it_wrote_and_import_brings_it_back(folder, tmp_path, c
     assert "Compass (CompassForCausalLM)" in capsys.readouterr().out
     model = CompassForCausalLM.from_pretrained(folder, num_mtp_layers=0)
     assert_same(AutoModelForCausalLM.from_pretrained(back), model, atol=0.0)
+
+
+@pytest.mark.parametrize("command", ["export", "import"])
+def test_a_model_that_is_not_verified_is_not_left(folder, tmp_path, command, monkeypatch, capsys):
+    assert main(["export", folder, str(tmp_path / "served")]) == 0
+    monkeypatch.setattr(verifying, "TOLERANCE", -1.0)
+    run, source = (export.main, folder) if command == "export" else (import_model.main, str(tmp_path / "served"))
+    message = "The written model answers otherwise"
+    assert message in refusal(run, capsys, [source, str(tmp_path / "out"), "--verify"])
+    assert {path.name for path in tmp_path.iterdir()} == {"compass", "served"}
+
+
+def test_a_config_without_architectures_is_verified(folder, tmp_path, capsys):
+    for command, source, out in (
+        ("export", folder, tmp_path / "served"),
+        ("import", tmp_path / "served", tmp_path / "b"),
+    ):
+        config = Path(source) / "config.json"
+        options = json.loads(config.read_text())
+        del options["architectures"]
+        config.write_text(json.dumps(options))
+        assert main([command, str(source), str(out), "--verify"]) == 0
+        assert "verified" in capsys.readouterr().out
+
+
+def test_a_link_is_refused_before_the_model_is_read(folder, tmp_path, capsys, monkeypatch):
+    def read(*args, **options):
+        pytest.fail("the model was read")
+
+    monkeypatch.setattr("otpo.cli.converting.source.open_source", read)
+    (tmp_path / "link").symlink_to("nothing")
+    argv = [folder, str(tmp_path / "link")]
+    for run in (export.main, import_model.main):
+        assert "is a link to nothing, which is not there" in refusal(run, capsys, argv)
+    (tmp_path / "convert.py").write_text(CONVERTER)
+    argv += ["--format", "gguf", "--converter", str(tmp_path / "convert.py")]
+    assert "is there already" in refusal(export.main, capsys, argv)
 
 
 def test_what_is_left_out_has_a_line(folder, tmp_path, capsys):
@@ -245,7 +284,7 @@ def test_what_llama_cpp_computes_otherwise_is_refused(tmp_path, changes, message
     out = tmp_path / "out.gguf"
     argv = [str(tmp_path / "compass"), str(out), "--format", "gguf", "--converter", str(script)]
     assert message in refusal(export.main, capsys, argv)
-    assert not out.exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"compass", "convert.py"}
 
 
 @pytest.mark.parametrize(
