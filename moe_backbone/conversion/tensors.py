@@ -85,7 +85,7 @@ def read_tensors(folder: str | Path) -> Tensors:
     for index_name, name in ((SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME), (WEIGHTS_INDEX_NAME, WEIGHTS_NAME)):
         index = folder / index_name
         if index.is_file():
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            weight_map = _weight_map(index)
             return _read_files(folder, sorted(set(weight_map.values())), set(weight_map), index_name)
         if (folder / name).is_file():
             return _read_files(folder, [name], None, name)
@@ -93,6 +93,16 @@ def read_tensors(folder: str | Path) -> Tensors:
         f"{folder} has no weights: neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}, nor {WEIGHTS_NAME}. "
         "Name the folder that `save_pretrained` or a trainer wrote."
     )
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    except (ValueError, LookupError, TypeError) as error:
+        raise ValueError(f"{index} can't be read: it has no JSON with a `weight_map`. Copy it again.") from error
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise ValueError(f"{index}: `weight_map` does not give each tensor its file. Copy it again.")
+    return weight_map
 
 
 def _read_files(folder: Path, names: list[str], wanted: set[str] | None, index: str) -> Tensors:

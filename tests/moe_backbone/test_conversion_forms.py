@@ -85,6 +85,14 @@ def test_files_that_are_not_weights_are_refused_by_their_name(tmp_path, form, ol
         read_tensors(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["model.safetensors.index.json", "pytorch_model.bin.index.json"])
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}'])
+def test_an_index_that_cannot_be_read_is_named(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=rf"{name}.*`weight_map`.*Copy it again"):
+        read_tensors(tmp_path)
+
+
 def test_a_part_of_a_packed_tensor_is_read_alone(tmp_path):
     experts = torch.arange(24.0).reshape(2, 4, 3)
     save_file({"a.experts.gate_up_proj": experts}, tmp_path / "model.safetensors")
