@@ -25,6 +25,7 @@ class Written(NamedTuple):
         dtype: Of the weights.
         shards: Number of files of weights.
         left_out: Sentences on what is not in them.
+        source: The class of the model that was converted.
     """
 
     architecture: str
@@ -33,6 +34,7 @@ class Written(NamedTuple):
     dtype: torch.dtype
     shards: int
     left_out: list[str]
+    source: str
 
 
 def export_model(
@@ -44,6 +46,7 @@ def export_model(
     dtype: torch.dtype | None = None,
     max_shard_size: int | str = "5GB",
     progress: Callable[[int, int], None] | None = None,
+    check: Callable[[Path, Written], None] | None = None,
 ) -> Written:
     """Writes a Compass model as the architecture of transformers that computes the same; see `targets`.
 
@@ -55,6 +58,7 @@ def export_model(
         dtype: Of the weights; None keeps each as it is.
         max_shard_size: Bytes of a file at most, or a text such as "5GB". So much memory is needed.
         progress: Called after each file with the number of files written and of all files.
+        check: Called with the whole folder before it gets its name, which it does not get where this raises.
 
     Raises:
         ValueError: No architecture computes the same, the tensors are not those of `config`, or `out` is there.
@@ -80,7 +84,10 @@ def export_model(
         kept = changed[next(iter(changed))].dtype
         write_config(target.config(**options), folder, name, kept)
         left_out += copy_side_files(side_folders, folder, drafts=False)
-    return Written(name, target.title, target.why, kept, shards, left_out)
+        written = Written(name, target.title, target.why, kept, shards, left_out, source_class.__name__)
+        if check is not None:
+            check(folder, written)
+    return written
 
 
 def cast(tensor: LazyTensor, dtype: torch.dtype) -> LazyTensor:

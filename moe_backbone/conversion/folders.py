@@ -39,14 +39,12 @@ def new_folder(out: str | Path) -> Iterator[Path]:
     """A folder that gets its name when it is whole; one that is left unfinished is removed.
 
     Args:
-        out: A path where nothing is, or an empty folder.
+        out: A path where nothing is, or an empty folder, or a link to one.
 
     Raises:
         ValueError: There is something at `out`.
     """
-    out = Path(out)
-    if out.is_file() or (out.is_dir() and any(out.iterdir())):
-        raise ValueError(f"{out} is there already. Name a new folder, or remove this one.")
+    out = require_new_folder(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as parent:
         unfinished = Path(parent) / "folder"  # in the temporary one, whose mode would keep others from reading it
@@ -55,6 +53,25 @@ def new_folder(out: str | Path) -> Iterator[Path]:
         if out.is_dir():
             out.rmdir()
         os.replace(unfinished, out)
+
+
+def require_new_folder(out: str | Path) -> Path:
+    """Where a new folder can be made: `out`, or the empty folder that it is a link to.
+
+    Args:
+        out: A path.
+
+    Raises:
+        ValueError: There is something else at `out`.
+    """
+    out = Path(out)
+    if out.is_symlink():
+        if not out.exists():
+            raise ValueError(f"{out} is a link to {os.readlink(out)}, which is not there. Name a new folder.")
+        out = out.resolve()
+    if os.path.lexists(out) and not (out.is_dir() and not any(out.iterdir())):
+        raise ValueError(f"{out} is there already. Name a new folder, or remove this one.")
+    return out
 
 
 def write_weights(

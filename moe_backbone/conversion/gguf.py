@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -70,16 +71,19 @@ def write_gguf(converter: Path, folder: Path, out: Path, outtype: str) -> None:
     Args:
         converter: The script.
         folder: The folder.
-        out: The file to write.
+        out: The file to write. It gets its name when the converter is done.
         outtype: The converter's option: `f32`, `f16`, `bf16`, `q8_0` or `auto`.
 
     Raises:
         ValueError: The converter failed; the message has the last lines that it printed.
     """
-    command = [str(converter), str(folder), "--outfile", str(out), "--outtype", outtype]
-    if converter.suffix == ".py":
-        command.insert(0, sys.executable)
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ})
-    if done.returncode or not out.is_file():
-        lines = (done.stderr + done.stdout).strip().splitlines()
-        raise ValueError(f"{converter} failed: {' / '.join(lines[-3:]) or f'exit code {done.returncode}'}")
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as temporary:
+        unfinished = Path(temporary) / out.name
+        command = [str(converter), str(folder), "--outfile", str(unfinished), "--outtype", outtype]
+        if converter.suffix == ".py":
+            command.insert(0, sys.executable)
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ})
+        if done.returncode or not unfinished.is_file():
+            lines = (done.stderr + done.stdout).strip().splitlines()
+            raise ValueError(f"{converter} failed: {' / '.join(lines[-3:]) or f'exit code {done.returncode}'}")
+        os.replace(unfinished, out)

@@ -24,6 +24,7 @@ def import_model(
     dtype: torch.dtype | None = None,
     max_shard_size: int | str = "5GB",
     progress: Callable[[int, int], None] | None = None,
+    check: Callable[[Path, Written], None] | None = None,
 ) -> Written:
     """Writes a model of another architecture as the Compass model that computes the same; see `sources`.
 
@@ -35,6 +36,7 @@ def import_model(
         dtype: Of the weights; None keeps each as it is.
         max_shard_size: Bytes of a file at most, or a text such as "5GB". So much memory is needed.
         progress: Called after each file with the number of files written and of all files.
+        check: Called with the whole folder before it gets its name, which it does not get where this raises.
 
     Raises:
         ValueError: No Compass model computes the same, the tensors are not those of `config`, or `out` is there.
@@ -57,5 +59,8 @@ def import_model(
         kept = changed[next(iter(changed))].dtype
         write_config(compass, folder, name, kept)
         left_out += copy_side_files(side_folders, folder, drafts=True)
-    why = "the same weights under the same names" if kind == "qwen3_moe" else "the same weights under other names"
-    return Written(name, "Compass", why, kept, shards, left_out)
+        why = "the same weights under the same names" if kind == "qwen3_moe" else "the same weights under other names"
+        written = Written(name, "Compass", why, kept, shards, left_out, source)
+        if check is not None:
+            check(folder, written)
+    return written

@@ -8,7 +8,9 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
+from zipfile import is_zipfile
 
 import torch
 from safetensors import safe_open
@@ -27,6 +29,11 @@ _DTYPES = {
 # Experts in one tensor for a layer: as transformers has them in memory, and as DeepSpeed's layer has them.
 _PACKED = re.compile(r"(.*\.experts)\.(gate_up_proj|down_proj)")
 _SPREAD = re.compile(r"(.*\.experts)\.experts\.(w1|w2|w3)")
+# What `torch.load` raises for files that are damaged or hold objects of other classes than tensors.
+_UNREADABLE = (
+    *(UnpicklingError, RuntimeError, EOFError, LookupError),
+    *(ValueError, TypeError, AttributeError, AssertionError),
+)
 _DEEPSPEED_NAMES = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 
 
@@ -78,7 +85,7 @@ def read_tensors(folder: str | Path) -> Tensors:
     for index_name, name in ((SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME), (WEIGHTS_INDEX_NAME, WEIGHTS_NAME)):
         index = folder / index_name
         if index.is_file():
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            weight_map = _weight_map(index)
             return _read_files(folder, sorted(set(weight_map.values())), set(weight_map), index_name)
         if (folder / name).is_file():
             return _read_files(folder, [name], None, name)
@@ -86,6 +93,16 @@ def read_tensors(folder: str | Path) -> Tensors:
         f"{folder} has no weights: neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}, nor {WEIGHTS_NAME}. "
         "Name the folder that `save_pretrained` or a trainer wrote."
     )
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    except (ValueError, LookupError, TypeError) as error:
+        raise ValueError(f"{index} can't be read: it has no JSON with a `weight_map`. Copy it again.") from error
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise ValueError(f"{index}: `weight_map` does not give each tensor its file. Copy it again.")
+    return weight_map
 
 
 def _read_files(folder: Path, names: list[str], wanted: set[str] | None, index: str) -> Tensors:
@@ -119,7 +136,17 @@ def _read_safetensors(path: Path) -> Tensors:
 
 
 def _read_torch(path: Path) -> Tensors:
-    return state_tensors(torch.load(path, map_location="cpu", mmap=True, weights_only=True))
+    """Of torch's own format; files of torch before 1.6 are no archives, which can't be mapped, and are read whole."""
+    try:
+        state = torch.load(path, map_location="cpu", mmap=is_zipfile(path), weights_only=True)
+    except _UNREADABLE as error:
+        raise ValueError(
+            f"{path} can't be read: it is damaged, or holds more than weights, which could run code. Copy it again, "
+            "or save the model as safetensors."
+        ) from error
+    if not isinstance(state, Mapping) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+        raise ValueError(f"{path} has more than tensors by their names. Save the model's `state_dict()` alone.")
+    return state_tensors(state)
 
 
 def state_tensors(state: Mapping[str, Tensor]) -> Tensors:

@@ -24,8 +24,13 @@ def answers(model: Any) -> Tensor:
     return logits.cpu()
 
 
-def require_equal(left: Tensor, right: Tensor) -> float:
+def require_equal(left: Tensor, right: Tensor, which: str = "written") -> float:
     """The largest difference of two models' logits.
+
+    Args:
+        left: Of the model that was there, any shape.
+        right: Of the model that was made of it, of the same shape.
+        which: How that one was made, for the message.
 
     Raises:
         ValueError: It is too large for models that compute the same.
@@ -33,7 +38,7 @@ def require_equal(left: Tensor, right: Tensor) -> float:
     difference = (left - right).abs().max().item()
     if not difference <= TOLERANCE * max(1.0, left.std(correction=0).item()):  # also where it is not a number
         raise ValueError(
-            f"The written model answers otherwise: logits differ by up to {difference:.3g}. Please report the "
+            f"The {which} model answers otherwise: logits differ by up to {difference:.3g}. Please report the "
             "checkpoint's config.json."
         )
     return difference

@@ -30,7 +30,7 @@ def make_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("model", metavar="MODEL", help="folder or name on the Hub of a model or an adapter")
+    add("model", metavar="MODEL", help="folder or name on the Hub of a model, or an adapter's folder")
     add("--compare", metavar="OTHER", help="a second model, which answers beside the first")
     add("--system", metavar="TEXT", help="the system's message (none)")
     add("--max_new_tokens", type=int, default=512, metavar="N", help="of an answer at most (512)")

@@ -30,7 +30,7 @@ def make_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("model", metavar="MODEL", help="folder or name on the Hub of a model or an adapter")
+    add("model", metavar="MODEL", help="folder or name on the Hub of a model, or an adapter's folder")
     add(
         "--tasks",
         nargs="+",
@@ -62,9 +62,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         report = _evaluate(options)
+        _show(report)  # before the file, which a full disk may refuse
+        if options.output is not None:
+            _write(report, options.output)
     except REFUSALS as error:
         return refuse(parser.prog, error)
-    _show(report)
     return 0
 
 
@@ -72,14 +74,17 @@ def _evaluate(options: argparse.Namespace) -> dict[str, Any]:
     from otpo.cli.evaluating import harness
     from otpo.cli.evaluating.scores import collect_scores
     from otpo.cli.models.loading import require_folder
+    from otpo.cli.options.writing import require_writable_file
 
     # What needs no model is refused before one is loaded, both models' names too.
     harness.require_lm_eval()
     names = [options.model, *([options.compare] if options.compare else [])]
     for option, name in zip(("MODEL", "--compare"), names, strict=False):
         require_folder(option, name)
-    if options.output is not None and not Path(options.output).resolve().parent.is_dir():
-        raise ValueError(f"`--output {options.output}`: there is no folder {Path(options.output).parent}.")
+    if options.output is not None:
+        if not Path(options.output).resolve().parent.is_dir():
+            raise ValueError(f"`--output {options.output}`: there is no folder {Path(options.output).parent}.")
+        require_writable_file("--output", options.output, "scores.json")
     tasks, manager = harness.find_tasks(options.tasks)
 
     given = ("apply_chat_template", "num_fewshot", "limit", "batch_size", "dtype", "device", "seed")
@@ -88,10 +93,11 @@ def _evaluate(options: argparse.Namespace) -> dict[str, Any]:
         collect_scores(harness.evaluate(name, option, tasks, manager, **chosen))
         for option, name in zip(("MODEL", "--compare"), names, strict=False)
     ]
-    report = make_report(names, scores, chosen)
-    if options.output is not None:
-        Path(options.output).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    return report
+    return make_report(names, scores, chosen)
+
+
+def _write(report: dict[str, Any], path: str) -> None:
+    Path(path).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
 def make_report(names: list[str], scores: "list[Scores]", options: dict[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from otpo.cli.converting.command import add_shared_options, show, verify, write
+from otpo.cli.converting.command import add_shared_options, show, write
 
 _DESCRIPTION = """\
 Write a Compass model as the architecture of transformers that computes the same: Qwen3-MoE; Qwen3-Next where it has
@@ -31,7 +31,7 @@ def make_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument(
-        "model", metavar="MODEL", help="folder or name on the Hub of a Compass model or an adapter on it"
+        "model", metavar="MODEL", help="folder or name on the Hub of a Compass model, or an adapter's folder"
     )
     parser.add_argument("out", metavar="OUT", help="the new folder; with `--format gguf` the new file")
     add_shared_options(parser)
@@ -62,6 +62,7 @@ def _export(options: argparse.Namespace) -> None:
 
     from moe_backbone.conversion import gguf
     from moe_backbone.conversion.exporting import export_model
+    from moe_backbone.conversion.folders import require_new_folder
     from moe_backbone.model import modeling_compass
     from otpo.cli.converting.source import open_source
     from otpo.cli.models import compass  # noqa: F401 - makes its models known to the Auto classes
@@ -69,9 +70,11 @@ def _export(options: argparse.Namespace) -> None:
     # What needs no weights is refused before an adapter is merged.
     as_gguf = options.format == "gguf"
     converter = gguf.find_converter(options.converter, os.environ) if as_gguf else None
-    if as_gguf and Path(options.out).exists():
+    if not as_gguf:
+        require_new_folder(options.out)
+    elif os.path.lexists(options.out):
         raise ValueError(f"{options.out} is there already. Name a new file, or remove this one.")
-    source = open_source(options.model, options.revision)
+    source = open_source(options.model, options.revision, keep_dtype=options.dtype is None, verify=options.verify)
     kind = source.config.model_type
     if kind != modeling_compass.CompassConfig.model_type:
         raise ValueError(
@@ -86,10 +89,7 @@ def _export(options: argparse.Namespace) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as temporary:
         folder = f"{temporary}/model" if as_gguf else options.out
-        written = write(export_model, source, folder, options)
-        lines = {}
-        if options.verify:
-            lines["verified"] = verify(source, modeling_compass, folder, written, transformers)
+        written, lines = write(export_model, source, modeling_compass, transformers, folder, options)
         if converter is not None:
             gguf.write_gguf(converter, Path(folder), out, options.outtype)
             lines["converter"] = f"{converter}, `--outtype {options.outtype}`"

@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from otpo.cli.converting.command import add_shared_options, show, verify, write
+from otpo.cli.converting.command import add_shared_options, show, write
 
 _DESCRIPTION = """\
 Write a Qwen3-MoE or Mixtral model as the Compass model that computes the same, to be trained with MTP layers, our
@@ -24,7 +24,9 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("model", metavar="MODEL", help="folder or name on the Hub of the model or an adapter on it")
+    parser.add_argument(
+        "model", metavar="MODEL", help="folder or name on the Hub of the model, or an adapter's folder"
+    )
     parser.add_argument("out", metavar="OUT", help="the new folder")
     add_shared_options(parser)
     return parser
@@ -46,15 +48,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _import(options: argparse.Namespace) -> None:
     import transformers
 
+    from moe_backbone.conversion.folders import require_new_folder
     from moe_backbone.conversion.importing import import_model
     from moe_backbone.model import modeling_compass
     from otpo.cli.converting.source import open_source
 
-    source = open_source(options.model, options.revision)
-    written = write(import_model, source, options.out, options)
-    lines = {}
-    if options.verify:
-        lines["verified"] = verify(source, transformers, options.out, written, modeling_compass)
+    require_new_folder(options.out)
+    source = open_source(options.model, options.revision, keep_dtype=options.dtype is None, verify=options.verify)
+    written, lines = write(import_model, source, transformers, modeling_compass, options.out, options)
     show(written, options.out, lines)
 
 

@@ -1,12 +1,14 @@
 """Conversions: every form of a checkpoint, what is left out, what is refused, folders that are whole or not there."""
 
 import json
+import os
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
 from compass_helpers import FULL, SIZES, YARN, assert_same_state, compass_model, stored_keys
-from conversion_helpers import assert_same_answers, exported, loaded
+from conversion_helpers import assert_same_answers, exported, imported, loaded
 from safetensors.torch import load_file, save_file
 from transformers import MixtralConfig, Qwen2MoeConfig, Qwen3MoeConfig
 
@@ -59,6 +61,36 @@ def test_every_form_of_a_checkpoint(tmp_path, form):
     exported(folder, tmp_path / "got")
     got, want = (load_file(tmp_path / name / "model.safetensors") for name in ("got", "want"))
     assert got.keys() == want.keys() and all(torch.equal(got[name], want[name]) for name in want)
+
+
+def test_files_of_old_torch_are_read(tmp_path):
+    state = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(1, dtype=torch.bfloat16)}
+    torch.save(state, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    read = read_tensors(tmp_path)
+    assert list(read) == ["a", "b"] and all(torch.equal(read[name].whole(), state[name]) for name in state)
+
+
+@pytest.mark.parametrize("old", [False, True])
+@pytest.mark.parametrize("form", ["object", "empty", "cut", "pointer", "list", "nested"])
+def test_files_that_are_not_weights_are_refused_by_their_name(tmp_path, form, old):
+    path = tmp_path / "pytorch_model.bin"
+    found = {"object": {"a": Path("b")}, "list": [torch.ones(2)], "nested": {"model": {"a": torch.ones(2)}}}
+    torch.save(found.get(form, {"a": torch.ones(2000)}), path, _use_new_zipfile_serialization=not old)
+    if form in ("empty", "cut"):
+        path.write_bytes(path.read_bytes()[: 0 if form == "empty" else 1000])
+    elif form == "pointer":
+        path.write_text("version https://git-lfs.github.com/spec/v1\n")
+    message = "more than tensors by their names" if form in ("list", "nested") else "can't be read: it is damaged, or"
+    with pytest.raises(ValueError, match=rf"pytorch_model\.bin.*{message}"):
+        read_tensors(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors.index.json", "pytorch_model.bin.index.json"])
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}'])
+def test_an_index_that_cannot_be_read_is_named(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=rf"{name}.*`weight_map`.*Copy it again"):
+        read_tensors(tmp_path)
 
 
 def test_a_part_of_a_packed_tensor_is_read_alone(tmp_path):
@@ -268,6 +300,39 @@ def test_a_folder_gets_its_name_when_it_is_whole(tmp_path):
     with pytest.raises(KeyError), new_folder(tmp_path / "deep" / "one"):
         raise KeyError
     assert not list((tmp_path / "deep").iterdir())
+
+
+def test_a_link_is_followed_to_an_empty_folder_alone(tmp_path):
+    for name in ("empty", "full"):
+        (tmp_path / name).mkdir()
+        (tmp_path / f"to {name}").symlink_to(name)
+    (tmp_path / "full" / "file").touch()
+    (tmp_path / "to nothing").symlink_to("nothing")
+    os.mkfifo(tmp_path / "pipe")
+    with new_folder(tmp_path / "to empty") as folder:
+        (folder / "weights").touch()
+    assert (tmp_path / "to empty").is_symlink() and (tmp_path / "empty" / "weights").is_file()
+    for name, message in (
+        ("to nothing", "is a link to nothing, which is not there"),
+        ("to full", "is there already"),
+        ("pipe", "is there already"),
+    ):
+        with pytest.raises(ValueError, match=message), new_folder(tmp_path / name):
+            pytest.fail("something was written")
+
+
+@pytest.mark.parametrize("convert", ["export", "import"])
+def test_a_folder_that_is_refused_when_it_is_checked_gets_no_name(tmp_path, convert):
+    def refuse(folder, written):
+        assert (folder / "config.json").is_file() and written.source
+        raise ValueError("no")
+
+    compass_model().save_pretrained(tmp_path / "compass")
+    exported(tmp_path / "compass", tmp_path / "served")
+    source, function = ("compass", exported) if convert == "export" else ("served", imported)
+    with pytest.raises(ValueError, match="no"):
+        function(tmp_path / source, tmp_path / "out", check=refuse)
+    assert {path.name for path in tmp_path.iterdir()} == {"compass", "served"}
 
 
 def test_verifying_tells_models_apart(tmp_path):

@@ -133,6 +133,32 @@ def test_options_are_refused(model_folder, words, message, capsys, monkeypatch):
     assert message in refusal(eval_command.main, capsys, [model_folder, "--tasks", "otpo_pairs", *words])
 
 
+@pytest.mark.parametrize("words", ["", "/", "/new/"])
+def test_a_folder_for_the_report_is_refused_before_anything_is_loaded(
+    model_folder, tmp_path, words, capsys, monkeypatch
+):
+    (tmp_path / "new").mkdir()
+    monkeypatch.setattr(harness, "require_lm_eval", lambda: None)
+    monkeypatch.setattr(harness, "find_tasks", lambda names: pytest.fail("tasks were looked for"))
+    argv = [model_folder, "--tasks", "t", "--output", f"{tmp_path}{words}"]
+    assert f"`--output={tmp_path}{words}` is a folder. Name a file" in refusal(eval_command.main, capsys, argv)
+
+
+def test_scores_are_shown_where_the_report_cannot_be_written(model_folder, tmp_path, capsys, monkeypatch):
+    def full(report, path):
+        raise OSError(28, "No space left on device", path)
+
+    results = {"results": {"letters": {"acc,none": 0.5}}, "samples": {}, "higher_is_better": {}}
+    monkeypatch.setattr(harness, "require_lm_eval", lambda: None)
+    monkeypatch.setattr(harness, "find_tasks", lambda names: (names, None))
+    monkeypatch.setattr(harness, "evaluate", lambda *args, **options: results)
+    monkeypatch.setattr(eval_command, "_write", full)
+    argv = [model_folder, "--tasks", "letters", "--output", str(tmp_path / "scores.json")]
+    assert eval_command.main(argv) == 2
+    found = capsys.readouterr()
+    assert "letters" in found.out and "0.5" in found.out and "No space left" in found.err
+
+
 def test_without_lm_eval_the_extra_is_named(model_folder, capsys, monkeypatch):
     monkeypatch.setattr(harness, "find_spec", lambda name: None)
     message = refusal(eval_command.main, capsys, [model_folder, "--tasks", "otpo_pairs"])

@@ -1,6 +1,7 @@
 """Options and lines that `otpo export` and `otpo import` share."""
 
 import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # at run time it is imported when options have been read, since it brings torch
@@ -22,22 +23,43 @@ def add_shared_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--verify",
         action="store_true",
-        help="then load both models, one after the other, and compare their logits in float32",
+        help="before OUT gets its name, load both models, one after the other, and compare their logits in float32",
     )
 
 
-def write(convert: Any, model: Any, out: str, options: argparse.Namespace) -> "Written":
-    """Calls `export_model` or `import_model` with the options of the command line."""
+def write(
+    convert: Any, source: Any, source_module: Any, target_module: Any, out: str, options: argparse.Namespace
+) -> "tuple[Written, dict[str, str]]":
+    """Calls `export_model` or `import_model` with the options of the command line.
+
+    Args:
+        convert: The function.
+        source: The model to convert.
+        source_module: Where its class is.
+        target_module: Where the written model's class is.
+        out: The new folder. It does not get its name where `--verify` fails.
+        options: Of the command line.
+
+    Returns:
+        What was written, and lines on it by their names.
+    """
     import torch
 
-    return convert(
-        model.config,
-        model.tensors,
+    lines = {}
+
+    def check(folder: Path, written: "Written") -> None:
+        lines["verified"] = verify(source, source_module, folder, written, target_module)
+
+    written = convert(
+        source.config,
+        source.tensors,
         out,
-        side_folders=model.folders,
+        side_folders=source.folders,
         dtype=None if options.dtype is None else getattr(torch, options.dtype),
         max_shard_size=_size(options.max_shard_size),
+        check=check if options.verify else None,
     )
+    return written, lines
 
 
 def _size(text: str) -> int:
@@ -52,7 +74,7 @@ def _size(text: str) -> int:
     return size
 
 
-def verify(source: Any, model_module: Any, folder: str, written: "Written", target_module: Any) -> str:
+def verify(source: Any, model_module: Any, folder: Path, written: "Written", target_module: Any) -> str:
     """Compares the logits of the model that was converted and of the one that was written, one in memory at a time.
 
     Args:
@@ -69,7 +91,7 @@ def verify(source: Any, model_module: Any, folder: str, written: "Written", targ
 
     model = source.model
     if model is None:
-        model_class = getattr(model_module, source.config.architectures[0])
+        model_class = getattr(model_module, written.source)
         model = model_class.from_pretrained(source.folders[0], dtype=written.dtype)
     for parameter in model.parameters():  # a merged model's; `model.to` would round rotary positions as well
         parameter.data = parameter.data.to(written.dtype)

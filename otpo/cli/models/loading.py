@@ -12,6 +12,8 @@ from trl.trainer.utils import create_model_from_path
 
 from otpo.cli.launching.launch import is_launched
 
+from .merging import load_adapter, merge_adapter
+
 _ADAPTER_CONFIG = "adapter_config.json"
 
 
@@ -116,13 +118,11 @@ def load_adapted(origin: Origin, args: Any, kwargs: dict[str, Any], quantization
         kwargs: Options of `from_pretrained` for the model.
         quantization: Of the model.
     """
-    from peft import PeftModel
-
     stage = getattr(args.deepspeed_plugin, "zero_stage", None)
     # Under ZeRO-3 all parameters must be of one dtype, as TRL has it for new adapters.
     autocast = stage != 3 or quantization is not None
     model = load_plain(origin, args, kwargs, quantization)
-    return PeftModel.from_pretrained(model, origin.name, is_trainable=True, autocast_adapter_dtype=autocast)
+    return load_adapter(model, origin.name, is_trainable=True, autocast_adapter_dtype=autocast)
 
 
 def load_plain(origin: Origin, args: Any, kwargs: dict[str, Any], quantization: Any = None) -> Any:
@@ -140,7 +140,7 @@ def load_reference(origin: Origin, args: Any, kwargs: dict[str, Any], quantizati
     kwargs = {**kwargs, "revision": origin.revision}
     if not origin.adapted:
         return load_plain(origin, args, kwargs, quantization)
-    return load_adapted(origin, args, kwargs, quantization).merge_and_unload()
+    return merge_adapter(load_adapted(origin, args, kwargs, quantization))
 
 
 def require_same_vocabulary(option: str, policy: Any, reference: Any) -> None:
