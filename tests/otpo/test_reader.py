@@ -11,6 +11,7 @@ from trl import DatasetMixtureConfig, get_dataset
 
 from moe_backbone.pretraining.documents import Source, SplitError, load_source, read_source
 from otpo.cli import explain, pretrain
+from otpo.cli.options import explained
 from otpo.cli.pretraining.data import find_sources, read_documents
 from otpo.cli.sft import _checked as check_instruction_rows
 from otpo.data.files import SourceError
@@ -60,7 +61,7 @@ def by_sft(path, streaming, **options):
 
 def by_explain(path, streaming, **options):
     words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-    return explain._load_rows(
+    return explained.load_rows(
         explain.make_parser().parse_args(["--dataset_name", path, "--rows", "0", "1", "2", "3", *words])
     )[1]
 
