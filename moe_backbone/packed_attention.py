@@ -18,6 +18,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from otpo_kernels.flash import flash_can_run
+
 NAME = "torch_varlen"
 
 _GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
@@ -83,20 +85,6 @@ def varlen_attention_forward(
     return attended[None], None
 
 
-def varlen_can_run(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
-    """Whether torch's kernel takes such heads: half precision on a GPU of compute capability 8.0 or later.
-
-    Args:
-        device: Of the model.
-        dtype: That attention is computed in, which is autocast's where it is on.
-        head_dim: Width of a head.
-    """
-    if device.type != "cuda" or torch.version.hip is not None or dtype not in (torch.float16, torch.bfloat16):
-        return False
-    capable = torch.cuda.get_device_capability(device) >= (8, 0)
-    return capable and head_dim <= 256 and head_dim % 8 == 0 and torch.backends.cuda.is_flash_attention_available()
-
-
 def choose_attention(config: Any, device: torch.device, dtype: torch.dtype) -> tuple[str, str | None]:
     """The attention implementation that a training on packed rows takes where its user names none.
 
@@ -110,7 +98,7 @@ def choose_attention(config: Any, device: torch.device, dtype: torch.dtype) -> t
     """
     if config.attention_dropout:
         return "sdpa", f"`attention_dropout={config.attention_dropout}` is more than attention by lengths can do"
-    if varlen_can_run(device, dtype, config.head_dim):
+    if flash_can_run(device, dtype, config.head_dim):
         return NAME, None
     if device.type != "cuda":
         return "sdpa", None

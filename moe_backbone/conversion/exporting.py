@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 import transformers
+from transformers import PreTrainedConfig
 
 from moe_backbone.model import modeling_compass
 from moe_backbone.model.configuration_compass import CompassConfig
@@ -79,12 +80,46 @@ def export_model(
     changed = target_tensors(config, target, decoder)
     changed = require_complete(changed, target_class, target.config(**options), "the checkpoint")
 
+    kept = changed[next(iter(changed))].dtype
+    planned = Written(name, target.title, target.why, kept, 0, left_out, source_class.__name__)
+    return write_converted(
+        changed, target.config(**options), out, planned, side_folders, max_shard_size, progress, check, drafts=False
+    )
+
+
+def write_converted(
+    tensors: Tensors,
+    config: PreTrainedConfig,
+    out: str | Path,
+    planned: Written,
+    side_folders: Sequence[Path],
+    max_shard_size: int | str,
+    progress: Callable[[int, int], None] | None,
+    check: Callable[[Path, Written], None] | None,
+    *,
+    drafts: bool,
+) -> Written:
+    """Writes weights, configuration and side files of a converted model to a new folder.
+
+    Args:
+        tensors: Under their new names.
+        config: Of the new architecture.
+        out: See [`export_model`].
+        planned: What is known of the model before it is written.
+        side_folders: See [`export_model`], and so are `max_shard_size`, `progress` and `check`.
+        max_shard_size: Bytes.
+        progress: Called after each file.
+        check: Called before the folder gets its name.
+        drafts: Whether the model that is written has MTP layers, so that `generate` may draft with them.
+
+    Returns:
+        `planned` with the number of files, and what of the side files was left out.
+    """
     with new_folder(out) as folder:
-        shards = write_weights(changed, folder, max_shard_size, progress)
-        kept = changed[next(iter(changed))].dtype
-        write_config(target.config(**options), folder, name, kept)
-        left_out += copy_side_files(side_folders, folder, drafts=False)
-        written = Written(name, target.title, target.why, kept, shards, left_out, source_class.__name__)
+        shards = write_weights(tensors, folder, max_shard_size, progress)
+        write_config(config, folder, planned.architecture, planned.dtype)
+        left_out = [*planned.left_out, *copy_side_files(side_folders, folder, drafts=drafts)]
+        written = planned._replace(shards=shards, left_out=left_out)
         if check is not None:
             check(folder, written)
     return written

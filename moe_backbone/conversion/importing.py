@@ -9,8 +9,8 @@ from transformers import PreTrainedConfig
 
 from moe_backbone.model import modeling_compass
 
-from .exporting import Written, cast
-from .folders import copy_side_files, new_folder, require_complete, write_config, write_weights
+from .exporting import Written, cast, write_converted
+from .folders import require_complete
 from .sources import PREFIXES, compass_options, compass_tensors, make_config
 from .tensors import Tensors, split_experts
 
@@ -54,13 +54,7 @@ def import_model(
     if dtype is not None:
         changed = {name: cast(tensor, dtype) for name, tensor in changed.items()}
     changed = require_complete(changed, model_class, compass, "the checkpoint")
-    with new_folder(out) as folder:
-        shards = write_weights(changed, folder, max_shard_size, progress)
-        kept = changed[next(iter(changed))].dtype
-        write_config(compass, folder, name, kept)
-        left_out += copy_side_files(side_folders, folder, drafts=True)
-        why = "the same weights under the same names" if kind == "qwen3_moe" else "the same weights under other names"
-        written = Written(name, "Compass", why, kept, shards, left_out, source)
-        if check is not None:
-            check(folder, written)
-    return written
+    kept = changed[next(iter(changed))].dtype
+    why = "the same weights under the same names" if kind == "qwen3_moe" else "the same weights under other names"
+    planned = Written(name, "Compass", why, kept, 0, left_out, source)
+    return write_converted(changed, compass, out, planned, side_folders, max_shard_size, progress, check, drafts=True)

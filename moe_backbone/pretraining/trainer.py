@@ -79,13 +79,12 @@ class PretrainingConfig(TrainingArguments):
         read_from_file = isinstance(asked, str) and not asked.startswith("{")
         is_set = "non_blocking" in asked if isinstance(asked, str | dict) else asked is not None
         super().__post_init__()
+        resolved: Any = self.accelerator_config
         # Apple's GPUs copy from memory that is not pinned, where a batch may be gone before it is read.
         if not is_set and not read_from_file and self.dataloader_pin_memory and self.device.type != "mps":
-            resolved: Any = self.accelerator_config
             resolved.non_blocking = True
-        config: Any = self.accelerator_config
-        if config.dispatch_batches is None and self.world_size == 1:
-            config.dispatch_batches = False  # nobody to read for
+        if resolved.dispatch_batches is None and self.world_size == 1:
+            resolved.dispatch_batches = False  # nobody to read for
         if self.token_loss not in ("auto", *TOKEN_LOSSES):
             raise ValueError(f"`token_loss` must be auto, {', '.join(TOKEN_LOSSES)}, got {self.token_loss!r}.")
         if self.sequence_length < 2:
@@ -251,7 +250,8 @@ class PretrainingTrainer(Trainer):
         if self.accelerator.scaler is None:  # fp16's scaler skips such steps itself
             # DeepSpeed's engine steps within the backward pass; elsewhere the step is still to come.
             to_come = self.accelerator.distributed_type != DistributedType.DEEPSPEED
-            self._norms.add(norm, self.state.global_step, left_out=self._left_out, to_come=to_come)
+            left_out = self._left_out and grad_norm is not None  # None where nothing is clipped
+            self._norms.add(norm, self.state.global_step, left_out=left_out, to_come=to_come)
         return norm
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -261,13 +261,9 @@ class PretrainingTrainer(Trainer):
         return trained
 
     def save_model(self, *args: Any, **kwargs: Any) -> None:
-        """Saves as transformers does, after a look at the last step's gradient."""
+        """Saves as transformers does, checkpoints too, after a look at the last step's gradient."""
         self._norms.read()
         super().save_model(*args, **kwargs)
-
-    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        self._norms.read()
-        super()._save_checkpoint(*args, **kwargs)
 
     def _window_metrics(self) -> dict[str, float]:
         """Metrics of all processes since the last entry; starts a new window."""

@@ -13,9 +13,10 @@ import torch
 
 from otpo.plain_model import has_adapter, without_adapter
 from otpo.trl_seam import implementations
+from otpo_kernels.flash import FLASH_DTYPES, flash_can_run
 
 from .attention import plain_implementation
-from .lengths_attention import FLASH_DTYPES, binding_window, flash_can_run
+from .lengths_attention import binding_window
 from .names import RowLayout
 
 _KNOWN_LAYERS = {"full_attention", "sliding_attention", "global"}

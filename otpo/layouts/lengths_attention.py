@@ -17,8 +17,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-FLASH_DTYPES = (torch.float16, torch.bfloat16)
-"""What the kernels take."""
 _aten = torch.ops.aten
 
 
@@ -139,14 +137,6 @@ def row_mask(pairs: Tensor, branches: Tensor) -> Tensor:
     places = torch.arange(len(pairs), device=pairs.device)
     sees = (pairs[:, None] == pairs) & (places[:, None] >= places)
     return sees & ((branches == 0) | (branches[:, None] == branches))
-
-
-def flash_can_run(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
-    """Whether torch's flash kernels take such heads: half precision on a GPU of compute capability 8.0 or later."""
-    if device.type != "cuda" or torch.version.hip is not None or dtype not in FLASH_DTYPES:
-        return False
-    capable = torch.cuda.get_device_capability(device) >= (8, 0)
-    return capable and head_dim <= 256 and head_dim % 8 == 0 and torch.backends.cuda.is_flash_attention_available()
 
 
 # The two operators below are opaque to `torch.compile`, which could not trace the kernels' wrappers with lengths that
