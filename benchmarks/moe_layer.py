@@ -1,4 +1,4 @@
-"""Whole experts modules of transformers: the memcpy implementation beside transformers' own and Liger-Kernel.
+"""Whole experts modules of transformers: memcpy beside transformers' own implementations, Liger-Kernel and SonicMoE.
 
 Forward, and forward with the gradients of input, router's weights and experts' weights, in bfloat16. A time is
 reported only if, in the same run, output and gradients of that very contender match float32 eager; otherwise `status`
@@ -87,7 +87,7 @@ OVER_GROUPED, NOISE = 1.25, 0.01
 OURS = "memcpy"
 BASE, UNMASKED, BATCHED = "grouped_mm", "grouped_mm unmasked", "batched_mm"
 STAND_IN = (UNMASKED,) if Version(transformers.__version__) < Version("5.18") else ()
-TRAINING = (OURS, BASE, *STAND_IN, BATCHED, "eager", "liger")
+TRAINING = (OURS, BASE, *STAND_IN, BATCHED, "eager", "liger", "sonic")
 DECODING = (OURS, BASE, *STAND_IN, BATCHED)
 KINDS = {"forward": 1, "forward_backward": 3}  # and their products, in those of a forward
 COLUMNS = ("shape", *Layer._fields[2:7], "routing", "contender", "status", "errors", "forward_ms", "host_ms")
@@ -113,6 +113,18 @@ def liger(experts: Any, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
     return LigerFusedMoEFunction.apply(x, experts.gate_up_proj, experts.down_proj, index.int(), weights)
 
 
+def sonic(experts: Any, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    """SonicMoE's function on the same parameters (arXiv 2512.14080), of PyPI's `sonic-moe`."""
+    from sonicmoe.enums import ActivationType  # pyright: ignore[reportMissingImports]
+    from sonicmoe.functional import moe_general_routing_inputs  # pyright: ignore[reportMissingImports]
+
+    tokens = torch.arange(len(index), device=x.device, dtype=torch.int32).repeat_interleave(index.size(1))
+    stream, infers = torch.cuda.current_stream().cuda_stream, not torch.is_grad_enabled()
+    up, down = (weight.permute(1, 2, 0) for weight in (experts.gate_up_proj, experts.down_proj))
+    ways = (weights.flatten(), tokens, index.flatten().int(), up, None, down, None, experts.num_experts, stream)
+    return moe_general_routing_inputs(x, *ways, ActivationType.SWIGLU, infers, concat_layout=True)[0]
+
+
 CONTENDERS: dict[str, Forward] = {
     OURS: by_name("memcpy"),
     BASE: by_name("grouped_mm"),
@@ -120,6 +132,7 @@ CONTENDERS: dict[str, Forward] = {
     BATCHED: by_name("batched_mm"),
     "eager": by_name("eager"),
     "liger": liger,
+    "sonic": sonic,
 }
 
 
@@ -231,7 +244,7 @@ def run_layer(layer: Layer, names: list[str], deadline: harness.Deadline) -> lis
 def run(layers: list[Layer], names: list[str], minutes: float, output: Path, console: Console) -> list[dict]:
     """Measures every layer and writes what there is after each, so that a killed run keeps its rows."""
     tiles = {"liger_tiles": "fixed" if os.environ.get("LIGER_FUSED_MOE_AUTOTUNE") == "0" else "tuned"}
-    machine = harness.describe_machine("transformers", "liger-kernel") | tiles
+    machine = harness.describe_machine("transformers", "liger-kernel", "sonic-moe", "quack-kernels") | tiles
     rows: list[dict] = []
     deadline = harness.Deadline(minutes)
     for layer in layers:

@@ -1,28 +1,25 @@
 """Attention over packed rows by their documents' lengths: the attention implementation `torch_varlen`.
 
 `sdpa` tells documents apart by a mask, which no flash kernel takes, and computes what the mask leaves out as well.
-torch's own kernel for rows of different lengths (`torch.nn.attention.varlen`) needs no mask and computes what is seen
-alone. It takes half precision on a GPU. A call that does not say where documents end, such as one in `generate`, runs
-as `sdpa`, so a model may keep the implementation after its training.
+Flash kernels for rows of different lengths need no mask and compute what is seen alone: torch's own, or those of
+FlashAttention-4 where that is installed, see `otpo_kernels.flash`. They take half precision on a GPU. A call that does
+not say where documents end, such as one in `generate`, runs as `sdpa`, so a model may keep the implementation after
+its training.
 
 Importing this module, as `import moe_backbone` does, registers the name with transformers.
 """
 
-import inspect
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from otpo_kernels.flash import flash_can_run
+from otpo_kernels.flash import attend_within, flash_can_run
 
 NAME = "torch_varlen"
-
-_GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 
 def varlen_attention_forward(
@@ -78,11 +75,9 @@ def varlen_attention_forward(
         raise ValueError(f"`cu_seq_lens_q` speaks of one row of documents, got a batch of {len(query)} rows.")
     device = query.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
-    query, key, value = (part[0].transpose(0, 1).to(dtype).contiguous() for part in (query, key, value))
-    ends, longest = (cu_seq_lens_q, cu_seq_lens_q), (max_length_q, max_length_q)
-    seen = -1 if sliding_window is None else sliding_window - 1
-    attended: Any = varlen_attn(query, key, value, *ends, *longest, scale=scaling, window_size=(seen, 0), **_GROUPED)
-    return attended[None], None
+    query, key, value = (part[0].transpose(0, 1).to(dtype) for part in (query, key, value))
+    left = -1 if sliding_window is None else sliding_window - 1
+    return attend_within(query, key, value, cu_seq_lens_q, max_length_q, scaling, left)[None], None
 
 
 def choose_attention(config: Any, device: torch.device, dtype: torch.dtype) -> tuple[str, str | None]:

@@ -95,7 +95,7 @@ def make_trainer(data: PretrainArguments, args: PretrainingConfig, model: ModelA
             raise ValueError("There is nothing to evaluate on. List sources under `evaluation` in the mixture.")
         held_out = load_rows(test, options[1], tokenizer, config, args, streaming=False)
     trainer = of_class(compass, args, rows, held_out, processing_class=tokenizer)
-    if data.notes["attention"] == TORCH_VARLEN and trainer.is_cut(rows):
+    if data.notes["attention"].startswith(TORCH_VARLEN) and trainer.is_cut(rows):
         data.notes["attention"] = "torch_varlen as sdpa, since one process reads the stream for all"
     data.notes["compiled"] = compile_for_run(trainer, asked=data.compile_layers)
     return trainer

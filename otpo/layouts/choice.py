@@ -13,7 +13,7 @@ import torch
 
 from otpo.plain_model import has_adapter, without_adapter
 from otpo.trl_seam import implementations
-from otpo_kernels.flash import FLASH_DTYPES, flash_can_run
+from otpo_kernels.flash import FLASH_DTYPES, flash_can_run, flash_kernels
 
 from .attention import plain_implementation
 from .lengths_attention import binding_window
@@ -30,11 +30,13 @@ class Layout:
         name: The layout.
         way: How attention tells rows without padding apart; None for padded ones.
         reason: Why it is this one, for the run's header.
+        kernels: Whose kernels compute attention where `way` is lengths, for the header too.
     """
 
     name: Literal["padded", "packed", "shared_prompt"]
     way: Literal["lengths", "flash", "mask"] | None = None
     reason: str = ""
+    kernels: str = ""
 
     @property
     def shares(self) -> bool:
@@ -44,7 +46,7 @@ class Layout:
     def describe(self) -> str:
         """In one line."""
         ways = {
-            "lengths": "attention by lengths in torch's flash kernels",
+            "lengths": f"flash attention by lengths, {self.kernels}",
             "flash": "transformers' flash attention by lengths",
             "mask": "attention by a mask over all tokens of a batch",
         }
@@ -78,6 +80,7 @@ def choose_layout(
         return Layout("padded", reason="row_layout=padded")
     obstacle = obstacle or obstacle_of(causal_lm)
     way = None if obstacle else _way(causal_lm, device, autocast)
+    kernels = flash_kernels(device, _head_dim(causal_lm)) if way == "lengths" else ""
     windowed = _window_binds(causal_lm, max_length)
     if obstacle is None and way is None:
         obstacle = f"attention {plain_implementation(implementations(causal_lm.config)[0])!r} takes no rows by lengths"
@@ -92,7 +95,7 @@ def choose_layout(
             obstacle = "transformers' flash attention: load the model with `attn_implementation='sdpa'`"
         if obstacle is not None:
             raise ValueError(f"`row_layout={asked!r}` is not possible with {obstacle}. Set `row_layout='auto'`.")
-        return Layout(asked, way, f"row_layout={asked}")
+        return Layout(asked, way, f"row_layout={asked}", kernels)
 
     # Else the fastest that is possible.
     if obstacle is not None:
@@ -106,8 +109,8 @@ def choose_layout(
     if way == "flash":
         return Layout("packed", way, "transformers' flash attention shares no prompts; 'sdpa' does")
     if windowed:
-        return Layout("packed", way, f"a sliding window of {_window(causal_lm)} tokens shares no prompts")
-    return Layout("shared_prompt", way)
+        return Layout("packed", way, f"a sliding window of {_window(causal_lm)} tokens shares no prompts", kernels)
+    return Layout("shared_prompt", way, kernels=kernels)
 
 
 def obstacle_of(causal_lm: Any) -> str | None:
@@ -139,14 +142,16 @@ def _way(
     causal_lm: Any, device: torch.device, autocast: torch.dtype | None
 ) -> Literal["lengths", "flash", "mask"] | None:
     attention = plain_implementation(implementations(causal_lm.config)[0])
-    config = causal_lm.config.get_text_config()
-    if attention == "sdpa":
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        if flash_can_run(device, autocast or causal_lm.dtype, head_dim):
-            return "lengths"
+    if attention == "sdpa" and flash_can_run(device, autocast or causal_lm.dtype, _head_dim(causal_lm)):
+        return "lengths"
     if attention in ("flash_attention_2", "flash_attention_3", "flash_attention_4"):
         return "flash"
     return "mask" if attention in ("sdpa", "eager") else None
+
+
+def _head_dim(causal_lm: Any) -> int:
+    config = causal_lm.config.get_text_config()
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def _window(causal_lm: Any) -> int | None:

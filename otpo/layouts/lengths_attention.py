@@ -1,4 +1,4 @@
-"""Causal attention over rows without padding, whose pairs may share a prefix, by torch's flash kernels.
+"""Causal attention over rows without padding, whose pairs may share a prefix, by flash kernels.
 
 A branch's tokens see the prefix of their pair and themselves. That is two calls of the kernel: every segment causally
 over itself, and the branches over their prefixes without a mask. Their outputs are averaged by their shares of the
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-_aten = torch.ops.aten
+from otpo_kernels.flash import Segments, flash_backward, flash_forward
 
 
 class RowLengths(NamedTuple):
@@ -58,7 +58,7 @@ class Bounds:
 
 
 class _Calls(NamedTuple):
-    """The two calls of the kernels, each told by ends and longest lengths of queries and of keys.
+    """The two calls of the kernels.
 
     Attributes:
         segments: Each segment over itself.
@@ -66,16 +66,18 @@ class _Calls(NamedTuple):
         parts: The prefixes and the branches within all tokens; None if nothing is shared, or nothing is not.
     """
 
-    segments: tuple[Tensor, Tensor, int, int]
-    crossing: tuple[Tensor, Tensor, int, int]
+    segments: Segments
+    crossing: Segments
     parts: tuple[slice, slice] | None
 
 
-def _calls(tokens: int, segment_ends: Tensor, branch_ends: Tensor, shared_ends: Tensor, bounds: Tensor) -> _Calls:
+def _calls(
+    tokens: int, segment_ends: Tensor, branch_ends: Tensor, shared_ends: Tensor, bounds: Tensor, left: int
+) -> _Calls:
     shared, longest_segment, longest_branch, longest_shared = bounds.tolist()  # on the CPU, so nothing waits
     return _Calls(
-        (segment_ends, segment_ends, longest_segment, longest_segment),
-        (branch_ends, shared_ends, longest_branch, longest_shared),
+        Segments(segment_ends, segment_ends, longest_segment, longest_segment, True, left),
+        Segments(branch_ends, shared_ends, longest_branch, longest_shared, False),
         None if shared in (0, tokens) else (slice(None, shared), slice(shared, None)),
     )
 
@@ -157,19 +159,14 @@ def _attend(
 ) -> tuple[Tensor, Tensor]:
     """The output `[N, H, D]`, and the logarithm of the softmax's mass `[H, N]` in float32."""
     query, key, value = (part.contiguous() for part in (query, key, value))
-    calls = _calls(len(query), segment_ends, branch_ends, shared_ends, bounds)
-    output, log_mass, *_ = _aten._flash_attention_forward(
-        query, key, value, *calls.segments, 0.0, True, False, scale=scale, window_size_left=left, window_size_right=0
-    )
+    calls = _calls(len(query), segment_ends, branch_ends, shared_ends, bounds, left)
+    output, log_mass = flash_forward(query, key, value, calls.segments, scale)
     if calls.parts is None:
         return output, log_mass
 
-    # What the branches see of their prefixes. A pair without one has the logarithm +inf there, which means no mass.
+    # What the branches see of their prefixes, which is nothing for a pair without one.
     prefix, branch = calls.parts
-    seen, seen_mass, *_ = _aten._flash_attention_forward(
-        query[branch], key[prefix], value[prefix], *calls.crossing, 0.0, False, False, scale=scale
-    )
-    seen_mass = seen_mass.masked_fill(seen_mass == math.inf, -math.inf)
+    seen, seen_mass = flash_forward(query[branch], key[prefix], value[prefix], calls.crossing, scale)
 
     # Each part weighs as much as its share of the whole mass.
     own_mass = log_mass[:, branch]
@@ -201,23 +198,17 @@ def _attend_backward(
     left: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad, query, key, value = (part.contiguous() for part in (grad, query, key, value))
-    unused = torch.zeros(2, dtype=torch.uint64, device=query.device), query.new_empty(0)  # of dropout
-    calls = _calls(len(query), segment_ends, branch_ends, shared_ends, bounds)
-    grads = _aten._flash_attention_backward(
-        *(grad, query, key, value, output, log_mass, *calls.segments, 0.0, True, *unused),
-        scale=scale,
-        window_size_left=left,
-        window_size_right=0,
-    )
+    calls = _calls(len(query), segment_ends, branch_ends, shared_ends, bounds, left)
+    grads = flash_backward(grad, query, key, value, output, log_mass, calls.segments, scale)
     if calls.parts is None:
         return grads
 
     # The same probabilities and outputs, of the whole softmax, over the prefixes.
     prefix, branch = calls.parts
-    of_branch, of_key, of_value = _aten._flash_attention_backward(
+    of_branch, of_key, of_value = flash_backward(
         *(grad[branch], query[branch], key[prefix], value[prefix], output[branch], log_mass[:, branch].contiguous()),
-        *(*calls.crossing, 0.0, False, *unused),
-        scale=scale,
+        calls.crossing,
+        scale,
     )
     grad_query, grad_key, grad_value = grads
     grad_query[branch] += of_branch

@@ -1,14 +1,14 @@
 """Attention over packed rows by lengths is attention by a mask; the kernel is a stand-in in float64 here."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from compass_helpers import assert_gradients_close, compass_model, gradients
-from flash_in_float64 import forward as flash_forward
+from flash_in_float64 import backward, forward
 from pretraining_helpers import chain_documents, pretrainer, tiny_compass
 
-from moe_backbone import packed_attention
 from moe_backbone.packed_attention import NAME, choose_attention, varlen_attention_forward
 from moe_backbone.pretraining.packing import PackedCollator, pack_documents
 
@@ -21,26 +21,17 @@ ROWS = [
 
 @pytest.fixture
 def kernel(monkeypatch):
-    """Stands in for torch's function, in any precision, and counts its calls."""
+    """Stands in for torch's kernels, in any precision, and notes each call's number of queries."""
     calls = []
 
-    def varlen(query, key, value, ends_q, ends_k, longest_q, longest_k, *, scale, window_size, enable_gqa=False):
-        assert (
-            ends_q.dtype is torch.int32
-            and int(ends_q[-1]) == len(query)
-            and query.is_contiguous()
-            and longest_q >= int(ends_q.diff().max())
-        )
-        scale = query.size(-1) ** -0.5 if scale is None else scale
-        output, _ = flash_forward(
-            *(query, key, value, ends_q, ends_k, longest_q, longest_k, 0.0, True, False),
-            scale=scale,
-            window_size_left=window_size[0],
-        )
+    def noted(query, key, value, ends_q, ends_k, longest_q, longest_k, *rest, **options):
+        assert ends_q.dtype is torch.int32 and int(ends_q[-1]) == len(query) and query.is_contiguous()
+        assert longest_q == longest_k >= int(ends_q.diff().max()) and options.pop("window_size_right") == 0
         calls.append(len(query))
-        return output
+        return forward(query, key, value, ends_q, ends_k, longest_q, longest_k, *rest, **options)
 
-    monkeypatch.setattr(packed_attention, "varlen_attn", varlen)
+    written_out = SimpleNamespace(_flash_attention_forward=noted, _flash_attention_backward=backward)
+    monkeypatch.setattr("otpo_kernels.flash._aten", written_out)
     return calls
 
 

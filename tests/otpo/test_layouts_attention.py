@@ -81,7 +81,7 @@ def test_two_calls_are_one_attention(lengths, alike, share, monkeypatch):
     """What is made of the kernels' answers, and of their gradients, to float64's rounding; the kernels are written
     out, as they run on a GPU alone."""
     written_out = SimpleNamespace(_flash_attention_forward=forward, _flash_attention_backward=backward)
-    monkeypatch.setattr("otpo.layouts.lengths_attention._aten", written_out)
+    monkeypatch.setattr("otpo_kernels.flash._aten", written_out)
     plan = plan_rows(**random_batch(*lengths, answers_begin_alike=alike), share=share)
     torch.manual_seed(0)
     parts = [torch.randn(plan.ids.size(1), heads, 8, dtype=torch.float64) for heads in (6, 2, 2)]

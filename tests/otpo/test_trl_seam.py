@@ -307,12 +307,11 @@ def test_nothing_else_private_is_leaned_on():
     folder = Path(trl_seam.__file__).parent
     files = [path for path in folder.rglob("*.py") if path.name != "trl_seam.py"]
     found = {str(path.relative_to(folder)): sorted(set(private_names(path))) for path in files}
-    # torch's own count of writes to a tensor, which autograd goes by, and its flash kernels, whose public call has no
-    # gradient of the logarithm that it returns. Options of torch's compiler are listed by its package.
+    # torch's own count of writes to a tensor, which autograd goes by. Options of torch's compiler are listed by its
+    # package.
     assert {name: names for name, names in found.items() if names} == {
         "training/lent.py": ["_version"],
         "layouts/compiled.py": ["_inductor"],
-        "layouts/lengths_attention.py": ["_flash_attention_backward", "_flash_attention_forward"],
     }
 
 

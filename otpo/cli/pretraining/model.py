@@ -12,6 +12,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRotaryEmbed
 
 from moe_backbone import PRESETS, CompassConfig, CompassForCausalLM, preset
 from moe_backbone.model.config_checks import check_config, describe_longer_rows, one_line_refusals
+from moe_backbone.packed_attention import NAME as TORCH_VARLEN
 from moe_backbone.packed_attention import choose_attention
 from moe_backbone.planning.counting import count_parameters
 from moe_backbone.pretraining.documents import Stage
@@ -20,6 +21,7 @@ from otpo.cli.launching.expert_parallel import model_options
 from otpo.cli.models.experts import read_request, set_experts
 from otpo.cli.models.loading import require_folder
 from otpo.trl_seam import new_model
+from otpo_kernels.flash import flash_kernels
 
 from .options import ModelArguments, PretrainArguments
 
@@ -51,7 +53,10 @@ def make_model(
     attention, why = model.attn_implementation, None
     if attention == "auto":
         attention, why = choose_attention(config, args.device, computing_dtype(args, model.dtype, config))
-    data.notes["attention"] = attention if why is None else f"{attention}, since {why}"
+    if attention == TORCH_VARLEN:
+        data.notes["attention"] = f"{attention}, {flash_kernels(args.device, config.head_dim)}"
+    else:
+        data.notes["attention"] = attention if why is None else f"{attention}, since {why}"
     options: Any = {"attn_implementation": attention, "dtype": model.dtype}
     spread = model_options(data)
     if name is None and spread:  # transformers spreads experts as it loads a model
