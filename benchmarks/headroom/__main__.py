@@ -66,6 +66,7 @@ def read_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespac
     parser.add_argument("--only", choices=["start"], help="make and check the start alone")
     parser.add_argument("--report", action="store_true", help="run nothing, write the table of what is there")
     parser.add_argument("--per_gpu", type=int, default=3, help="processes that share a GPU (default: 3)")
+    parser.add_argument("--minutes", type=float, default=60.0, help="begin no further job after these (default: 60)")
     parser.add_argument("--use_cpu", action="store_true", help="even where there is a GPU")
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args(argv)
@@ -156,7 +157,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     jobs = [Job("start")] if args.only == "start" else jobs_of(plan)
     devices = devices_of(plan, args.per_gpu)
-    failures = run_jobs(plan, jobs, devices, lambda line: console.print(line))
+    failures = run_jobs(plan, jobs, devices, lambda line: console.print(line), 60 * args.minutes)
+    late = sum(failure.reason == "not reached in time" for failure in failures)
+    if late:
+        console.print(f"{late} jobs were not reached in time: give the same command again.", style="red")
     gpus = 0 if devices == [""] else len(set(devices))
     run = {"seconds": round(time.monotonic() - begin, 1), "gpus": gpus, "processes": len(devices)}
     run["device"] = torch.cuda.get_device_name(0) if gpus else "CPU"

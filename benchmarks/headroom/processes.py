@@ -1,4 +1,4 @@
-"""Jobs over processes: each has one GPU, several may share one, and whoever is free takes the first job that can run."""
+"""Jobs over processes: each has one GPU, several may share one; whoever is free takes the first job that can run."""
 
 import multiprocessing
 import os
@@ -29,7 +29,13 @@ def devices_of(plan: Plan, per_gpu: int) -> list[str]:
     return [gpu for _ in range(per_gpu) for gpu in gpus]
 
 
-def run_jobs(plan: Plan, jobs: Sequence[Job], devices: Sequence[str], say: Callable[[str], None]) -> list[Failure]:
+def run_jobs(
+    plan: Plan,
+    jobs: Sequence[Job],
+    devices: Sequence[str],
+    say: Callable[[str], None],
+    seconds: float = float("inf"),
+) -> list[Failure]:
     """Does the jobs that have no result yet; those that need a failed one fail too.
 
     A process that dies takes its job with it, and the others go on. One device alone is this process's.
@@ -39,26 +45,31 @@ def run_jobs(plan: Plan, jobs: Sequence[Job], devices: Sequence[str], say: Calla
         jobs: All of them.
         devices: Of each process, see [`devices_of`].
         say: Told of each job that is done or has failed.
+        seconds: No further job begins after so many.
     """
-    board = _Board(plan, jobs, say)
+    board = _Board(plan, jobs, say, seconds)
     if len(devices) == 1:
         _alone(plan, board)
     elif board.waiting:
         _together(plan, board, devices)
-    return board.failures
+    return board.failures + [Failure(job, "not reached in time") for job in board.late]
 
 
 class _Board:
     """Which jobs wait, and which have failed."""
 
-    def __init__(self, plan: Plan, jobs: Sequence[Job], say: Callable[[str], None]) -> None:
-        self.plan, self.say = plan, say
+    def __init__(self, plan: Plan, jobs: Sequence[Job], say: Callable[[str], None], seconds: float) -> None:
+        self.plan, self.say, self.seconds = plan, say, seconds
+        self.late: list[Job] = []
         self.waiting = [job for job in jobs if not result_path(plan, job).is_file()]
-        self.total, self.failures = len(self.waiting), list[Failure]()
+        self.failures: list[Failure] = []
         self.begin = time.monotonic()
 
     def take(self) -> Job | None:
-        """The first job whose need is there; None where all that wait need one that is being done."""
+        """The first job whose need is there; None where all that wait need one that is being done, or it is late."""
+        if time.monotonic() - self.begin >= self.seconds:
+            self.late += self.waiting
+            self.waiting.clear()
         for job in list(self.waiting):
             need = job.needs
             if need is not None and any(failure.job == need for failure in self.failures):

@@ -213,7 +213,9 @@ def _hours(plan: Plan) -> str:
     seconds = sum(run["seconds"] for run in runs)
     hours = sum(run["seconds"] * run["gpus"] for run in runs) / 3600
     last = runs[-1]
-    return f"{seconds:.0f} s on {last['gpus']} x {last['device']}, {last['processes']} processes: {hours:.2f} GPU hours."
+    return (
+        f"{seconds:.0f} s on {last['gpus']} x {last['device']}, {last['processes']} processes: {hours:.2f} GPU hours."
+    )
 
 
 def _interval(differences: NDArray[np.float64], name: str) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""What a process does: makes the start, draws and judges answers, aligns, and counts right answers; models stay loaded.
+"""What a process does: makes the start, draws and judges answers, aligns, counts right answers; models stay loaded.
 
 One process runs many jobs, one after the other. It imports, loads the start and tokenizes the held-out prompts once.
 Weights are float32 where they are trained, under bfloat16 autocast on a GPU, where answers are of a bfloat16 copy.
@@ -163,9 +163,7 @@ class Worker:
         told = {"outcomes": summary.counts, "cut": round(summary.cut, 4)}
         return pairs, {**told, "pair_seconds": round(time.monotonic() - begin, 2)}
 
-    def align(
-        self, state: State, pairs: Rows, weighting: str, seed: int, number: int
-    ) -> tuple[State, dict[str, Any]]:
+    def align(self, state: State, pairs: Rows, weighting: str, seed: int, number: int) -> tuple[State, dict[str, Any]]:
         """The weights after a round on its pairs, measured against the model as the round began."""
         plan, begin = self.plan, time.monotonic()
         least = int({**plan.training}.get("per_device_train_batch_size", 8))
@@ -247,5 +245,3 @@ class Worker:
         self.answerer.load_state_dict(state)
         self.answerer.generation_config.max_length = None  # or `generate` warns of two limits
         return self.answerer
-
-

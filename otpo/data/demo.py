@@ -219,8 +219,8 @@ def load_demo_constraints(
             `otpo.data.constraints.prompts.MIX`. More constraints are harder.
 
     Returns:
-        Rows with `prompt` and `completion`, an answer that keeps the constraints, in TRL's conversational format, `kind`
-        (list, sentence), `template_id` and `constraints`, so that
+        Rows with `prompt` and `completion`, an answer that keeps the constraints, in TRL's conversational format,
+        `kind` (list, sentence), `template_id` and `constraints`, so that
         [`otpo.data.constraints.checks.check_constraints`] can check what a model answers to the prompt.
 
     Raises:

@@ -33,8 +33,8 @@ REWARD_MODEL = "reward_model"
 JUDGES: dict[str, Registered] = {
     "checkers": Registered(
         "otpo.pairs.judges:checkers",
-        "the share of attribute, price, language and format that is right, or of the constraints that are kept, for rows "
-        "of the data that comes with otpo",
+        "the share of attribute, price, language and format that is right, or of the constraints that are kept, for "
+        "rows of the data that comes with otpo",
         "ours",
     ),
     "exact_match": Registered(

@@ -1,4 +1,4 @@
-"""`benchmarks.headroom` at its smallest: two rounds on a random model, stopped and taken up, and its numbers by hand."""
+"""`benchmarks.headroom` at its smallest: two rounds on a random model, taken up again, and its numbers by hand."""
 
 import csv
 import dataclasses
@@ -117,6 +117,13 @@ def small_plan(tmp_path):
     )
 
 
+def test_nothing_begins_after_the_time(small_plan, tmp_path):
+    jobs = jobs_of(small_plan)
+    failures = run_jobs(small_plan, jobs, [""], lambda line: None, seconds=0)
+    assert [failure.job for failure in failures] == jobs
+    assert {failure.reason for failure in failures} == {"not reached in time"} and not list(tmp_path.iterdir())
+
+
 def test_a_failed_start_fails_all(small_plan, tmp_path):
     plan = dataclasses.replace(small_plan, model=str(tmp_path / "none"))
     failures = run_jobs(plan, jobs_of(plan), [""], lambda line: None)
@@ -219,6 +226,4 @@ def test_reference_answers_of_the_start_are_right(small_plan):
     plan = dataclasses.replace(small_plan, sft_steps=1)
     rows = worker.sft_rows(plan)
     assert rows.column_names == ["prompt", "completion"] and len(rows) == 16
-    assert all(
-        check_constraints(row, row["completion"][0]["content"])["all"] for row in training_prompts(plan, 0, 1)
-    )
+    assert all(check_constraints(row, row["completion"][0]["content"])["all"] for row in training_prompts(plan, 0, 1))

@@ -125,7 +125,7 @@ def _is_marked(line: str) -> bool:
 
 
 def _words(text: str) -> int:
-    return len(re.findall(r"[^\W_]+(?:['’-][^\W_]+)*", text))
+    return len(re.findall(r"[^\W_]+(?:['\u2019-][^\W_]+)*", text))
 
 
 def _has(text: str, word: str) -> bool:

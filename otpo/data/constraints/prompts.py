@@ -1,4 +1,4 @@
-"""Prompts with constraints, each with an answer that keeps them; wordings of the test split are in no training prompt."""
+"""Prompts with constraints, each with an answer that keeps them; held-out wordings are in no training prompt."""
 
 import json
 import random

@@ -13,12 +13,12 @@ LANGUAGE_NAMES = {
 
 _RAW = {
     "animals": {
-        "en": "dog cat horse cow pig sheep goat lion tiger bear wolf fox rabbit mouse elephant monkey duck chicken bird "
-        "fish snake frog giraffe zebra deer",
+        "en": "dog cat horse cow pig sheep goat lion tiger bear wolf fox rabbit mouse elephant monkey duck chicken "
+        "bird fish snake frog giraffe zebra deer",
         "es": "perro gato caballo vaca cerdo oveja cabra león tigre oso lobo zorro conejo ratón elefante mono pato",
         "fr": "chien chat cheval vache cochon mouton chèvre lion tigre ours loup renard lapin souris éléphant singe",
         "de": "Hund Katze Pferd Kuh Schwein Schaf Ziege Löwe Tiger Bär Wolf Fuchs Hase Maus Elefant Affe Ente",
-        "it": "cane gatto cavallo mucca maiale pecora capra leone tigre orso lupo volpe coniglio topo elefante scimmia",
+        "it": "cane gatto cavallo mucca maiale pecora capra leone tigre orso lupo volpe coniglio topo elefante",
         "pt": "cachorro gato cavalo vaca porco ovelha cabra leão tigre urso lobo raposa coelho rato elefante macaco",
     },
     "colors": {
@@ -47,7 +47,7 @@ _RAW = {
         "pt": "cabeça mão pé braço perna olho orelha nariz boca cabelo dedo joelho coração pescoço ombro",
     },
     "foods": {
-        "en": "bread cheese milk egg rice meat chicken fish soup salad butter sugar salt potato tomato onion cake pasta",
+        "en": "bread cheese milk egg rice meat chicken fish soup salad butter sugar salt potato tomato onion cake",
         "es": "pan queso leche huevo arroz carne pollo pescado sopa ensalada mantequilla azúcar sal patata tomate",
         "fr": "pain fromage lait œuf riz viande poulet poisson soupe salade beurre sucre sel tomate oignon",
         "de": "Brot Käse Milch Ei Reis Fleisch Huhn Fisch Suppe Salat Butter Zucker Salz Kartoffel Tomate",
@@ -67,15 +67,57 @@ ITEMS = {group: {code: tuple(words.split()) for code, words in of.items()} for g
 """Things by group and language."""
 GROUPS = tuple(ITEMS)
 
-SUBJECTS = tuple(
-    "teacher farmer doctor child king sailor baker painter student driver singer neighbor soldier writer gardener".split()
+SUBJECTS = (
+    "teacher",
+    "farmer",
+    "doctor",
+    "child",
+    "king",
+    "sailor",
+    "baker",
+    "painter",
+    "student",
+    "driver",
+    "singer",
+    "neighbor",
+    "soldier",
+    "writer",
+    "gardener",
 )
 """Whom a sentence is about."""
-KEYWORDS = tuple(
-    "river garden mountain bridge letter window market winter morning music forest island castle lantern train "
-    "kitchen summer village ocean paper basket ladder mirror journey silver harvest thunder pencil candle orchard".split()
+KEYWORDS = (
+    "river",
+    "garden",
+    "mountain",
+    "bridge",
+    "letter",
+    "window",
+    "market",
+    "winter",
+    "morning",
+    "music",
+    "forest",
+    "island",
+    "castle",
+    "lantern",
+    "train",
+    "kitchen",
+    "summer",
+    "village",
+    "ocean",
+    "paper",
+    "basket",
+    "ladder",
+    "mirror",
+    "journey",
+    "silver",
+    "harvest",
+    "thunder",
+    "pencil",
+    "candle",
+    "orchard",
 )
 """Words that a sentence is asked to contain."""
-ADVERBS = tuple("slowly quietly happily carefully often gladly calmly early today again".split())
-ADJECTIVES = tuple("old young kind tired brave clever quiet happy tall friendly".split())
-VERBS = tuple("saw found liked remembered painted loved described visited watched noticed".split())
+ADVERBS = ("slowly", "quietly", "happily", "carefully", "often", "gladly", "calmly", "early", "today", "again")
+ADJECTIVES = ("old", "young", "kind", "tired", "brave", "clever", "quiet", "happy", "tall", "friendly")
+VERBS = ("saw", "found", "liked", "remembered", "painted", "loved", "described", "visited", "watched", "noticed")
