@@ -6,8 +6,8 @@
 
 A weighting is called as the trainer calls it, on a batch whose responses fill all 1024 positions: more tokens than
 those of the step beside it, whose rows hold a prompt too. A time is taken only if, in the same run, the weights agree
-with those of float64 to 1e-4 of the largest. `ms` is the device's, calls queued one behind the other; `call_ms` holds the
-host's part too, which a training hides. The step is `otpo`'s with packed rows and compiled layers, and checkpointing.
+with those of float64 to 1e-4 of the largest. `ms` is the device's, calls queued one behind the other; `call_ms` holds
+the host's part too, which a training hides. The step is `otpo`'s with packed rows, compiled layers, checkpointing.
 """
 
 import argparse

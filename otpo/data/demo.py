@@ -1,4 +1,4 @@
-"""Data of a shopping assistant in seven languages: pairs, instructions, documents. All of it is generated text."""
+"""Data of a shopping assistant in seven languages, and instructions with constraints. All of it is generated text."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice, pairwise
