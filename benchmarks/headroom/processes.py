@@ -1,5 +1,6 @@
 """Jobs over processes: each has one GPU, several may share one; whoever is free takes the first job that can run."""
 
+import contextlib
 import multiprocessing
 import os
 import time
@@ -119,21 +120,28 @@ def _together(plan: Plan, board: _Board, devices: Sequence[str]) -> None:
             job = board.take()
             if job is None:
                 break
+            try:
+                line.send(job)
+            except OSError:  # the process ended between two jobs, or before its first: another one takes the job
+                members.pop(line).join()
+                board.waiting.insert(0, job)
+                continue
             busy[line] = job
-            line.send(job)
         if not busy:
             break
-        for line in wait(list(busy)):
+        ready: list[Any] = wait(list(busy))
+        for line in ready:
             job = busy.pop(line)
             try:
-                board.note(job, line.recv())  # pyright: ignore[reportAttributeAccessIssue]
-            except EOFError:
+                board.note(job, line.recv())
+            except (EOFError, OSError):
                 members[line].join()
                 board.note(job, f"its process ended with {members.pop(line).exitcode}")
     for job in board.waiting:
         board.failures.append(Failure(job, "no process was left"))
     for line, process in members.items():
-        line.send(None)
+        with contextlib.suppress(OSError):  # it has ended by itself
+            line.send(None)
         process.join()
 
 

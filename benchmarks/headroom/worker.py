@@ -76,7 +76,8 @@ class Worker:
     @cached_property
     def template(self) -> Any:
         """The start, in float32; it is copied and never written to."""
-        return AutoModelForCausalLM.from_pretrained(self.plan.start, dtype=torch.float32).to(self.device).eval()
+        model: Any = AutoModelForCausalLM.from_pretrained(self.plan.start, dtype=torch.float32)
+        return model.to(self.device).eval()
 
     @cached_property
     def answerer(self) -> Any:

@@ -205,7 +205,7 @@ def _sentence(draw: random.Random, asked: list[str], say: _Wording) -> tuple[str
     subject = draw.choice(SUBJECTS)
     count = draw.choice(_LENGTHS) if "count" in asked else 0
     form = draw.choice(("capitals", "exclamation", "quotes")) if "format" in asked else "text"
-    include = draw.sample(KEYWORDS, draw.choice((1, 2))) if "keyword" in asked else []
+    include: list[str] = draw.sample(KEYWORDS, draw.choice((1, 2))) if "keyword" in asked else []
 
     clauses = []
     if count:
