@@ -7,6 +7,7 @@ makes pairs of the best and the worst. At the end a page of `otpo explain` shows
 
     python examples/demo.py                  # compass-tiny, two CPU cores, a few minutes
     python examples/demo.py --scale small    # compass-small, 1B parameters, one GPU with 80 GB
+    python examples/demo.py --scale small --until sft       # pretrained and fine-tuned alone: what others start from
 """
 
 import argparse
@@ -15,6 +16,7 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -166,7 +168,7 @@ def check(folder: Path, held_out: Dataset, scale: Mapping[str, Any], device: str
 
 def draw(results: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     figure, bars = plt.subplots(figsize=(9, 4))
-    names = [name for name in results["align"] if name != "example"]
+    names = [name for name in next(iter(results.values())) if name != "example"]
     for place, (step, rates) in enumerate(results.items()):
         at = [x + 0.27 * (place - 1) for x in range(len(names))]
         drawn = bars.bar(at, [rates[name] for name in names], 0.27, label=STEPS[step], color=COLORS[place])
@@ -184,7 +186,7 @@ def show(results: Mapping[str, Mapping[str, Any]], count: int) -> None:
     table.add_column("its own answers")
     for step in results:
         table.add_column(STEPS[step], justify="right")
-    for name in results["align"]:
+    for name in next(iter(results.values())):
         if name != "example":
             table.add_row(name, *(f"{rates[name]:.0f}%" for rates in results.values()))
     console.print(table)
@@ -209,6 +211,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=Path("runs/demo"))
     parser.add_argument("--weighting", default="otpo", help="any name that OTPOConfig takes (default: otpo)")
     parser.add_argument("--languages", nargs="+", choices=LANGUAGES, help="default: en id pt when tiny, else all")
+    parser.add_argument("--until", choices=list(STEPS), default="align", help="the last step (default: align)")
     parser.add_argument("--seed", type=int, default=0, help="of data, models and answers (default: 0)")
     parser.add_argument("--report", type=Path, help="JSON file to write: results, options, seconds of each step")
     args = parser.parse_args()
@@ -247,22 +250,26 @@ def main() -> int:
         seconds[step] = time.monotonic() - started
         results[step] = check(folder / step, held_out, scale, device)
         seconds[f"{step}, checks"] = time.monotonic() - started - seconds[step]
+        if step == args.until:
+            break
 
     console.rule("What each step was worth")
     picture = folder / "demo.png"
     draw(results, picture)
-    pages = explain(folder, pairs, scale)
+    pages = explain(folder, pairs, scale) if "align" in results else []
     show(results, len(held_out))
     seconds["all"] = time.monotonic() - begin
     if args.report:
         report = {"scale": scale, "languages": languages, "weighting": args.weighting, "device": _device_name(device)}
         report |= {"seed": args.seed, "torch": torch.__version__, "results": results, "seconds": seconds}
         args.report.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    console.print(f"checkpoint  {folder / 'align'}\npicture     {picture}\nexplained   {', '.join(map(str, pages))}")
+    console.print(
+        f"checkpoint  {folder / args.until}\npicture     {picture}\nexplained   {', '.join(map(str, pages))}"
+    )
     console.print(f"time        {seconds['all']:.0f} s")
 
-    levels = [results[step]["right, all"] for step in steps]
-    if not levels[0] < levels[1] < levels[2]:
+    levels = [rates["right, all"] for rates in results.values()]
+    if not all(before < after for before, after in pairwise(levels)):
         console.print(f"Not every step was better than the one before in this run: {levels}", style="red")
     return 0
 

@@ -5,7 +5,8 @@
 
 Weights of every scheme are made of the policy's hidden states before each token, as in training. With a reference,
 what each token adds to the reward, `w (log pi - log pi_ref)`, is ranked as well: up for chosen, down for rejected
-answers. Settings and layers are also chosen on one half of the pairs and reported on the other (`halves.csv`).
+answers. Settings and layers are also chosen on one half of the pairs and reported on the other (`halves.csv`); one
+setting for several models is what `python -m benchmarks.weight_quality.across` chooses of their folders.
 Answers that are right or wrong as a whole (kinds language and format) have no span to find: they are left out
 and counted.
 """
@@ -23,6 +24,7 @@ from transformers.utils import logging
 
 from otpo.data import load_demo_preferences
 
+from .across import save_found
 from .halves import choices, report_halves
 from .report import report, table_rows
 from .scores import SCHEMES, Scorer, resolve_layers
@@ -83,6 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         found = scorer.find(args.schemes, layers, args.batch, console)
         report(table_rows(found, args.model, args.reference), args.output, console)
         report_halves(choices(found, args.model, args.reference), args.output, console)
+        save_found(found, args.output, args.model, args.reference)
     except (ValueError, OSError, FloatingPointError) as error:
         console.print(str(error), style="red", markup=False, highlight=False)
         return 2

@@ -1,9 +1,11 @@
-"""Data of a shopping assistant in seven languages: pairs, instructions, documents. All of it is generated text."""
+"""Data of a shopping assistant in seven languages, and instructions with constraints. All of it is generated text."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice, pairwise
 from typing import TYPE_CHECKING, Any, overload
 
+from .constraints.checks import CONSTRAINTS
+from .constraints.prompts import MIX, new_prompt
 from .ecommerce import new_documents
 from .ecommerce.bundled import read_rows
 from .ecommerce.lexicon import LANGUAGES
@@ -198,6 +200,42 @@ def load_demo_questions(
     if not 0 <= misread <= 1:
         raise ValueError(f"`misread` is a share and must be within [0, 1], got {misread}.")
     return Dataset.from_list([new_question(index, split, chosen, seed, misread) for index in range(count)])
+
+
+def load_demo_constraints(
+    split: str = "train", count: int = 1_000, seed: int = 0, *, mix: Mapping[str, float] | None = None
+) -> "Dataset":
+    """Writes instructions with constraints that a program checks, for small chat models that know some English.
+
+    A prompt asks for a list of things or a sentence, and sets one or more of: how many items or words, in which form,
+    in which language, with or without which words.
+
+    Args:
+        split: `"train"`, `"test"` (what is asked about, taken together, is in no training prompt) or
+            `"test_templates"` (nor are the wordings).
+        count: Rows, >= 1. Row `i` depends on the other arguments and `i` alone.
+        seed: Of all randomness.
+        mix: How often a prompt sets each of count, format, language and keyword, in [0, 1]; None for
+            `otpo.data.constraints.prompts.MIX`. More constraints are harder.
+
+    Returns:
+        Rows with `prompt` and `completion`, an answer that keeps the constraints, in TRL's conversational format,
+        `kind` (list, sentence), `template_id` and `constraints`, so that
+        [`otpo.data.constraints.checks.check_constraints`] can check what a model answers to the prompt.
+
+    Raises:
+        ValueError: An argument names something that is not there, or is out of its range.
+    """
+    from datasets import Dataset
+
+    shares = dict(MIX if mix is None else mix)
+    _check(("split", [split], SPLITS), ("mix", list(shares), CONSTRAINTS))
+    if count < 1:
+        raise ValueError(f"`count` must be at least 1, got {count}.")
+    wrong = {name: share for name, share in shares.items() if not 0 <= share <= 1}
+    if wrong or not any(shares.values()):
+        raise ValueError(f"`mix` has shares, which must be within [0, 1] and not all 0, got {shares}.")
+    return Dataset.from_list([new_prompt(index, split, seed, shares) for index in range(count)])
 
 
 def _documents(

@@ -33,7 +33,8 @@ REWARD_MODEL = "reward_model"
 JUDGES: dict[str, Registered] = {
     "checkers": Registered(
         "otpo.pairs.judges:checkers",
-        "the share of attribute, price, language and format that is right, for rows of the data that comes with otpo",
+        "the share of attribute, price, language and format that is right, or of the constraints that are kept, for "
+        "rows of the data that comes with otpo",
         "ours",
     ),
     "exact_match": Registered(
@@ -46,13 +47,19 @@ JUDGES: dict[str, Registered] = {
 
 
 def checkers(prompt: Any, answers: list[str], row: Mapping[str, Any]) -> list[float]:
-    """Scores in {0, 0.25, ..., 1} by [`otpo.data.ecommerce.answers.check_answer`]; 0 for a blank answer.
+    """Scores in [0, 1] of what comes with otpo; 0 for a blank answer.
+
+    By [`otpo.data.ecommerce.answers.check_answer`] they are quarters; by
+    [`otpo.data.constraints.checks.score_constraints`], of rows with `constraints`, shares of those that are set.
 
     Raises:
         ValueError: The row does not tell its right answer as the bundled data does.
     """
+    from otpo.data.constraints.checks import score_constraints
     from otpo.data.ecommerce.answers import check_answer
 
+    if isinstance(row.get("constraints"), Mapping):
+        return [score_constraints(row, answer) for answer in answers]
     known = row.get("answer")
     if not isinstance(known, Mapping) or not {"attribute", "price", "language", "format"} <= set(known):
         raise ValueError("the row has no 'answer' as the data that comes with otpo has: name another judge")

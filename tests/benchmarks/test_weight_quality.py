@@ -10,7 +10,7 @@ import torch
 from helpers import make_tokenizer
 from transformers.utils import logging
 
-from benchmarks.weight_quality import __main__
+from benchmarks.weight_quality import __main__, across
 from benchmarks.weight_quality.halves import choices, halves_of
 from benchmarks.weight_quality.labels import auroc, token_labels
 from benchmarks.weight_quality.report import means_of
@@ -224,6 +224,30 @@ def test_what_one_half_chooses_is_reported_on_the_other():
     assert (rows[1]["scheme"], rows[1]["layer"], rows[1]["where_chosen"]) == ("contrast", 0, 0.85)
     assert rows[1]["auroc"] == pytest.approx(0.3) and rows[1]["over_diff_low"] <= -0.2 <= rows[1]["over_diff_high"]
     assert rows[2]["auroc"] == 0.5 and rows[2]["over_diff"] == 0 and rows[2]["chosen_among"] == 1
+
+
+def test_one_setting_for_all_models(tmp_path, capsys):
+    found = found_by_hand()
+    across.save_found(found, tmp_path, "policy", None)
+    kept = across.read_found(tmp_path)
+    assert (kept.found.columns, kept.found.kinds, kept.found.last) == (found.columns, found.kinds, found.last)
+    np.testing.assert_array_equal(kept.found.auroc, found.auroc)
+    rows = across.across([kept, kept._replace(model="other")], "contrast")
+    assert [row["model"] for row in rows] == ["policy", "other"] * 2
+    # As in the halves of one model, each half chooses what is worst on the other.
+    assert [row["scheme"] for row in rows] == ["contrast-cosine"] * 2 + ["contrast"] * 2
+    assert rows[0]["auroc"] == pytest.approx(0.15) and rows[0]["over_diff"] == pytest.approx(-0.35)
+    assert rows[2]["auroc"] == pytest.approx(0.3) and rows[2]["diff"] == 0.5
+    assert across.main([str(tmp_path), str(tmp_path), "--output", str(tmp_path / "all")]) == 0
+    assert "| policy | first | contrast-cosine, layer" in (tmp_path / "all" / "across.md").read_text()
+    assert across.main([str(tmp_path / "none"), "--output", str(tmp_path)]) == 2
+    assert "has no auroc.npz" in capsys.readouterr().out.replace("\n", " ")
+
+
+def test_names_of_layers():
+    places = across.places_of(30)
+    assert (places["-1"], places["0"], places["-31"], places["80% of the depth"]) == (30, 0, 0, 24)
+    assert across.places_of(2)["50% of the depth"] == 1
 
 
 def test_one_pair_has_no_other_half():
