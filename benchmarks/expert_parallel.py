@@ -34,7 +34,19 @@ from rich.table import Table
 
 from benchmarks import expert_parallel_contenders as contenders
 from benchmarks import harness
-from benchmarks.expert_parallel_contenders import AUTOEP, BASE, BLOCK, COMPASS, FITS, NATIVE, OURS, SMALL, Case
+from benchmarks.expert_parallel_contenders import (
+    AUTOEP,
+    BASE,
+    BASE_COMPILED,
+    BLOCK,
+    COMPASS,
+    COMPILED,
+    FITS,
+    NATIVE,
+    OURS,
+    SMALL,
+    Case,
+)
 from benchmarks.expert_parallel_steps import (
     GATES,
     KINDS,
@@ -52,7 +64,12 @@ from moe_backbone.planning.hardware import find_gpu, recognise_gpu
 from moe_backbone.planning.plan import make_plan
 from moe_backbone.planning.setup import TrainingSetup
 
-OVER_AUTOEP, OVER_NATIVE, NOISE = 1.0, 1.5, 0.01
+NOISE = 0.01
+TARGETS = (
+    *((SMALL, AUTOEP, 1.3), (SMALL, NATIVE, 1.5), (SMALL, BASE, 1.0), (SMALL, BASE_COMPILED, None)),
+    *((BLOCK, AUTOEP, None), (BLOCK, NATIVE, None), (BLOCK, BASE, 1.6), (BLOCK, BASE_COMPILED, None)),
+)
+"""How much faster than whom ours is to be."""
 MEASURED = ("ms", "tokens_per_s", "peak_mib", "setup_peak_mib", "setup_s", "before_mib")
 SHARES = (*(f"{kind}_share" for kind in KINDS), "idle_share")
 PREDICTED = {OURS: True, COMPASS: True, BASE: False}
@@ -202,14 +219,15 @@ def verdict(rows: list[dict], console: Console) -> None:
         return float(row["tokens_per_s"]) if row.get("status") == "ok" else 0.0
 
     present = {row["case"] for row in rows}
-    for case in (case for case in (SMALL, BLOCK) if case in present):
-        for rival, least in ((AUTOEP, OVER_AUTOEP), (NATIVE, OVER_NATIVE), (BASE, None)):
-            ours, others = speed(case, OURS), speed(case, rival)
-            ratio = ours / others if ours and others else 0.0
-            target = case == SMALL and least is not None
-            met = "" if not target else "yes" if ratio >= (least or 0) - NOISE else "NO"
-            text = f"{case}: tokens/s over {rival}" + (f" >= {least}" if target else "")
-            table.add_row(text, f"{ratio:.3f}" if ratio else "not measured", met)
+    for case, rival, least in TARGETS:
+        if case not in present:
+            continue
+        # Ours as pretraining runs it, where that ran.
+        ours, others = speed(case, COMPILED) or speed(case, OURS), speed(case, rival)
+        ratio = ours / others if ours and others else 0.0
+        met = "" if least is None else "yes" if ratio >= least - NOISE else "NO"
+        text = f"{case}: tokens/s over {rival}" + ("" if least is None else f" >= {least}")
+        table.add_row(text, f"{ratio:.3f}" if ratio else "not measured", met)
     if FITS in present:
         ours, base = (found.get((FITS, name), {}).get("status", "not run") for name in (OURS, BASE))
         layers = next(row["layers"] for row in rows if row["case"] == FITS)

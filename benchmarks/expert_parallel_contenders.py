@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from moe_backbone.model.presets import PRESETS
 
 BASE, NATIVE, AUTOEP = "data parallel", "deepspeed.moe.MoE", "AutoEP as it comes"
-OURS, COMPASS = "ours", "ours, Compass"
+OURS, COMPASS, GATHERED = "ours", "ours, Compass", "ours, gathered"
+COMPILED, BASE_COMPILED = "ours, as pretrain runs it", "data parallel, as pretrain runs it"
 SMALL, BLOCK, FITS = "compass-small", "compass-v3 block", "only fits spread"
 LARGEST_GROUP = 178_956_971
 """Numbers in a group of parameters, unless one tensor has more: DeepSpeed's own bound for experts. The step's
@@ -52,7 +53,7 @@ def cases(world: int, memory: int, *, tiny: bool = False) -> list[Case]:
         memory: Bytes of each.
         tiny: Sizes for the CPU.
     """
-    contenders = (BASE, NATIVE, AUTOEP, OURS)
+    contenders = (BASE, NATIVE, AUTOEP, OURS, GATHERED, BASE_COMPILED, COMPILED)
     if tiny:
         small, block = _sizes("compass-tiny"), _sizes("compass-tiny", hidden_size=192, num_hidden_layers=1)
         return [
@@ -171,11 +172,30 @@ def _ours(model: Any, world: int, rank: int) -> dict[str, Any]:
     return {"expert_parallel": expert_parallel_config(model.config.model_type, world)["expert_parallel"]}
 
 
+def _gather(engine: Any, case: Case) -> None:
+    from moe_backbone.expert_parallel.deepspeed_trainer import gather_tokens
+
+    gather_tokens(engine.module, case.rows * case.length)
+
+
+def _compile(engine: Any, case: Case) -> None:
+    from otpo.layouts.compiled import compile_layers
+
+    engine.module.set_experts_implementation("memcpy")
+    compile_layers(engine.module, dynamic=None)
+
+
+def _gather_and_compile(engine: Any, case: Case) -> None:
+    _gather(engine, case)
+    _compile(engine, case)
+
+
 class Contender(NamedTuple):
-    """The model's family, and what turns the model and DeepSpeed's configuration into the contender's."""
+    """The model's family, what turns the model and DeepSpeed's configuration into the contender's, and its engine."""
 
     family: str
     prepare: Callable[[Any, int, int], dict[str, Any]]
+    finish: Callable[[Any, Case], None] = lambda engine, case: None
 
 
 CONTENDERS = {
@@ -183,7 +203,10 @@ CONTENDERS = {
     NATIVE: Contender("qwen3_moe", _native),
     AUTOEP: Contender("qwen3_moe", _autoep),
     OURS: Contender("qwen3_moe", _ours),
+    GATHERED: Contender("qwen3_moe", _ours, _gather),
     COMPASS: Contender("compass", _ours),
+    BASE_COMPILED: Contender("compass", _nothing, _compile),
+    COMPILED: Contender("compass", _ours, _gather_and_compile),
 }
 
 
@@ -206,6 +229,7 @@ def engine_of(case: Case, name: str, world: int, rank: int, device: torch.device
     optimizer: Any = _optimizer(case.optimizer, model)
     engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
     del model
+    contender.finish(engine, case)
     try:
         yield engine
     finally:

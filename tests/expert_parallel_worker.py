@@ -26,7 +26,7 @@ def gradient(leaf: torch.Tensor) -> torch.Tensor:
     return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
 
 
-def layers(folder: Path, **_: Any) -> Any:
+def layers(folder: Path, gathers: bool = False, **_: Any) -> Any:
     """The layer against the whole experts in this process, on routings of every kind; the worst relative errors."""
     import deepspeed
     from compass_helpers import compass_config
@@ -56,6 +56,8 @@ def layers(folder: Path, **_: Any) -> Any:
             batches = [(torch.randn(n, 32), choose(n), torch.rand(n, 2), torch.randn(n, 32)) for n in tokens]
             layer = ParallelExperts(whole, spec, size, rank)
             layer.ep_group = dist.group.WORLD
+            if gathers:
+                layer.gather(max(tokens) + len(errors) // 6 % 2)  # with and without tokens that make up the number
 
             def leaves(batch):
                 return batch[0].clone().requires_grad_(), batch[1], batch[2].clone().requires_grad_()

@@ -4,7 +4,7 @@ Shapes: T tokens of this process, K slots of a token, N rows that it receives, W
 experts, e = E / W experts of each process, D hidden size, F the experts' width. A tensor's suffix is its shape.
 
 DeepSpeed replaces the experts alone. Router, its losses, its biases and shared experts stay the model's own. A row's
-trip through the layer is that of `exchange`.
+trip through the layer is that of `exchange`, or of `gather`.
 """
 
 from collections.abc import Iterator
@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from transformers.integrations.moe import _grouped_linear
 
 from .exchange import ExpertGroup, run_by_expert, run_spread_experts
+from .gather import Gathering, remember_group, run_gathered_experts
 
 WEIGHTS = ("w1", "w2", "w3")
 """DeepSpeed's names of gate `(e, F, D)`, down `(e, D, F)` and up projections `(e, F, D)`, in memory and on disk."""
@@ -83,6 +84,8 @@ class ParallelExperts(AutoEPMoELayer):
     """
 
     experts: LocalExperts
+    gathering: Gathering | None = None
+    """How all tokens are gathered in training; None sends each row to its expert."""
 
     def __init__(self, experts: nn.Module, spec: MoELayerSpec, ep_size: int, ep_rank: int):
         nn.Module.__init__(self)
@@ -114,6 +117,16 @@ class ParallelExperts(AutoEPMoELayer):
         }
         setattr(parameter, DS_AUTOEP_UC_META, meta)
 
+    def gather(self, capacity: int) -> None:
+        """Has training gather all tokens from now on, see [`gather`]; DeepSpeed must have set the layer's group.
+
+        Args:
+            capacity: The most tokens of a batch in any process, the same in all.
+        """
+        assert self.ep_group is not None
+        name = remember_group(self.ep_group)
+        self.gathering = Gathering(name, self.ep_size, self.ep_rank, self.num_local_experts, capacity)
+
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Weighted sum over a token's experts, wherever they are.
 
@@ -124,6 +137,9 @@ class ParallelExperts(AutoEPMoELayer):
         """
         experts = ExpertGroup(self.ep_group, self.ep_size, self.num_local_experts)
         x_TD = hidden_states.to(self.experts.w1.dtype)
+        if self.training and self.gathering is not None:
+            y_TD = run_gathered_experts(x_TD, top_k_index, top_k_weights, self.gathering, self.experts)
+            return y_TD.to(hidden_states.dtype)
         y_TD = run_spread_experts(x_TD, top_k_index, top_k_weights, experts, self._run_arrived)
         return y_TD.to(hidden_states.dtype)
 

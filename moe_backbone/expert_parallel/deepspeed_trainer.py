@@ -13,11 +13,15 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from .deepspeed_config import require_expert_parallelism
 from .deepspeed_patch import patch_deepspeed
+from .gather import gather_pays
 from .resume import Layout, check_layout, fit_checkpoint, restore_steps, write_layout
+
+EXCHANGES = ("auto", "gather", "all_to_all")
+"""How rows reach spread experts. `auto` gathers where batches have one size and it moves no more bytes."""
 
 
 @cache
-def with_expert_parallelism(trainer_class: type, ep_size: int) -> type:
+def with_expert_parallelism(trainer_class: type, ep_size: int, exchange: str = "auto") -> type:
     """A subclass of a trainer that trains, checks and saves models with spread experts.
 
     A trainer of it patches DeepSpeed when it is made.
@@ -26,14 +30,27 @@ def with_expert_parallelism(trainer_class: type, ep_size: int) -> type:
         trainer_class: transformers' Trainer or a subclass.
         ep_size: Processes that share the experts. `args.deepspeed` must come from
             [`moe_backbone.expert_parallel.deepspeed_config.expert_parallel_config`] with the same size.
+        exchange: One of [`EXCHANGES`], how rows reach their experts in training.
+
+    Raises:
+        ValueError: `exchange` is unknown, or the trainer's batches have no one size to gather.
     """
-    return type(trainer_class.__name__, (ExpertParallelMixin, trainer_class), {"ep_size": ep_size})
+    if exchange not in EXCHANGES:
+        raise ValueError(f"`expert_exchange={exchange}` is not known. Set one of: {', '.join(EXCHANGES)}.")
+    if exchange == "gather" and not hasattr(trainer_class, "tokens_in_batch"):
+        raise ValueError(
+            "`expert_exchange=gather` needs batches of one size, which pretraining on packed rows alone has. Set "
+            "all_to_all, or auto."
+        )
+    members = {"ep_size": ep_size, "exchange": exchange}
+    return type(trainer_class.__name__, (ExpertParallelMixin, trainer_class), members)
 
 
 class ExpertParallelMixin:
     """Marks the experts' parameters for the optimizer, checks the engine before it trains, saves plain checkpoints."""
 
     ep_size: int
+    exchange: str
     converted = False
     """Whether training resumes a checkpoint of another layout."""
 
@@ -43,6 +60,14 @@ class ExpertParallelMixin:
         trainer: Any = self
         self._check_frozen_experts(trainer)
         trainer.add_callback(_RequireExpertParallelism(trainer))
+
+    @property
+    def gathers(self) -> bool:
+        """Whether training gathers all tokens, see [`moe_backbone.expert_parallel.gather`]."""
+        if self.exchange != "auto":
+            return self.exchange == "gather"
+        config = self.model.config.get_text_config()  # pyright: ignore[reportAttributeAccessIssue]
+        return hasattr(self, "tokens_in_batch") and gather_pays(self.ep_size, config.num_experts_per_tok)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """Makes the trainer's own optimizer, and moves the experts' parameters into groups marked for DeepSpeed."""
@@ -115,6 +140,19 @@ def separate_experts(optimizer: torch.optim.Optimizer, model: nn.Module, ep_size
     optimizer.param_groups[:] = groups
 
 
+def gather_tokens(model: nn.Module, capacity: int) -> None:
+    """Has a model's spread experts gather all tokens in training.
+
+    Args:
+        model: Of DeepSpeed's engine.
+        capacity: The most tokens of a batch in any process, the same in all.
+    """
+    from .deepspeed_layer import parallel_experts
+
+    for _, layer in parallel_experts(model):
+        layer.gather(capacity)
+
+
 def _expert_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
     for name, module in model.named_modules():
         if name.endswith(".experts") and (hasattr(module, "gate_up_proj") or hasattr(module, "w1")):
@@ -128,6 +166,9 @@ class _RequireExpertParallelism(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         engine = self.trainer.model_wrapped
         running = require_expert_parallelism(engine, self.trainer.ep_size)
+        if self.trainer.gathers:
+            gather_tokens(engine.module, self.trainer.tokens_in_batch)
+        running += ", gathering all tokens" if self.trainer.gathers else ", sending each row to its expert"
         if self.trainer.converted and engine.zero_optimization_stage() == 3:
             restore_steps(engine.optimizer, engine.global_steps - engine.skipped_steps)
         if state.is_world_process_zero:

@@ -170,6 +170,11 @@ class PretrainingTrainer(Trainer):
         if model.config.router_bias_update_speed:
             self.add_callback(_RouterBiasUpdate(self))
 
+    @property
+    def tokens_in_batch(self) -> int:
+        """The most tokens of a micro-batch of training, in any process."""
+        return self.args.per_device_train_batch_size * self.args.sequence_length
+
     def is_cut(self, dataset: Any) -> bool:
         """Whether one process reads a dataset for all and cuts what it read into equal parts, as accelerate does.
 

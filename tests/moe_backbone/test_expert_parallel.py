@@ -114,9 +114,10 @@ def assert_saved(folder, found):
 
 
 @pytest.mark.lengthy
-def test_the_layer_is_the_whole_experts(tmp_path):
+@pytest.mark.parametrize("gathers", [False, True], ids=["all_to_all", "gather"])
+def test_the_layer_is_the_whole_experts(tmp_path, gathers):
     """Uneven tokens, none, an expert without any, all of them in one process or expert; every gradient."""
-    errors = result("layers", tmp_path)
+    errors = result("layers", tmp_path, gathers=gathers)
     assert len(errors) == 4 * 5 * 6
     assert max(errors.values()) < 1e-5, max(errors, key=errors.__getitem__)
 

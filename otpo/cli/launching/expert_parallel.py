@@ -85,7 +85,7 @@ def trainer_class(plain: type, options: RunArguments, config: Any) -> Any:
         experts = getattr(config, "num_experts", None) or config.num_local_experts
         check_expert_parallel(size, experts, int(os.environ["WORLD_SIZE"]))
         if options.expert_parallel_backend == "deepspeed":
-            of_class = with_expert_parallelism(plain, size)
+            of_class = with_expert_parallelism(plain, size, options.expert_exchange)
     if options.save_code:
         require_own_code(config)
         of_class = with_saved_code(of_class)

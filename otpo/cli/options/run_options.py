@@ -20,6 +20,7 @@ there is one or none, on the CPU, and for quantized models and those with a `dev
 one GPU. OTPO_TRACEBACK=1 in the environment shows where an error comes from.
 """
 EXPERT_PARALLEL_BACKENDS = ("deepspeed", "transformers")
+EXPERT_EXCHANGES = ("auto", "gather", "all_to_all")
 _UNSET = object()
 _METAVARS = {int: "N", float: "X", str: "TEXT"}
 
@@ -35,6 +36,7 @@ class RunArguments:
         report: Path of a JSON file with the last metrics, versions, device and options of the run.
         expert_parallel_size: Processes of a machine that share the experts of a Mixture-of-Experts model.
         expert_parallel_backend: One of [`EXPERT_PARALLEL_BACKENDS`].
+        expert_exchange: How DeepSpeed's spread experts get their rows, one of [`EXPERT_EXCHANGES`].
         save_code: Whether checkpoints of a Compass model carry the model's code.
         experts_implementation: Which of transformers' experts functions runs the experts of a Mixture-of-Experts
             model; see `otpo.cli.models.experts`.
@@ -61,6 +63,16 @@ class RunArguments:
         metadata={
             "help": "What spreads the experts: deepspeed (ZeRO-1, 2 or 3 beside it) or transformers (FSDP2 beside it, "
             "transformers 5.21 or later)."
+        },
+    )
+    expert_exchange: str = field(
+        default="auto",
+        metadata={
+            "help": "How rows reach experts that DeepSpeed spreads, in training: all_to_all sends each row to its "
+            "expert, and waits for the device in each layer; gather gives every process all tokens, without a wait, "
+            "and needs batches of one size, as those of pretrain. auto gathers in pretrain where no more processes "
+            "share the experts than a token has, else all_to_all.",
+            "choices": list(EXPERT_EXCHANGES),
         },
     )
     save_code: bool = field(

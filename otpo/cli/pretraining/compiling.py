@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from accelerate import DistributedType
+
 from otpo.layouts.compiled import compile_layers, why_not_compile
 
 
@@ -21,8 +23,18 @@ def compile_for_run(trainer: Any, *, asked: bool | None) -> str:
         return "no (`compile_layers`)"
     if asked is None and trainer.args.device.type != "cuda":
         return "no, since there is no GPU (`compile_layers`)"
-    reason = why_not_compile(trainer.model, trainer.accelerator.distributed_type, hidden_layer=-1)
+    reason = why_not_compile(trainer.model, _engine(trainer), hidden_layer=-1)
+    if getattr(trainer, "gathers", None) is False:
+        reason = "rows are sent to spread experts by numbers that a graph would wait for (`expert_exchange`)"
     if reason is not None:
         return f"no, since {reason}"
     compile_layers(trainer.model, dynamic=None)  # packed batches have one size, but for the last
     return "each layer, in the first steps, which takes a minute once and seconds from torch's cache"
+
+
+def _engine(trainer: Any) -> DistributedType:
+    """The engine as far as layers see it: below stage 3, DeepSpeed leaves their parameters where they are."""
+    engine = trainer.accelerator.distributed_type
+    if engine == DistributedType.DEEPSPEED and trainer.accelerator.state.deepspeed_plugin.zero_stage < 3:
+        return DistributedType.MULTI_GPU
+    return engine

@@ -1,0 +1,176 @@
+"""The other trip: every process gets all tokens, computes what its experts add to them, and the parts are summed.
+
+Shapes: T tokens of this process, C tokens that each process reserves, W processes that share the experts, S = W * C
+tokens of all, K slots of a token, e experts of each process, D hidden size. A tensor's suffix is its shape.
+
+An all-to-all (`exchange`) sends T * K rows, most of them to others, and must tell the host how many come before it can
+receive them: each layer waits for the device. A gather sends T rows to each other process, whatever was chosen, so
+nothing waits, and nothing keeps a layer from being compiled whole. It moves fewer bytes where W <= K, and reserves
+W * C * K rows, of which the grouped products compute those that are here. So it is taken for few processes, and where
+all batches have one size, as packed rows do.
+
+The process groups of one engine are known here by a name, since a compiled graph holds no groups.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from otpo_kernels.memcpy import permute, route, unpermute
+
+_GROUPS: dict[str, dist.ProcessGroup] = {}
+
+# torch 2.13 has new names for the same two calls.
+_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+class Gathering(NamedTuple):
+    """Who gathers, and how much. All numbers are of the host, and the same in each step.
+
+    Attributes:
+        group: Name of the process group, see [`remember_group`].
+        processes: W.
+        rank: Of this process in the group; it holds the experts from `rank * e` on.
+        local_experts: e.
+        capacity: C, the same in all processes.
+    """
+
+    group: str
+    processes: int
+    rank: int
+    local_experts: int
+    capacity: int
+
+
+def remember_group(group: dist.ProcessGroup) -> str:
+    """The name by which the operators here find a process group."""
+    _GROUPS[group.group_name] = group
+    return group.group_name
+
+
+def gather_pays(processes: int, slots: int) -> bool:
+    """Whether gathering all tokens moves no more bytes than sending each row to its expert.
+
+    Args:
+        processes: W, of one machine.
+        slots: K.
+    """
+    return 1 < processes <= slots
+
+
+def run_gathered_experts(
+    x_TD: Tensor,
+    index_TK: Tensor,
+    weights_TK: Tensor,
+    gathering: Gathering,
+    run_sorted: Callable[[Tensor, Tensor], Tensor],
+) -> Tensor:
+    """Weighted sum over a token's experts, wherever they are; all processes of the group call it together.
+
+    Args:
+        x_TD: Hidden states `(T, D)`; T may differ between processes, up to C.
+        index_TK: Experts of each token `(T, K)`, in `[0, W * e)`.
+        weights_TK: `(T, K)`, the router's weights.
+        gathering: Who holds the experts, and C.
+        run_sorted: Runs the experts of this process: from rows grouped by expert and the ends of the groups `(e,)`
+            int32 to results in the same order. Rows after the last group are to be left alone.
+
+    Returns:
+        `(T, D)` in the dtype of what `run_sorted` returns, summed over processes in it. Gradients flow as in
+        [`exchange.run_spread_experts`].
+
+    Raises:
+        ValueError: T is above C.
+    """
+    group, processes, rank, local, capacity = gathering
+    tokens = x_TD.size(0)
+    if tokens > capacity:
+        raise ValueError(
+            f"A batch of {tokens} tokens, where each process reserves {capacity}: every batch must have "
+            "`per_device_train_batch_size` rows of `sequence_length` tokens at most."
+        )
+    # A token that makes up the number asks for an expert that nobody has.
+    if tokens < capacity:
+        missing = (0, 0, 0, capacity - tokens)
+        x_TD, weights_TK = (nn.functional.pad(part, missing) for part in (x_TD, weights_TK))
+        index_TK = nn.functional.pad(index_TK, missing, value=processes * local)
+
+    x_SD, weights_SK, index_SK = (gather_rows(part, group, processes) for part in (x_TD, weights_TK, index_TK))
+
+    # Slots of other processes' experts go nowhere here, so each slot is computed once.
+    index_SK = index_SK - rank * local
+    index_SK = torch.where((index_SK >= 0) & (index_SK < local), index_SK, local)
+    routing = route(index_SK, local)
+    rows = run_sorted(permute(x_SD, routing), routing.offsets)
+    return scatter_rows(unpermute(rows, routing, weights_SK), group, processes)[:tokens]
+
+
+def gather_rows(rows: Tensor, group: str, processes: int) -> Tensor:
+    """The rows of all processes of a group, in their order; its gradient is [`scatter_rows`].
+
+    Args:
+        rows: `(C, ...)`, C the same everywhere.
+        group: Name of the process group.
+        processes: W.
+
+    Returns:
+        `(W * C, ...)`.
+    """
+    return _gather_rows(rows, group, processes)
+
+
+def scatter_rows(rows: Tensor, group: str, processes: int) -> Tensor:
+    """Of the sum over a group's processes the rows of this one; its gradient is [`gather_rows`].
+
+    Args:
+        rows: `(W * C, ...)`.
+        group: Name of the process group.
+        processes: W.
+
+    Returns:
+        `(C, ...)`.
+    """
+    return _scatter_rows(rows, group, processes)
+
+
+# Operators, so that a compiled graph takes them as they are.
+
+
+@torch.library.custom_op("otpo::gather_rows", mutates_args=())
+def _gather_rows(rows: Tensor, group: str, processes: int) -> Tensor:
+    gathered = rows.new_empty(processes * rows.size(0), *rows.shape[1:])
+    _gather(gathered, rows.contiguous(), group=_GROUPS[group])
+    return gathered
+
+
+@_gather_rows.register_fake
+def _(rows: Tensor, group: str, processes: int) -> Tensor:
+    return rows.new_empty(processes * rows.size(0), *rows.shape[1:])
+
+
+@torch.library.custom_op("otpo::scatter_rows", mutates_args=())
+def _scatter_rows(rows: Tensor, group: str, processes: int) -> Tensor:
+    mine = rows.new_empty(rows.size(0) // processes, *rows.shape[1:])
+    _scatter(mine, rows.contiguous(), group=_GROUPS[group])
+    return mine
+
+
+@_scatter_rows.register_fake
+def _(rows: Tensor, group: str, processes: int) -> Tensor:
+    return rows.new_empty(rows.size(0) // processes, *rows.shape[1:])
+
+
+def _keep_group(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, *ctx.group = inputs
+
+
+_gather_rows.register_autograd(
+    lambda ctx, grad: (_scatter_rows(grad, *ctx.group), None, None), setup_context=_keep_group
+)
+_scatter_rows.register_autograd(
+    lambda ctx, grad: (_gather_rows(grad, *ctx.group), None, None), setup_context=_keep_group
+)
