@@ -203,6 +203,13 @@ def kinds_of(weighting: str) -> "list[WeightingKind]":
     return [WEIGHTINGS[name] for name in split(weighting)]
 
 
+def looks_at(weighting: str) -> str | None:
+    """What the tokens of a weighting are weighed by, to be read; None where the name is not of the registry."""
+    if any(name not in WEIGHTINGS for name in split(weighting)):
+        return None
+    return "; times ".join(f"{kind.help} ({kind.source})" for kind in kinds_of(weighting))
+
+
 def make_weighting(args: Any) -> "Weighting":
     """The weighting of an `OTPOConfig` with its options set."""
     factors = [kind(args) for kind in kinds_of(args.weighting)]

@@ -63,6 +63,7 @@ class TrainingCommand:
             What can't be used raises a `ValueError`, `OSError` or `ImportError`.
         describe: Lines to print before the first step, by their names of up to 10 characters.
         extra_report: Entries of the report that only this command has.
+        remarks: Lines to print at the end, of what a user should know of the training, by their names.
         settings: Options that hold where neither the recipe nor the command line sets them.
     """
 
@@ -71,6 +72,7 @@ class TrainingCommand:
     make_trainer: Callable[..., Any]
     describe: Callable[[Any, tuple[Any, ...]], dict[str, str]]
     extra_report: Callable[[Any], dict[str, Any]] = lambda trainer: {}
+    remarks: Callable[[Any], dict[str, str]] = lambda trainer: {}
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -273,6 +275,8 @@ def _finish(
         report = make_report(trainer, changed, time.monotonic() - begin, command.extra_report(trainer))
         write_report(run_options.report, report)
         _say(trainer, f"{'report':<10} {run_options.report}")
+    for name, remark in command.remarks(trainer).items():
+        _say(trainer, f"{name:<10} {remark}")
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=run_options.dataset_name)
 
