@@ -64,13 +64,15 @@ def find_tasks(named: Sequence[str]) -> tuple[list[str], Any]:
     return chosen, manager
 
 
-def evaluate(name: str, option: str, tasks: list[str], manager: Any, **options: Any) -> dict[str, Any]:
+def evaluate(
+    name: str, option: str, tasks: list[str | dict[str, Any]], manager: Any, **options: Any
+) -> dict[str, Any]:
     """Evaluates a model, or an adapter on its model.
 
     Args:
         name: A folder or a name on the Hub.
         option: The option that gave it.
-        tasks: Names, from [`find_tasks`].
+        tasks: Names, from [`find_tasks`], and configurations of tasks.
         manager: From it too.
         options: `batch_size`, `device`, `dtype`, `limit`, `num_fewshot`, `apply_chat_template`, `seed`.
 
