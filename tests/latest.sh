@@ -15,7 +15,7 @@ import tomllib
 
 with open("pyproject.toml", "rb") as file:
     project = tomllib.load(file)["project"]
-tools = ("build", "pyright", "ruff")  # no test of the seams needs them
+tools = ("build", "lm_eval", "pyright", "ruff")  # no test of the seams needs them
 for requirement in project["dependencies"] + project["optional-dependencies"]["dev"]:
     if not requirement.startswith(tools):
         print(re.sub(r",\s*<[^;,]*", "", requirement))

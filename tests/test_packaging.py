@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import sysconfig
+import tomllib
 import venv
 import zipfile
 from pathlib import Path
@@ -91,6 +92,12 @@ def test_imports_from_any_folder(installed, tmp_path):
         run(python, "-c", IMPORTS, cwd=cwd)
         origin = "import transformers.integrations.hub_kernels, kernels; print(kernels.ORIGIN)"
         assert run(python, "-c", origin, cwd=cwd).strip() == "hugging face"
+
+
+def test_ci_installs_what_tests_would_be_skipped_without():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    pinned = {line.partition("==")[0] for line in (ROOT / "constraints.txt").read_text().splitlines()}
+    assert set(extras["eval"]) <= set(extras["dev"]) and {"lm_eval", "evaluate", "scikit-learn"} <= pinned
 
 
 def test_nothing_of_ours_is_importable_as_kernels():

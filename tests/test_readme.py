@@ -51,3 +51,10 @@ def test_commands_run(command, model_folder, tmp_path):
     plain = {**os.environ, "TRITON_INTERPRET": "0"}  # as a user has it
     done = subprocess.run(run, cwd=cwd, env=plain, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_pictures_are_there_and_small():
+    pictures = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", (ROOT / "README.md").read_text(encoding="utf-8"))
+    assert "docs/assets/pair_weightings.png" in pictures
+    for name in pictures:
+        assert 1_000 < (ROOT / name).stat().st_size < 200_000

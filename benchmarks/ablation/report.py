@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.harness import write_rows
+from otpo.training.displacement import NOTABLE
 
 from .cells import Matrix
 from .length_control import length_controlled_win_rate
@@ -28,6 +29,7 @@ MEASURES: dict[str, Measure] = {
     "lc_win_rate": lambda c: (
         100 * length_controlled_win_rate(c["wins"], c["characters"], c["sft_characters"]).win_rate
     ),
+    "chosen_change": lambda c: float(c["chosen_change"].mean()),
     "margin": lambda c: float(c["margin"].mean()),
     "margin_variance": lambda c: float(c["margin"].var()),
     "tokens": lambda c: float(c["tokens"].mean()),
@@ -37,11 +39,15 @@ MEASURES: dict[str, Measure] = {
 
 `preferred`: percent of pairs whose right answer is the likelier. `right`: percent of free answers that are right in
 everything. `win_rate`, `lc_win_rate`: against the SFT checkpoint's answers, percent; the second controls for length in
-characters. `margin`: unweighted log-ratio of the chosen answer less that of the rejected, nats, without beta.
+characters. `chosen_change`: log-probability of the chosen answer less the SFT checkpoint's, nats; tables mark a fall.
+`margin`: unweighted log-ratio of the chosen answer less that of the rejected, nats, without beta.
 `tokens`: of a free answer; `length_drift`: less the SFT checkpoint's.
 """
 COMPARED = ("preferred", "right", "win_rate", "lc_win_rate", "margin", "length_drift")
-SHOWN = ("preferred", "right", "win_rate", "lc_win_rate", "margin", "margin_variance", "length_drift")
+SHOWN = (
+    *("preferred", "right", "win_rate", "lc_win_rate"),
+    *("chosen_change", "margin", "margin_variance", "length_drift"),
+)
 NEW_WORDINGS = "test_templates"
 """The held-out split whose wordings no training has seen."""
 _RESAMPLES = 500
@@ -60,6 +66,7 @@ def columns_of(record: dict[str, Any], sft: dict[str, Any]) -> Columns:
     chosen, rejected = of(record, "chosen"), of(record, "rejected")
     columns = {
         "preferred": chosen > rejected,
+        "chosen_change": chosen - of(sft, "chosen"),
         "margin": chosen - rejected - (of(sft, "chosen") - of(sft, "rejected")),
         "tokens": of(record, "tokens"),
         "sft_tokens": of(sft, "tokens"),
@@ -162,6 +169,8 @@ def report(matrix: Matrix, results: Results, folder: Path, console: Console) -> 
     for row in rows:
         table.add_row(Path(row["data"]).stem, row["weighting"], *(_cell(row, name) for name in SHOWN))
     console.print(table)
+    if any("↓" in _cell(row, "chosen_change") for row in rows):
+        console.print("↓ Training made the chosen answers less likely: their log-probability fell by 1 nat or more.")
     for cell, why in results.failed.items():
         console.print(f"failed: {cell.name}: {why}", style="red", markup=False)
     if done := [row for row in rows if row["seeds"]]:
@@ -175,7 +184,7 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     Args:
         rows: Of [`table_rows`], or as they come back from `table.csv`.
     """
-    names = [name for name in SHOWN if any(row[name] != "" for row in rows)]
+    names = [name for name in SHOWN if any(row.get(name, "") != "" for row in rows)]
     several = _several_data(rows)
     header = [*(["data"] if several else []), "weighting", "seeds", *(name.replace("_", " ") for name in names)]
     lines = [header, ["---"] * len(header)]
@@ -244,7 +253,8 @@ def _cell(row: Mapping[str, Any], name: str) -> str:
         return "" if int(row["seeds"]) else "failed" if int(row["failed"]) else "not run"
     mean, std, low, high = (row.get(f"{name}{end}", "") for end in ("", "_std", "_low", "_high"))
     interval = "" if low == "" else f"\n\\[{float(low):.1f}, {float(high):.1f}]"
-    return f"{float(mean):.1f} ± {float(std):.1f}{interval}"
+    mark = " ↓" if name == "chosen_change" and float(mean) <= -NOTABLE else ""
+    return f"{float(mean):.1f} ± {float(std):.1f}{mark}{interval}"
 
 
 def _labels(rows: list[dict[str, Any]]) -> list[str]:

@@ -22,6 +22,7 @@ from trl import (
 from otpo import OTPOConfig, OTPOTrainer
 from otpo.data.loading import DataArguments, RowArguments, load_pairs
 from otpo.plain_model import has_adapter
+from otpo.training.displacement import find_fall
 from otpo.weighting.registry import kinds_of
 
 from .launching.engine import count_rows, describe_run, rows_in_step
@@ -192,11 +193,21 @@ def describe_reference(trainer: OTPOTrainer, data: AlignArguments) -> str:
 
 
 def extra_report(trainer: OTPOTrainer) -> dict[str, Any]:
-    """The pairs that were left out, by dataset and reason."""
-    return {"dropped_pairs": {name: dict(counts) for name, counts in trainer.dropped_pairs.items()}}
+    """The pairs that were left out, by dataset and reason, and whether chosen answers became less likely."""
+    fall = find_fall(trainer.state.log_history, trainer.beta)
+    return {
+        "dropped_pairs": {name: dict(counts) for name, counts in trainer.dropped_pairs.items()},
+        "chosen_fell": None if fall is None else fall._asdict(),
+    }
 
 
-COMMAND = TrainingCommand("align", make_parser, make_trainer, describe, extra_report)
+def remarks(trainer: OTPOTrainer) -> dict[str, str]:
+    """A line where chosen answers became less likely."""
+    fall = find_fall(trainer.state.log_history, trainer.beta)
+    return {} if fall is None else {"chosen": fall.describe()}
+
+
+COMMAND = TrainingCommand("align", make_parser, make_trainer, describe, extra_report, remarks)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -13,9 +13,11 @@ if TYPE_CHECKING:  # at run time it is imported when options have been read
 _DESCRIPTION = """\
 Score a model, or an adapter on one, by tasks of lm-eval, with 95% intervals. Our own tasks: `otpo_pairs`, whether the
 right answer of a bundled test pair is the more probable one; `otpo_answers`, whether free answers to their prompts
-have the right attribute, price, language and format. Both want `--apply_chat_template`.
+have the right attribute, price, language and format. Both want `--apply_chat_template`. A .jsonl file of prompts is a
+task too: `--judge` scores the free answers to them, as `otpo pairs` does.
 
   otpo eval runs/align --tasks otpo_pairs otpo_answers --apply_chat_template --output scores.json
+  otpo eval runs/align --tasks held_out.jsonl --judge my_judge.py:score --apply_chat_template
   otpo eval Qwen/Qwen3-0.6B --compare runs/align --tasks ifeval path/to/my/tasks --limit 200
 """
 
@@ -36,8 +38,17 @@ def make_parser() -> argparse.ArgumentParser:
         nargs="+",
         required=True,
         metavar="TASK",
-        help="names or patterns of lm-eval's tasks, ours, a folder of tasks' YAML files, or such a file",
+        help="names or patterns of lm-eval's tasks, ours, a folder of tasks' YAML files, such a file, or a .jsonl "
+        "file of prompts",
     )
+    add(
+        "--judge",
+        default="checkers",
+        metavar="NAME",
+        help="of free answers to a file's prompts: checkers, exact_match, or module:function or "
+        "path/to/file.py:function of yours (checkers)",
+    )
+    add("--max_new_tokens", type=int, default=256, metavar="N", help="tokens of such an answer at most (256)")
     add("--compare", metavar="OTHER", help="a second model; the table shows both, and how much higher it scores")
     add("--apply_chat_template", action="store_true", help="ask in the model's chat template")
     add("--num_fewshot", type=int, metavar="N", help="examples before each question (the task's number)")
@@ -54,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Prints the table and returns 0, or 2 with one line for options, tasks or models that can't be used."""
     parser = make_parser()
     options = parser.parse_args(argv)
-    for name in ("limit", "batch_size"):
+    for name in ("limit", "batch_size", "max_new_tokens"):
         value = getattr(options, name)
         if value is not None and value < 1:
             parser.error(f"`--{name}` must be at least 1, got {value}.")
@@ -72,6 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _evaluate(options: argparse.Namespace) -> dict[str, Any]:
     from otpo.cli.evaluating import harness
+    from otpo.cli.evaluating.judged import is_prompts, judged_tasks
     from otpo.cli.evaluating.scores import collect_scores
     from otpo.cli.models.loading import require_folder
     from otpo.cli.options.writing import require_writable_file
@@ -85,7 +97,9 @@ def _evaluate(options: argparse.Namespace) -> dict[str, Any]:
         if not Path(options.output).resolve().parent.is_dir():
             raise ValueError(f"`--output {options.output}`: there is no folder {Path(options.output).parent}.")
         require_writable_file("--output", options.output, "scores.json")
-    tasks, manager = harness.find_tasks(options.tasks)
+    asked = judged_tasks(options.tasks, options.judge, options.max_new_tokens)
+    found, manager = harness.find_tasks([name for name in options.tasks if not is_prompts(name)])
+    tasks = [*found, *asked]
 
     given = ("apply_chat_template", "num_fewshot", "limit", "batch_size", "dtype", "device", "seed")
     chosen = {name: getattr(options, name) for name in given}
@@ -93,7 +107,7 @@ def _evaluate(options: argparse.Namespace) -> dict[str, Any]:
         collect_scores(harness.evaluate(name, option, tasks, manager, **chosen))
         for option, name in zip(("MODEL", "--compare"), names, strict=False)
     ]
-    return make_report(names, scores, chosen)
+    return make_report(names, scores, {**chosen, "judge": options.judge, "max_new_tokens": options.max_new_tokens})
 
 
 def _write(report: dict[str, Any], path: str) -> None:

@@ -89,7 +89,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--beside",
         metavar="NAME",
         nargs="*",
-        help="other weightings that the page shows for comparison, with the same options; none without a NAME "
+        help="other weightings that are shown for comparison, with the same options; none without a NAME "
         f"({' '.join(_BESIDE)})",
     )
     add("--beta", type=float, metavar="X", help="factor of the rewards (0.1)")
@@ -99,6 +99,7 @@ def make_parser() -> argparse.ArgumentParser:
     add = group.add_argument
     add("--output", metavar="FILE", help="file to write (explain.html or explain.png)")
     add("--format", metavar="NAME", help="html, png (by the ending of `--output`, else html)")
+    add("--weights_only", action="store_true", help="of a picture the tokens with their weights alone")
     return parser
 
 
@@ -125,6 +126,8 @@ def _run(argv: Sequence[str] | None) -> int:
     options = parser.parse_args(argv)
     try:
         path, kind = _output(options.output, options.format)
+        if options.weights_only and kind != "png":
+            raise ValueError("`weights_only` is an option of pictures. Set `format=png`, or leave it out.")
         _check_source(options)
         beside = _beside(options)
     except ValueError as error:
@@ -142,7 +145,7 @@ def _run(argv: Sequence[str] | None) -> int:
             pairs = _explained(trainer, names, referenced, beside)
         except REFUSALS as error:
             return refuse(parser.prog, error)
-        content = _rendered(pairs, facts, kind)
+        content = _rendered(pairs, facts, kind, options.weights_only)
     try:
         path.write_bytes(content)
     except OSError as error:
@@ -314,10 +317,14 @@ def _explained(trainer: Any, names: Sequence[str], referenced: bool, beside: Seq
     return [replace(pair, name=name) for pair, name in zip(pairs, names, strict=True)]
 
 
-def _rendered(pairs: Sequence["ExplainedPair"], facts: Mapping[str, str], kind: str) -> bytes:
+def _rendered(pairs: Sequence["ExplainedPair"], facts: Mapping[str, str], kind: str, weights_only: bool) -> bytes:
     from otpo.explain import draw_picture, render_page
 
-    return draw_picture(pairs) if kind == "png" else render_page(pairs, facts=facts).encode("utf-8")
+    return (
+        draw_picture(pairs, weights_only=weights_only)
+        if kind == "png"
+        else render_page(pairs, facts=facts).encode("utf-8")
+    )
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from importlib.resources import files
 
 from torch import Tensor
 
-from otpo.weighting.registry import kinds_of
+from otpo.weighting.registry import looks_at
 
 from .heatmap import LABELLED, MOST_PIXELS, render_plan
 from .pairs import ExplainedPair, ExplainedResponse
@@ -55,13 +55,15 @@ def _pair(pair: ExplainedPair) -> str:
         if pair.has_reference
         else "No reference model was given, so these are no rewards but the policy's log-probabilities, in nats."
     )
+    told = looks_at(pair.weighting.split(",")[0])
+    told = pair.weighting if told is None else f"{pair.weighting}: {told}"
     sides, rules = {"Chosen": pair.chosen, "Rejected": pair.rejected}, _rules(pair)
     largest = max((float(values.abs().max()) for values in _all_contributions(pair) if len(values)), default=0.0)
     return (
         f"<section><h2>{_text(pair.name)}</h2>\n<details><summary>Prompt</summary>"
         f'<p class="prompt card">{_text(pair.prompt)}</p></details>\n'
         f"{_summary(pair, shown)}\n<h3>Weights</h3>\n"
-        f'<p class="quiet">{_text(pair.weighting)}. Point at a token, or tap it, for its numbers.</p>\n'
+        f'<p class="quiet">{_text(told)}. Point at a token, or tap it, for its numbers.</p>\n'
         f'<div class="sides">{"".join(_weights(name, side, rules) for name, side in sides.items())}</div>\n'
         f"{_beside(pair)}"
         f'<h3>{shown} by token</h3>\n<p class="quiet">{note}</p>\n<div class="sides">'
@@ -117,14 +119,13 @@ def _beside(pair: ExplainedPair) -> str:
     """The same tokens under other weightings, one below the other."""
     shown = []
     for weighting, weights in pair.beside.items():
-        kinds = [f"{kind.help} ({kind.source})" for kind in kinds_of(weighting)]
         sides = {
             f"{name}, {weighting}": replace(side, weights=own)
             for name, side, own in zip(("Chosen", "Rejected"), (pair.chosen, pair.rejected), weights, strict=True)
         }
         rules = [("DPO", False), (weighting, True)]
         shown.append(
-            f'<p class="quiet"><b>{_text(weighting)}</b>, for comparison: {_text("; times ".join(kinds))}.</p>\n'
+            f'<p class="quiet"><b>{_text(weighting)}</b>, for comparison: {_text(looks_at(weighting) or "")}.</p>\n'
             f'<div class="sides">{"".join(_weights(name, side, rules) for name, side in sides.items())}</div>\n'
         )
     return "".join(shown)

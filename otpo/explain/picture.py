@@ -4,9 +4,12 @@ import io
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from typing import Any
 
 import regex
+
+from otpo.weighting.registry import looks_at
 
 from .pairs import ExplainedPair, ExplainedResponse
 from .pieces import Piece, token_labels
@@ -34,11 +37,17 @@ _MOST_PIECES = 600
 _LABELLED = 48
 
 
-def draw_picture(pairs: Sequence[ExplainedPair]) -> bytes:
+def draw_picture(pairs: Sequence[ExplainedPair], *, weights_only: bool = False) -> bytes:
     """A PNG of the pairs, one under the other, on white.
+
+    Under a pair's weights stand those of the weightings beside it, for the same tokens, each with what it looks at.
 
     A character that no installed font of [`FONTS`] has is written as its code point, and the picture says so; coloured
     emoji are among these. Of a response, the first 600 pieces of text are shown.
+
+    Args:
+        pairs: What is drawn.
+        weights_only: Whether plan, alignments and rewards are left out.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -55,8 +64,8 @@ def draw_picture(pairs: Sequence[ExplainedPair]) -> bytes:
         raise ImportError("Pictures need matplotlib: `pip install 'otpo[plots]'`.") from error
 
     with _fonts() as known:
-        layouts = [_Layout(pair, known) for pair in pairs]
-        height = sum(layout.height + _PLOTS for layout in layouts)
+        layouts = [_Layout(pair, known, weights_only) for pair in pairs]
+        height = sum(layout.height + (0.0 if weights_only else _PLOTS) for layout in layouts)
         figure = Figure(figsize=(_WIDTH / _DPI, height / _DPI), dpi=_DPI, facecolor="white")
         FigureCanvasAgg(figure)
         top = height
@@ -65,6 +74,8 @@ def draw_picture(pairs: Sequence[ExplainedPair]) -> bytes:
             box = (_MARGIN / _WIDTH, (top - layout.height) / height, 1 - 2 * _MARGIN / _WIDTH, layout.height / height)
             layout.draw(figure.add_axes(box))
             top -= layout.height
+            if weights_only:
+                continue
             edges = {"top": (top - 30) / height, "bottom": (top - _PLOTS + 90) / height}
             grid = figure.add_gridspec(2, 2, left=0.1, right=0.98, wspace=0.2, hspace=0.6, **edges)
             _draw_plan(figure.add_subplot(grid[:, 0]), layout.pair, known)
@@ -79,30 +90,57 @@ def draw_picture(pairs: Sequence[ExplainedPair]) -> bytes:
 class _Layout:
     """Where the pieces of a pair's texts stand, in pixels from the top left."""
 
-    def __init__(self, pair: ExplainedPair, known: frozenset[int]) -> None:
+    def __init__(self, pair: ExplainedPair, known: frozenset[int], weights_only: bool) -> None:
         self.pair = pair
         self._words: list[tuple[float, float, str, bool]] = []  # x, y, text, whether it is a heading
         self._boxes: list[tuple[float, float, float, float]] = []  # x, y, width, strength
         self._missing = False
         self._ruler = _Ruler()
         width = _WIDTH - 2 * _MARGIN
-        y = _LINE
-        self._words.append((0.0, y, f"{pair.name}: {pair.weighting}", True))
-        for name, side in (("chosen", pair.chosen), ("rejected", pair.rejected)):
+        sides = {"chosen": pair.chosen, "rejected": pair.rejected}
+
+        # The pair's own weights, then those beside them.
+        y = self._named(f"{pair.name}: {pair.weighting}", pair.weighting.split(",")[0], _LINE, width)
+        for name, side in sides.items():
             y += _LINE
-            self._words.append((0.0, y, _heading(name, side), True))
+            self._words.append((0.0, y, _range(name, side) if weights_only else _heading(name, side), True))
             y = self._flow(side, known, y + _LINE, width)
-        y += _LINE
-        self._words.append((0.0, y, "most mass of the transport plan", True))
-        y, x = y + _LINE, 0.0
-        labels = token_labels(pair.chosen.pieces), token_labels(pair.rejected.pieces)
-        for chosen, rejected, mass in pair.top_alignments(8):
-            text = self._drawable(f"{labels[0][chosen]} → {labels[1][rejected]}  {mass:.3g}", known)
-            x, y = self._place(f"{text}     ", [], x, y, width)
+        for weighting, weights in pair.beside.items():
+            y = self._named(weighting, weighting, y + 1.5 * _LINE, width)
+            for (name, side), own in zip(sides.items(), weights, strict=True):
+                y += _LINE
+                side = replace(side, weights=own)
+                self._words.append((0.0, y, _range(name, side), True))
+                y = self._flow(side, known, y + _LINE, width)
+
+        # What the plan aligns.
+        if not weights_only:
+            y = self._alignments(known, y + _LINE, width)
         if self._missing:
             y += _LINE
             self._words.append((0.0, y, "Characters that no font here has are written as their code points.", False))
         self.height = y + _LINE
+
+    def _named(self, heading: str, weighting: str, y: float, width: float) -> float:
+        """A heading, and below it what the weighting looks at, where that is known; returns the last line's y."""
+        self._words.append((0.0, y, heading, True))
+        told = looks_at(weighting)
+        if told is None:
+            return y
+        x, y = 0.0, y + _LINE
+        for word in told.split():
+            x, y = self._place(f"{word} ", [], x, y, width)
+        return y
+
+    def _alignments(self, known: frozenset[int], y: float, width: float) -> float:
+        """The most of the plan, token by token, from a heading at `y` on."""
+        self._words.append((0.0, y, "most mass of the transport plan", True))
+        y, x = y + _LINE, 0.0
+        labels = token_labels(self.pair.chosen.pieces), token_labels(self.pair.rejected.pieces)
+        for chosen, rejected, mass in self.pair.top_alignments(8):
+            text = self._drawable(f"{labels[0][chosen]} → {labels[1][rejected]}  {mass:.3g}", known)
+            x, y = self._place(f"{text}     ", [], x, y, width)
+        return y
 
     def _flow(self, side: ExplainedResponse, known: frozenset[int], y: float, width: float) -> float:
         """Sets the pieces in lines from `y` on, and returns the last line's y."""
@@ -156,6 +194,11 @@ def _heading(name: str, side: ExplainedResponse) -> str:
     dpo, weighted = (float(side.contributions(weighted=rule).sum()) for rule in (False, True))
     kind = "log-probability" if side.reference_logps is None else "reward"
     return f"{name}, {len(side.weights)} tokens: {kind} {weighted:+.4g}, of DPO {dpo:+.4g}"
+
+
+def _range(name: str, side: ExplainedResponse) -> str:
+    ends = (float(side.weights.min()), float(side.weights.max())) if len(side.weights) else (0.0, 0.0)
+    return f"{name}, {len(side.weights)} tokens: from {ends[0]:.3g} (white) to {ends[1]:.3g} (blue)"
 
 
 def _draw_plan(axes: Any, pair: ExplainedPair, known: frozenset[int]) -> None:

@@ -35,12 +35,14 @@ class WeightingKind(Registered):
             keyword for each option that says `bundled`.
         values: Numbers of tokens that it looks at and that are made of the data before training.
         needs_reference: Whether it looks at the reference's log-probabilities.
+        looks: What it looks at, in plain words, where its help does not say so.
     """
 
     options: tuple[Option, ...] = ()
     bundle: "Callable[[Any], Any] | None" = None
     values: tuple[TokenValues, ...] = ()
     needs_reference: bool = False
+    looks: str = ""
 
     def __call__(self, args: Any) -> "Weighting":
         """The weighting with its options set from an `OTPOConfig`."""
@@ -66,6 +68,7 @@ WEIGHTINGS: dict[str, WeightingKind] = {
         "otpo.weighting.optimal_transport:by_transport",
         help="marginal of the transport plan, with the sum `min(|y_c|, |y_r|)`",
         source="arXiv 2505.18720",
+        looks="looks at what both responses share",
         options=(*TRANSPORT_OPTIONS, _HIDDEN_LAYER),
         bundle=TransportOptions.of,
     ),
@@ -74,6 +77,7 @@ WEIGHTINGS: dict[str, WeightingKind] = {
         help="mass that the transport plan destroys, what the other response has nothing near to; with the sum "
         "`min(|y_c|, |y_r|)`",
         source="ours",
+        looks="looks at what one response has and the other has not, by the same plan",
         options=(
             Option(
                 "contrast_mix",
@@ -139,11 +143,13 @@ WEIGHTINGS: dict[str, WeightingKind] = {
         "otpo.weighting.methods:confpo",
         help="1 where the policy is less sure of the token than of the response's tokens on average, else 0",
         source="arXiv 2506.08712",
+        looks="looks at what the policy is unsure of",
     ),
     "surprisal": WeightingKind(
         "otpo.weighting.methods:surprisal",
         help="`-log pi_ref` of the token, with the sum `min(|y_c|, |y_r|)`",
         source="ours",
+        looks="looks at what the reference did not expect",
         needs_reference=True,
     ),
     "diff": WeightingKind(
@@ -151,6 +157,7 @@ WEIGHTINGS: dict[str, WeightingKind] = {
         help="1 where an alignment finds no such token in the other response, else `diff_base`; with the sum "
         "`min(|y_c|, |y_r|)`",
         source="arXiv 2312.00849",
+        looks="looks at the tokens that one response has and the other has not, without a model",
         options=(
             Option(
                 "diff_base",
@@ -201,6 +208,14 @@ def kinds_of(weighting: str) -> "list[WeightingKind]":
         KeyError: There is no such weighting.
     """
     return [WEIGHTINGS[name] for name in split(weighting)]
+
+
+def looks_at(weighting: str) -> str | None:
+    """What the tokens of a weighting are weighed by, to be read; None where the name is not of the registry."""
+    if any(name not in WEIGHTINGS for name in split(weighting)):
+        return None
+    told = [f"{kind.looks}: {kind.help}" if kind.looks else kind.help for kind in kinds_of(weighting)]
+    return "; times ".join(f"{text} ({kind.source})" for text, kind in zip(told, kinds_of(weighting), strict=True))
 
 
 def make_weighting(args: Any) -> "Weighting":

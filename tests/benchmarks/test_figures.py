@@ -148,6 +148,25 @@ def test_ablation_whose_judge_failed_for_some(tmp_path):
     assert not (tmp_path / "win_rate_length.png").exists()
 
 
+def test_ablation_marks_chosen_answers_that_fell():
+    rows = [ablation_row("dpo", chosen_change=-1.0), ablation_row("otpo", chosen_change=-0.9)]
+    table = ablation.markdown([*rows, ablation_row("sft", chosen_change=4.0)]).splitlines()
+    place = [cell.strip() for cell in table[0].split("|")].index("chosen change")
+    cells = [line.split("|")[place].strip() for line in table[2:]]
+    assert cells == ["-1.0 ± 0.0 ↓", "-0.9 ± 0.0", "4.0 ± 0.0"] and "\n".join(table).count("↓") == 1
+    older = [{name: value for name, value in row.items() if not name.startswith("chosen_change")} for row in rows]
+    assert "chosen change" not in ablation.markdown(older)  # of a table that was written before
+
+
+def test_ablation_compares_chosen_answers_with_the_start():
+    def record(*chosen):
+        split = {"chosen": chosen, "rejected": [-9.0, -9.0], "tokens": [1, 1], "answers": ["a", "b"]}
+        return {"held_out": {"test": split}, "wins": None}
+
+    columns = ablation.columns_of(record(-4.0, -6.0), record(-1.0, -5.0))
+    assert ablation.MEASURES["chosen_change"](columns) == -2.0
+
+
 def quality_rows(scheme, score, auroc, layers=("",)):
     for layer, side, kind in itertools.product(layers, ("chosen", "rejected", "both"), ("all",)):
         row = {"scheme": scheme, "layer": layer, "score": score, "last": layer == 2, "side": side, "kind": kind}

@@ -1,14 +1,17 @@
 """What a command shows: one line of few numbers a log."""
 
+import logging
 import warnings
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from datasets import enable_progress_bars
 from pretraining_helpers import pretrainer
 from transformers import PrinterCallback, ProgressCallback
+from transformers.utils import logging as transformers_logging
 
-from otpo.cli.running.console import OneBar, OneLine, log_line, show_little, silence_deprecations
+from otpo.cli.running.console import OneBar, OneLine, be_quiet, log_line, show_little
 
 ALIGN = {
     "loss": 0.69314,
@@ -80,7 +83,30 @@ def test_a_training_shows_lines(tmp_path, capfd, no_bar, theirs, ours):
 def test_what_is_silenced_is_named_exactly():
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        silence_deprecations()
+        be_quiet()
         warnings.warn("`gradient_checkpointing` is deprecated and will be removed in v6.", FutureWarning, stacklevel=1)
         warnings.warn("`torch_dtype` is deprecated", FutureWarning, stacklevel=1)
     assert [str(each.message) for each in caught] == ["`torch_dtype` is deprecated"]
+
+
+def test_bars_of_weights_and_what_deepspeed_says_of_the_cpu_are_left_out(monkeypatch):
+    weights_bar = transformers_logging.is_progress_bar_enabled()
+    told: list[str] = []
+    logger, handler = logging.getLogger("DeepSpeed"), logging.Handler()
+    monkeypatch.setattr(handler, "emit", lambda record: told.append(record.getMessage()))
+    monkeypatch.setattr(logger, "filters", [])
+    logger.addHandler(handler)
+    try:
+        for _ in range(2):
+            be_quiet()
+        assert not transformers_logging.is_progress_bar_enabled() and len(logger.filters) == 1
+        logger.warning(
+            "Setting accelerator to CPU. If you have GPU or other accelerator, we were unable to detect it."
+        )
+        logger.warning("Setting accelerator to CPU, since %s", "you said so")
+    finally:
+        logger.removeHandler(handler)
+        enable_progress_bars()
+        if weights_bar:
+            transformers_logging.enable_progress_bar()
+    assert told == ["Setting accelerator to CPU, since you said so"]

@@ -11,9 +11,11 @@ from helpers import make_tokenizer, save_model
 
 from otpo.cli import eval as eval_command
 from otpo.cli.evaluating import harness
+from otpo.cli.evaluating.judged import judged_task
 from otpo.cli.evaluating.scores import Score, collect_scores, difference, interval
 from otpo.cli.evaluating.tasks import functions
 from otpo.cli.main import main
+from otpo.data import load_demo_preferences
 
 needs_lm_eval = pytest.mark.skipif(
     find_spec("lm_eval") is None, reason="lm-eval is an extra: pip install 'otpo[eval]'"
@@ -228,3 +230,76 @@ def test_our_tasks_and_refused_ones(model_folder, capsys, tmp_path):
     message = refusal(eval_command.main, capsys, [model_folder, "--tasks", "otpo_pear"])
     assert "lm-eval has no such task. Close to it: otpo_pairs" in " ".join(message.split())
     assert "has no YAML file of a task" in refusal(eval_command.main, capsys, [model_folder, "--tasks", str(tmp_path)])
+
+
+# Files of prompts
+
+
+def write_prompts(folder, rows, name="asked.jsonl"):
+    (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(folder / name)
+
+
+def test_a_file_of_prompts_is_a_task(tmp_path):
+    rows = [
+        {"prompt": "the red", "answer": "shirt"},
+        {"messages": [{"role": "user", "content": "blue"}], "answer": ""},
+    ]
+    task = judged_task(write_prompts(tmp_path, rows), "exact_match", 7)
+    docs = task["custom_dataset"]()["test"]
+    assert task["task"] == "asked" and docs["text"] == ["the red", "blue"] and "all" in str(task["metric_list"])
+    assert task["generation_kwargs"]["max_gen_toks"] == 7
+    assert task["process_results"](docs[0], [" Shirt\n"]) == {"score": 1.0, "all": 1.0}
+    assert task["process_results"](docs[1], ["shirt"]) == {"score": 0.0, "all": 0.0}
+
+
+def test_our_checkers_score_rows_that_tell_their_right_answer(tmp_path):
+    rows = [dict(row) for row in load_demo_preferences("test").select(range(4))]
+    task = judged_task(write_prompts(tmp_path, rows), "checkers", 64)
+    docs = task["custom_dataset"]()["test"]
+    for doc, row in zip(docs, rows, strict=True):
+        assert task["process_results"](doc, [row["chosen"][0]["content"]]) == {"score": 1.0, "all": 1.0}
+        wrong = task["process_results"](doc, [row["rejected"][0]["content"]])
+        assert wrong["all"] == 0.0 and 0.0 <= wrong["score"] < 1.0
+
+
+@pytest.mark.parametrize(
+    ("rows", "judge", "message"),
+    [
+        ([{"prompt": "a"}], "checkers", r"row 0: the judge raised ValueError: the row has no 'answer'"),
+        ([{"prompt": "a", "answer": "b"}], "reward_model", "`--judge reward_model`: `otpo eval` loads none"),
+        ([{"prompt": "a", "answer": "b"}], "exactly", "`judge=exactly` is not known"),
+        ([{"prompt": "a", "answer": "b"}, {"prompt": " ", "answer": "b"}], "exact_match", "row 1 has an empty prompt"),
+        (
+            [{"prompt": [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}], "answer": "b"}],
+            "exact_match",
+            "row 0 has a prompt of 2 message\\(s\\), the first one the system's",
+        ),
+    ],
+    ids=["no answer", "reward model", "unknown", "empty", "turns"],
+)
+def test_prompts_that_cannot_be_asked(tmp_path, rows, judge, message):
+    with pytest.raises(ValueError, match=message):
+        judged_task(write_prompts(tmp_path, rows), judge, 8)
+
+
+@needs_lm_eval
+@lengthy
+@pytest.mark.filterwarnings("default")
+def test_lm_eval_runs_files_of_prompts(model_folder, tmp_path, capsys):
+    (tmp_path / "mine.py").write_text(
+        "def length(prompt, answers, row):\n    return [float(row['of'])] * len(answers)\n"
+    )
+    asked = write_prompts(tmp_path, [{"prompt": f"the {word}", "of": len(word)} for word in ("red", "blue", "shirt")])
+    argv = [model_folder, "--tasks", asked, "otpo_pairs", "--device", "cpu", "--limit", "2", "--max_new_tokens", "4"]
+    argv += ["--judge", f"{tmp_path / 'mine.py'}:length", "--compare", model_folder]
+    assert eval_command.main([*argv, "--output", str(tmp_path / "scores.json")]) == 0
+    report = json.loads((tmp_path / "scores.json").read_text())
+    (row,) = [row for row in report["scores"] if row["task"] == "asked"]
+    assert row["metric"] == "score" and row["models"][0]["value"] == 3.5 and row["difference"]["value"] == 0.0
+    assert report["options"]["judge"].endswith("mine.py:length") and report["options"]["max_new_tokens"] == 4
+    assert {row["task"] for row in report["scores"]} == {"asked", "otpo_pairs"}
+    (tmp_path / "more").mkdir()
+    again = write_prompts(tmp_path / "more", [{"prompt": "a", "of": 1}])
+    message = refusal(eval_command.main, capsys, [*argv[:2], asked, again, *argv[4:]])
+    assert "two files of prompts are called asked. Rename one" in " ".join(message.split())

@@ -67,6 +67,14 @@ def test_pictures(model_folder, tmp_path, monkeypatch):
         with Image.open(tmp_path / name) as picture:
             picture.load()
             assert picture.format == "PNG" and picture.width == 1000
+    with Image.open(tmp_path / "explain.png") as picture:
+        sizes = [picture.height]
+    for more in ({}, {"beside": ["diff"]}, {"beside": []}):  # contrast and diff where nothing is said
+        line = words(model_name_or_path=model_folder, **PAIR, output="few.png", **more)
+        assert explain.main([*line, "--weights_only"]) == 0
+        with Image.open(tmp_path / "few.png") as picture:
+            sizes.append(picture.height)
+    assert sizes == sorted(set(sizes), reverse=True)
 
 
 def test_the_model_under_an_adapter_is_its_reference(model_folder, pairs_file, tmp_path):
@@ -145,6 +153,7 @@ def test_help_is_light():
         ),
         ({**PAIR, "output": "."}, r"`output=\.` is a folder. Name a file, such as explain.html"),
         ({**PAIR, "use_cpu": "maybe"}, "argument --use_cpu: true or false, got 'maybe'"),
+        ({**PAIR, "weights_only": []}, "`weights_only` is an option of pictures. Set `format=png`"),
         ({**PAIR, "ot_rge": 1}, "unrecognized arguments: --ot_rge 1"),
     ],
     ids=lambda value: "-".join(f"{name}" for name in value if name not in PAIR) if isinstance(value, dict) else "",

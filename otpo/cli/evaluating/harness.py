@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Sequence
 from difflib import get_close_matches
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,7 @@ def find_tasks(named: Sequence[str]) -> tuple[list[str], Any]:
     Raises:
         ValueError: There is no such task.
     """
-    from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
-
+    TaskManager = _extra("lm_eval.tasks").TaskManager
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of what no user of ours can change
 
     names: list[str] = []
@@ -64,13 +64,15 @@ def find_tasks(named: Sequence[str]) -> tuple[list[str], Any]:
     return chosen, manager
 
 
-def evaluate(name: str, option: str, tasks: list[str], manager: Any, **options: Any) -> dict[str, Any]:
+def evaluate(
+    name: str, option: str, tasks: list[str | dict[str, Any]], manager: Any, **options: Any
+) -> dict[str, Any]:
     """Evaluates a model, or an adapter on its model.
 
     Args:
         name: A folder or a name on the Hub.
         option: The option that gave it.
-        tasks: Names, from [`find_tasks`].
+        tasks: Names, from [`find_tasks`], and configurations of tasks.
         manager: From it too.
         options: `batch_size`, `device`, `dtype`, `limit`, `num_fewshot`, `apply_chat_template`, `seed`.
 
@@ -80,13 +82,10 @@ def evaluate(name: str, option: str, tasks: list[str], manager: Any, **options: 
     Raises:
         ValueError: The model can't be found.
     """
-    from lm_eval import simple_evaluate  # pyright: ignore[reportMissingImports]
-    from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
-
     origin = find_origin(option, name)
     own_tokenizer = (Path(name) / "tokenizer_config.json").is_file()
     seed = options.pop("seed")
-    model = HFLM(
+    model = _extra("lm_eval.models.huggingface").HFLM(
         pretrained=origin.base,
         revision=origin.revision,
         peft=name if origin.adapted else None,
@@ -100,7 +99,7 @@ def evaluate(name: str, option: str, tasks: list[str], manager: Any, **options: 
         raise ValueError(
             f"`--apply_chat_template`: the tokenizer of {name} has no chat template. Leave the option out."
         )
-    results = simple_evaluate(
+    results = _extra("lm_eval").simple_evaluate(
         model=model,
         tasks=tasks,
         task_manager=manager,
@@ -114,3 +113,8 @@ def evaluate(name: str, option: str, tasks: list[str], manager: Any, **options: 
     )
     assert results is not None  # of the first process, and this is the only one
     return dict(results)
+
+
+def _extra(module: str) -> Any:
+    """A module of lm-eval, which types are not checked against: it is an extra, and decorates its signatures away."""
+    return import_module(module)

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
+from typing import NoReturn
 
 EXIT_CODE = 128 + signal.SIGINT
 OTPO_LAUNCHER = "OTPO_LAUNCHER"
@@ -27,7 +28,7 @@ def interruptible(prog: str, body: Callable[[], int], advice: Callable[[], str] 
         before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would interrupt the line
         _say(prog, "" if advice is None else f"; {advice()}")
         if "LOCAL_RANK" in os.environ or OTPO_LAUNCHER in os.environ:
-            _leave()
+            leave(EXIT_CODE)
         signal.signal(signal.SIGINT, before)
     return EXIT_CODE
 
@@ -57,7 +58,7 @@ def _replace_handler(old: Callable[..., object], new: Callable[..., object]) -> 
 
 def _leave_at_once(number: int, frame: FrameType | None) -> None:
     _say("otpo", "")
-    _leave()
+    leave(EXIT_CODE)
 
 
 def _say(prog: str, rest: str) -> None:
@@ -65,9 +66,9 @@ def _say(prog: str, rest: str) -> None:
         sys.stderr.write(f"{prog}: stopped by you{rest}\n")
 
 
-def _leave() -> None:
+def leave(code: int) -> NoReturn:
     """Ends the process at once: others may never come to the collective that a tidy end would wait in."""
     with suppress(RuntimeError):  # of a buffer that the signal found in use
         sys.stdout.flush()
         sys.stderr.flush()
-    os._exit(EXIT_CODE)
+    os._exit(code)

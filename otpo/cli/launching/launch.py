@@ -26,6 +26,7 @@ from trl.cli.accelerate_config import resolve_accelerate_config_argument
 from otpo.cli.options.recipe import read_yaml
 
 from .engine import ENGINES, cpu_request, require_accelerator, require_deepspeed
+from .failures import collected, noted, outcome, say_error
 from .interrupt import EXIT_CODE, OTPO_LAUNCHER
 
 _LOGGERS = ("torch.distributed.elastic.agent.server.api", "torch.distributed.elastic.multiprocessing.api")
@@ -178,34 +179,54 @@ def parse_launch(options: Sequence[str], command: str, script_args: Sequence[str
     return args
 
 
-def launch(options: Sequence[str], command: str, script_args: Sequence[str], use_cpu: bool = False) -> int:
+def launch(
+    options: Sequence[str], command: str, script_args: Sequence[str], use_cpu: bool = False, verbose: bool = False
+) -> int:
     """Runs the command's module under accelerate and returns the exit code of the process that failed first.
+
+    The last line on the standard error is what that process failed of.
+
+    Args:
+        options: See [`parse_launch`], as are `command`, `script_args` and `use_cpu`.
+        command: See there.
+        script_args: See there.
+        use_cpu: See there.
+        verbose: Whether what torch's launcher says of failures is shown too, before that line.
 
     Raises:
         KeyboardInterrupt: Ctrl-C stopped it, and the processes have ended.
     """
     args = parse_launch(options, command, script_args, use_cpu)
-    for name in _LOGGERS:  # what the processes themselves say is enough
+    for name in () if verbose else _LOGGERS:  # what the processes themselves say is enough
         logging.getLogger(name).setLevel(logging.CRITICAL)
     os.environ[OTPO_LAUNCHER] = "1"
-    try:
-        launch_command(args)
-    except CalledProcessError as error:
-        return _exit_code(error.returncode)
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        if failure.exitcode < 0 and -failure.exitcode not in (signal.SIGINT, signal.SIGTERM):
-            name = signal.Signals(-failure.exitcode).name
-            sys.stderr.write(f"otpo {command}: error: the process of rank {rank} was ended by {name}\n")
-        return _exit_code(failure.exitcode)
-    except SignalException as error:
-        return _exit_code(-error.sigval)
-    except KeyboardInterrupt:
-        _end_children()
-        raise
-    finally:
-        del os.environ[OTPO_LAUNCHER]
+    with collected() as folder:
+        try:
+            launch_command(args)
+        except CalledProcessError as error:
+            return _failed(command, error.returncode, None, folder)
+        except ChildFailedError as error:
+            rank, failure = error.get_first_failure()
+            if verbose:
+                sys.stderr.write(f"{error}\n")
+            return _failed(command, failure.exitcode, rank, folder)
+        except SignalException as error:
+            return _exit_code(-error.sigval)
+        except KeyboardInterrupt:
+            _end_children()
+            raise
+        finally:
+            del os.environ[OTPO_LAUNCHER]
     return 0
+
+
+def _failed(command: str, code: int, rank: int | None, folder: str) -> int:
+    """Says what the first process failed of, unless it was told to end; returns the exit code."""
+    if code not in (EXIT_CODE, -signal.SIGINT):
+        line, code = outcome(noted(folder), code, rank)
+        if line is not None:
+            say_error(f"otpo {command}", line)
+    return _exit_code(code)
 
 
 def _load_config(path: str) -> Any:

@@ -27,7 +27,8 @@ from otpo.cli.launching.engine import (
     require_deepspeed,
     require_engine,
 )
-from otpo.cli.launching.interrupt import interruptible
+from otpo.cli.launching.failures import FOLDER, came_later, note, rank, say_error
+from otpo.cli.launching.interrupt import interruptible, leave
 from otpo.cli.launching.launch import check_options, default_launch, is_launched, launch, module_of
 from otpo.cli.options.preflight import check_options_alone
 from otpo.cli.options.redact import redact_text
@@ -36,7 +37,7 @@ from otpo.data.preferences import RowError
 from otpo.trl_seam import leave_boolean_buffers_to_ranks, use_one_gpu
 
 from .checkpoints import find_checkpoint, newest_checkpoint
-from .console import show_little, silence_deprecations
+from .console import be_quiet, show_little
 from .identity import RunFile, require_same_run, run_identity
 from .model_card import WritesCard
 from .report import make_report, write_report
@@ -62,6 +63,7 @@ class TrainingCommand:
             What can't be used raises a `ValueError`, `OSError` or `ImportError`.
         describe: Lines to print before the first step, by their names of up to 10 characters.
         extra_report: Entries of the report that only this command has.
+        remarks: Lines to print at the end, of what a user should know of the training, by their names.
         settings: Options that hold where neither the recipe nor the command line sets them.
     """
 
@@ -70,6 +72,7 @@ class TrainingCommand:
     make_trainer: Callable[..., Any]
     describe: Callable[[Any, tuple[Any, ...]], dict[str, str]]
     extra_report: Callable[[Any], dict[str, Any]] = lambda trainer: {}
+    remarks: Callable[[Any], dict[str, str]] = lambda trainer: {}
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -83,21 +86,26 @@ def run(command: TrainingCommand, argv: Sequence[str] | None = None) -> int:
     argv = ["--help"] if "--help-all" in argv else argv
     since = time.time()
     read: list[Given] = []
-    return interruptible(
-        f"otpo {command.name}", lambda: _run(command, argv, read), lambda: _how_to_resume(read, since)
-    )
+    prog = f"otpo {command.name}"
+    try:
+        code = interruptible(prog, lambda: _run(command, argv, read), lambda: _how_to_resume(read, since))
+    except Exception as error:
+        code = _fail(prog, error, verbose=bool(read) and read[0].values["verbose"])
+    if code and FOLDER in os.environ:  # the launcher waits for the end of this process to say what it was of
+        leave(code)
+    return code
 
 
 def _run(command: TrainingCommand, argv: list[str], read: list[Given]) -> int:
     """[`run`]; puts the options into `read` as soon as they are read."""
     # Options are read and checked, then processes are launched, unless this one was; each of them prepares a trainer.
     begin = time.monotonic()
-    if "--verbose" not in argv:
-        silence_deprecations()
     parser = command.make_parser()
     try:
         given = read_command_line(parser, argv, command.settings)
         read.append(given)
+        if not given.values["verbose"]:
+            be_quiet()
         check_options_alone(given.values)
         checkpoint, line = _checkpoint(parser, given)
         if is_launched(os.environ):
@@ -110,7 +118,8 @@ def _run(command: TrainingCommand, argv: list[str], read: list[Given]) -> int:
                     count = options[options.index("--num_processes") + 1]
                     _print(f"{'launching':<10} {count} processes, one a device; `--num_processes 1` takes one of them")
             if options:
-                return launch(options, command.name, _with_recipe(argv, given), given.values["use_cpu"])
+                values = given.values
+                return launch(options, command.name, _with_recipe(argv, given), values["use_cpu"], values["verbose"])
         parsed, trainer = _prepare(command, parser, given, checkpoint)
     except REFUSALS as error:
         return refuse(parser.prog, error)
@@ -145,17 +154,30 @@ def _run(command: TrainingCommand, argv: list[str], read: list[Given]) -> int:
 
 
 def refuse(prog: str, error: Exception) -> int:
-    """Says in one line what can't be used, or raises it where the environment sets OTPO_TRACEBACK; returns 2."""
+    """Says in one line what can't be used, or raises it where the environment sets OTPO_TRACEBACK; returns 2.
+
+    A process that `otpo` launched leaves the line to the one that launched it.
+    """
     if os.environ.get("OTPO_TRACEBACK"):
         raise error
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        message = redact_text(" ".join(str(error).split()))
-        Console(stderr=True, soft_wrap=True).print(
-            f"{prog}: error: {message}", style="red", highlight=False, markup=False
-        )
-    else:
-        time.sleep(_LAST_WORD)
+    message = redact_text(" ".join(str(error).split()))
+    if note(message, error, refused=True) is not None:
+        return 2
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        time.sleep(_LAST_WORD)  # the launcher ends this process where the first one has refused, too
+        message = f"the process of rank {rank()}: {message}"
+    say_error(prog, message)
     return 2
+
+
+def _fail(prog: str, error: Exception, verbose: bool) -> int:
+    """Notes a fault, and raises it; one that came after another process's is a line, and 1 is returned."""
+    message = redact_text(" ".join(f"{type(error).__name__}: {error}".split()))
+    failure = note(message, error, refused=False)
+    if failure is None or verbose or not came_later(failure):
+        raise error
+    say_error(prog, f"the process of rank {failure.rank} failed after another one; `--verbose` shows where: {message}")
+    return 1
 
 
 def _checkpoint(parser: TrlParser, given: Given) -> tuple[str | None, dict[str, str]]:
@@ -253,6 +275,8 @@ def _finish(
         report = make_report(trainer, changed, time.monotonic() - begin, command.extra_report(trainer))
         write_report(run_options.report, report)
         _say(trainer, f"{'report':<10} {run_options.report}")
+    for name, remark in command.remarks(trainer).items():
+        _say(trainer, f"{name:<10} {remark}")
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=run_options.dataset_name)
 

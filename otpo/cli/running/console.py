@@ -3,13 +3,17 @@
 All numbers go to the trackers and to `trainer_state.json` in any case. `--verbose` shows them here too.
 """
 
+import logging
+import sys
 import time
 import warnings
 from collections.abc import Mapping
 from typing import Any
 
+from datasets import disable_progress_bars
 from rich.console import Console
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+from transformers.utils.logging import disable_progress_bar
 
 SHOWN = (
     ("loss", "loss", ".4f"),
@@ -28,6 +32,8 @@ SHOWN = (
 _LEFT_OUT = {"mean_token_accuracy": "rewards/accuracies"}  # where the other one is there
 # What transformers says of names that users may still set, and that TRL calls itself.
 _QUIET = ("`gradient_checkpointing", "`is_gradient_checkpointing` is deprecated")
+# What DeepSpeed, where it is installed, says in each process without a GPU, whether anything uses it or not.
+_NO_NEWS = "Setting accelerator to CPU. If you have GPU or other accelerator, we were unable to detect it."
 
 
 def log_line(logs: Mapping[str, Any], step: int, speed: float | None = None) -> str | None:
@@ -116,7 +122,17 @@ def show_little(trainer: Any) -> None:
             trainer.add_callback(ours())
 
 
-def silence_deprecations() -> None:
-    """Keeps transformers from telling users, at each step, of names that TRL still calls."""
+def be_quiet() -> None:
+    """Leaves out what is no news: deprecated names that TRL still calls, bars of weights that are read and written."""
     for message in _QUIET:
         warnings.filterwarnings("ignore", message=message, category=FutureWarning)
+    disable_progress_bar()
+    logger = logging.getLogger("DeepSpeed")
+    if _is_news not in logger.filters:
+        logger.addFilter(_is_news)
+    if not sys.stderr.isatty():  # of maps over rows, of which a file would hold hundreds of states
+        disable_progress_bars()
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(_NO_NEWS)
