@@ -40,7 +40,7 @@ class RunArguments:
         save_code: Whether checkpoints of a Compass model carry the model's code.
         experts_implementation: Which of transformers' experts functions runs the experts of a Mixture-of-Experts
             model; see `otpo.cli.models.experts`.
-        verbose: Whether the console shows all of a log; see `otpo.cli.running.console`.
+        verbose: Whether the console shows all of a log, of bars and of failures; see `otpo.cli.running.console`.
         notes: Lines for the header, found while the models were made.
     """
 
@@ -93,8 +93,9 @@ class RunArguments:
     verbose: bool = field(
         default=False,
         metadata={
-            "help": "Show every number of a log, and what the libraries below deprecate. Unset: a line of a few "
-            "numbers; trackers and trainer_state.json have all of them."
+            "help": "Show every number of a log, what the libraries below deprecate, their bars, and where each of "
+            "several processes failed. Unset: a line of a few numbers; trackers and trainer_state.json have all of "
+            "them."
         },
     )
     notes: dict[str, str] = field(default_factory=dict, init=False)
