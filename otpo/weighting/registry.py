@@ -1,8 +1,8 @@
 """The weightings by name; a new one is a function and an entry here.
 
 An entry carries all that is said of a weighting elsewhere. `OTPOConfig` takes its choices, its checks and the line
-that describes a weighting from here; `--help` and the parser of `otpo explain` take their texts, docs/weightings.md its
-table.
+that describes a weighting from here; `--help` and the parser of `otpo explain` take their texts, docs/weightings.md
+its table.
 An option that `DPOConfig` lacks needs one line in `OTPOConfig` besides, `name: type = registered_option("name")`,
 because type checkers read the fields of a dataclass off the body of its class.
 """

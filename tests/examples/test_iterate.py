@@ -95,6 +95,7 @@ def test_rounds_and_going_on(iterate, folder, tmp_path, capsys):
         ({"held_out": {"judge": "best", "dataset_name": "x"}}, "`judge=best` is not known"),
         ({"held_out": {"judges": "best"}}, "`held_out` has ['judges']"),
         ({"align": {"seed": 3}}, "`align` has ['seed'], which each round sets itself"),
+        ({"align": None}, "`align` must hold options by name, got None"),
         ({"pairs": {"output": "x"}}, "`pairs` has ['output']"),
     ],
 )
