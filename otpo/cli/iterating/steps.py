@@ -57,7 +57,8 @@ def greedy_answers(
     Returns:
         An answer for each prompt, without special tokens.
     """
-    model: Any = AutoModelForCausalLM.from_pretrained(folder).to(device).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(folder)
+    model = model.to(device).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
     answers = []
     for batch in batches(prompts, size):

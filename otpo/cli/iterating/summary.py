@@ -9,7 +9,7 @@ from rich.table import Table
 
 from .steps import console
 
-COLUMNS = ("round", "pairs", "ties", "failed", "right", "held_out", "judge_failed")
+COLUMNS: tuple[str, ...] = ("round", "pairs", "ties", "failed", "right", "held_out", "judge_failed")
 
 
 def show(rows: list[dict[str, Any]], folder: Path) -> None:
