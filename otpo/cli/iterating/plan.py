@@ -9,6 +9,8 @@ import yaml
 
 from otpo.pairs.judges import load_judge
 
+from .rounds import held_out_rows
+
 KEYS = {"output", "rounds", "seed", "model_name_or_path", "pairs", "align", "held_out"}
 HELD_OUT = {"dataset_name": None, "dataset_train_split": "train", "judge": None, "right_from": 1.0}
 HELD_OUT |= {"max_new_tokens": 256, "batch_size": 32}
@@ -22,15 +24,17 @@ def open_plan(path: str) -> tuple[dict[str, Any], Path]:
         path: See [`read_plan`].
 
     Raises:
-        ValueError: The plan can't be run, its judge can't be loaded, or another plan's rounds are in its folder.
+        ValueError: The plan can't be run, its judge or its held-out prompts can't be loaded, or its folder has the
+            rounds of another plan.
         OSError: The file can't be read, or the folder can't be made.
         yaml.YAMLError: It is no YAML.
     """
     plan = read_plan(path)
+    load_judge(plan["held_out"]["judge"])
+    held_out_rows(plan["held_out"])
     folder = Path(plan["output"])
     folder.mkdir(parents=True, exist_ok=True)
     require_same_plan(folder, plan)
-    load_judge(plan["held_out"]["judge"])
     return plan, folder
 
 

@@ -20,6 +20,16 @@ from otpo.pairs.run import read_summary
 from .steps import console, greedy_answers, run
 
 
+def held_out_rows(held_out: Mapping[str, Any]) -> Any:
+    """The rows whose prompts are answered after each round.
+
+    Raises:
+        ValueError: They can't be read; the message says why.
+    """
+    source = RowArguments(dataset_name=held_out["dataset_name"], dataset_train_split=held_out["dataset_train_split"])
+    return load_rows(source, DatasetMixtureConfig(), seed=0, evaluate=False)[0]
+
+
 def count_right(model: str | Path, held_out: Mapping[str, Any], use_cpu: bool) -> dict[str, int]:
     """How many of the held-out prompts a model answers right, greedily.
 
@@ -31,8 +41,7 @@ def count_right(model: str | Path, held_out: Mapping[str, Any], use_cpu: bool) -
     Returns:
         `right`, `held_out` (the number of prompts) and `judge_failed`, the prompts that the judge failed for.
     """
-    source = RowArguments(dataset_name=held_out["dataset_name"], dataset_train_split=held_out["dataset_train_split"])
-    rows: Any = load_rows(source, DatasetMixtureConfig(), seed=0, evaluate=False)[0]
+    rows = held_out_rows(held_out)
     prompts = [find_prompt(row) for row in rows]
     device = "cpu" if use_cpu else "cuda"
     answers = greedy_answers(Path(model), prompts, held_out["max_new_tokens"], held_out["batch_size"], device)
