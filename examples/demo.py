@@ -22,18 +22,17 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-sys.path.insert(0, str(Path(__file__).parent))  # where steps.py is, also when this is imported as `examples.demo`
 
 import matplotlib.pyplot as plt
 import torch
 import yaml
 from datasets import Dataset
 from rich.table import Table
-from steps import batches, console, greedy_answers, run
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import logging
 
+from otpo.cli.iterating.steps import batches, console, greedy_answers, run
 from otpo.data import load_demo_corpus, load_demo_instructions, load_demo_preferences, load_demo_questions
 from otpo.data.demo import LANGUAGES
 from otpo.data.ecommerce.answers import check_answer

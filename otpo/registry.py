@@ -1,8 +1,9 @@
 """What an entry of a registry is: a function with its help and its source; and what an option is: one declaration.
 
 The registries are `otpo.weighting.registry` and `otpo.transport.registry`. The fields of `OTPOConfig`, their checks,
-`--help`, the parser of `otpo explain` and the README's table are made from them. Nothing here imports torch, and an
-entry imports its function when the function is first used, since `otpo explain --help` reads the registries too.
+`--help`, the parser of `otpo explain` and the table of docs/weightings.md are made from them. Nothing here imports
+torch, and an entry imports its function when the function is first used, since `otpo explain --help` reads the
+registries too.
 """
 
 from collections.abc import Callable, Iterable

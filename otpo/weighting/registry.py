@@ -1,7 +1,8 @@
 """The weightings by name; a new one is a function and an entry here.
 
 An entry carries all that is said of a weighting elsewhere. `OTPOConfig` takes its choices, its checks and the line
-that describes a weighting from here; `--help` and the parser of `otpo explain` take their texts, the README its table.
+that describes a weighting from here; `--help` and the parser of `otpo explain` take their texts, docs/weightings.md
+its table.
 An option that `DPOConfig` lacks needs one line in `OTPOConfig` besides, `name: type = registered_option("name")`,
 because type checkers read the fields of a dataclass off the body of its class.
 """
@@ -286,7 +287,7 @@ def weightings_help() -> str:
 
 
 def weightings_table() -> str:
-    """The README's table of weightings, in Markdown."""
+    """The table of weightings in docs/weightings.md, in Markdown."""
     rows = [("name", "weight of a token", "options", "source"), ("---",) * 4]
     for name, kind in WEIGHTINGS.items():
         options = ", ".join(f"`{option.field}`" for option in kind.options)

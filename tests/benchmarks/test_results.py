@@ -1,5 +1,6 @@
 """What the pages say is what the committed results say."""
 
+import json
 import re
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 from benchmarks.ablation.report import markdown
 from benchmarks.harness import read_rows
 from benchmarks.preference_step import report as steps
+from benchmarks.readme_tables import honest_table, speed_table
 from benchmarks.weight_quality.report import markdown as weight_markdown
 
 ROOT = Path(__file__).parents[2]
@@ -35,6 +37,23 @@ def test_results_that_pages_name_are_there(page):
     assert named
     for name in named:
         assert list(RESULTS.glob(f"{name.rstrip('.*')}*")), f"{page} names {name}"
+
+
+@pytest.mark.parametrize("table", [honest_table, speed_table])
+def test_tables_of_the_readme_are_the_committed_rows(table):
+    assert table().count("\n") >= 7
+    assert f"\n\n{table()}\n" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_papers_numbers_are_the_same_on_both_pages():
+    page = (ROOT / "docs" / "ablations.md").read_text(encoding="utf-8")
+    assert "DPO scores 48.14, uniform\nweights under OTPO's budget 52.60, OTPO 53.37" in page
+
+
+def test_what_is_said_of_the_demo_was_measured():
+    report = json.loads((RESULTS / "road_compass_tiny_cpu.json").read_text(encoding="utf-8"))
+    assert round(report["seconds"]["all"] / 60) == 4
+    assert "in about four minutes" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_what_is_said_of_the_whole_step_was_measured():

@@ -95,6 +95,8 @@ def test_rounds_and_going_on(iterate, folder, tmp_path, capsys):
         ({"held_out": {"judge": "best", "dataset_name": "x"}}, "`judge=best` is not known"),
         ({"held_out": {"judges": "best"}}, "`held_out` has ['judges']"),
         ({"align": {"seed": 3}}, "`align` has ['seed'], which each round sets itself"),
+        ({"held_out": {"judge": "checkers", "dataset_name": "gone.jsonl"}}, "the file gone.jsonl does not exist"),
+        ({"align": None}, "`align` must hold options by name, got None"),
         ({"pairs": {"output": "x"}}, "`pairs` has ['output']"),
     ],
 )
@@ -102,3 +104,4 @@ def test_plans_that_are_refused(iterate, folder, tmp_path, capsys, changes, mess
     with pytest.raises(SystemExit):
         iterate.main([plan(folder, tmp_path / "run", **changes)])
     assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

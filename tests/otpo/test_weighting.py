@@ -134,8 +134,9 @@ def test_the_line_that_describes_a_weighting_names_the_options_that_matter(tmp_p
 # The registry
 
 
-def test_the_readme_has_the_table_of_the_registry():
-    assert weightings_table() in (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+def test_the_page_has_the_table_of_the_registry():
+    page = Path(__file__).parents[2] / "docs" / "weightings.md"
+    assert weightings_table() in page.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("name", sorted(WEIGHTINGS))

@@ -1,4 +1,4 @@
-"""What the examples share: running a command of `otpo`, and a model's own answers to held-out prompts."""
+"""What rounds and the demo share: running a command of `otpo`, and a model's own answers to held-out prompts."""
 
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,10 +13,19 @@ import moe_backbone  # noqa: F401 - makes Compass known to transformers
 from otpo.cli.main import main as otpo
 
 console = Console()
+"""Where commands and tables are printed."""
 
 
 def run(command: str, options: Mapping[str, Any]) -> None:
-    """Runs a command of `otpo` after printing it, and ends where it fails. A list gives an option several values."""
+    """Runs a command of `otpo` after printing it.
+
+    Args:
+        command: Its name, such as `"align"`.
+        options: Values by name, without dashes. A list gives an option several values.
+
+    Raises:
+        SystemExit: The command failed; the code is its own.
+    """
     words = [command]
     for name, value in options.items():
         words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
@@ -27,6 +36,7 @@ def run(command: str, options: Mapping[str, Any]) -> None:
 
 
 def batches(rows: Sequence[Any], size: int) -> Iterator[list[Any]]:
+    """Rows in lists of `size`, the last of which may be shorter."""
     for begin in range(0, len(rows), size):
         yield list(rows[begin : begin + size])
 
@@ -43,8 +53,12 @@ def greedy_answers(
         tokens: Most tokens of an answer.
         size: Prompts answered at a time.
         device: To run on.
+
+    Returns:
+        An answer for each prompt, without special tokens.
     """
-    model: Any = AutoModelForCausalLM.from_pretrained(folder).to(device).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(folder)
+    model = model.to(device).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
     answers = []
     for batch in batches(prompts, size):
