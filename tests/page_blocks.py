@@ -20,7 +20,7 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).parents[1]
 PLACEHOLDER = "path/to/a/chat/model"
 BLOCK = re.compile(r"(?:<!-- (read only: .+|run) -->\n)?^```([\w-]*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
-FILE = re.compile(r"# ([\w./-]+\.(?:py|yaml|sh|jsonl))\n")
+FILE = re.compile(r"# ([\w./-]+\.(?:py|yaml|sh|jsonl))(?:,.*)?\n")
 TRAINING = ("align", "sft", "pretrain")
 
 
@@ -68,7 +68,7 @@ def check_command(command: str) -> None:
         ValueError: `otpo` refuses an option.
         SystemExit: Its parser does.
     """
-    words = shlex.split(command, comments=True)
+    words = shlex.split(re.sub(r'"?\$\w+"?', "1", command), comments=True)
     while words and re.fullmatch(r"[A-Z_]+=\S*", words[0]):  # variables before the program
         words = words[1:]
     program, rest = words[0], words[1:]
@@ -83,10 +83,13 @@ def check_command(command: str) -> None:
         check_accelerate(rest)
     elif program == "srun":
         check_command(shlex.join(rest))
+    elif program == "bash":
+        assert rest[0] == "-c" and len(rest) == 2, command
+        check_command(rest[1])
     elif program == "python":
         check_python(rest)
     else:
-        assert program in ("cd", "git", "sbatch", "source", "scontrol", "."), f"who reads `{command}`?"
+        assert program in ("cd", "export", "git", "sbatch", "source"), f"who reads `{command}`?"
 
 
 def check_otpo(words: list[str]) -> None:

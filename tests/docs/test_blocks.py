@@ -14,9 +14,11 @@ DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
 FOLDERS = {
     PLACEHOLDER: "model_folder",
+    "Qwen/Qwen3-0.6B": "model_folder",
+    "Qwen/Qwen3-30B-A3B": "moe_folder",
     "path/to/a/moe/model": "moe_folder",
-    "path/to/a/compass/model": "compass_folder",
 }
+"""Models that pages name, and the tiny ones that stand for them here."""
 BLOCKS = [block for page in PAGES for block in blocks(page)]
 LANGUAGES = {"python", "bash", "yaml", "json", "text", ""}
 

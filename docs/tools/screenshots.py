@@ -1,0 +1,85 @@
+"""Makes docs/pictures: pages of `otpo explain` as a headless Chromium shows them.
+
+    make demo
+    python docs/tools/screenshots.py
+
+The models are the demo's, of `runs/demo`; the pairs are one of its own and a typed one. `--demo` names another folder.
+The browser is what tests/browser.py finds on the path, such as `chromium-headless-shell`.
+"""
+
+import argparse
+import subprocess
+import sys
+import tempfile
+from base64 import b64decode
+from io import BytesIO
+from pathlib import Path
+
+from PIL import Image
+
+ROOT = Path(__file__).parents[2]
+PICTURES = ROOT / "docs/pictures"
+WIDTH = 900
+PROMPT = (
+    "Balora J4628 (belt)\nMaterial: silk\nColour: blue\nOrigin: Japan\n\nI want to know the colour before I order."
+)
+CHOSEN = "The belt is blue and made of silk."
+REJECTED = "The belt is pink and made of silk, and it comes from Japan."
+BESIDE = ["contrast", "diff", "uniform", "budget", "length", "d2po", "sampo", "confpo", "surprisal"]
+
+sys.path[:0] = [str(ROOT / "tests")]
+from browser import NAMES, Browser, find_browser  # noqa: E402 - the tests' helper
+
+
+def explain(folder: Path, page: Path, *options: str) -> None:
+    """Writes a page of the demo's models, which it names as one who ran the demo sees them."""
+    words = ["--model_name_or_path", "runs/demo/align", "--reference", "runs/demo/sft", "--ot_reg", "0.05"]
+    words += ["--use_cpu", "true", "--output", str(page), *options]
+    subprocess.run([sys.executable, "-m", "otpo.cli.main", "explain", *words], cwd=folder, check=True)
+
+
+def shoot(browser: Browser, page: Path, picture: Path, top: str, bottom: str) -> None:
+    """A picture of the page's whole width between two heights, which are JavaScript's to find."""
+    browser.open(page, width=WIDTH, height=1000)
+    start, end = browser.evaluate(f"[{top}, {bottom}].map(Math.round)")
+    clip = {"x": 0, "y": start, "width": WIDTH, "height": end - start, "scale": 1}
+    taken = browser.tab("Page.captureScreenshot", format="png", clip=clip, captureBeyondViewport=True)
+    # A page has few colours: a palette makes its picture a third as large.
+    Image.open(BytesIO(b64decode(taken["data"]))).convert("RGB").quantize(128).save(picture, optimize=True)
+    print(f"{picture.relative_to(ROOT)}  {picture.stat().st_size // 1024} KiB")
+
+
+def above(text: str) -> str:
+    """JavaScript for the height of the first heading that begins so."""
+    found = f"[...document.querySelectorAll('h2, h3')].find(one => one.textContent.startsWith('{text}'))"
+    return f"{found}.getBoundingClientRect().top + scrollY"
+
+
+def main() -> int:
+    """Makes all pictures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--demo", type=Path, default=ROOT / "runs/demo", metavar="FOLDER", help="(runs/demo)")
+    demo = parser.parse_args().demo.resolve()
+    if not (demo / "align").is_dir():
+        parser.error(f"`--demo {demo}` has no folder `align`. Run `make demo` first.")
+    executable = find_browser()
+    if executable is None:
+        parser.error(f"there is no browser on the path; one of {', '.join(NAMES)} is needed")
+    PICTURES.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory() as made, Browser(executable, seconds=60) as browser:
+        folder = Path(made)
+        (folder / "runs").mkdir()
+        (folder / "runs/demo").symlink_to(demo)
+        row, typed = folder / "row.html", folder / "typed.html"
+        explain(folder, row, "--dataset_name", "runs/demo/pairs.jsonl", "--rows", "0")
+        pair = ["--prompt", PROMPT, "--chosen", CHOSEN, "--rejected", REJECTED, "--beside", *BESIDE]
+        explain(folder, typed, *pair)
+        below = "document.querySelector('figure').getBoundingClientRect().bottom + scrollY"
+        shoot(browser, row, PICTURES / "explain.png", "0", above("Transport plan"))
+        shoot(browser, typed, PICTURES / "weightings.png", above("Weights"), above("Reward by token"))
+        shoot(browser, typed, PICTURES / "plan.png", above("Transport plan"), below)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
