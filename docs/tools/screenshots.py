@@ -50,9 +50,9 @@ def shoot(browser: Browser, page: Path, picture: Path, top: str, bottom: str) ->
 
 
 def above(text: str) -> str:
-    """JavaScript for the height of the first heading that begins so."""
+    """JavaScript for a little above the first heading that begins so."""
     found = f"[...document.querySelectorAll('h2, h3')].find(one => one.textContent.startsWith('{text}'))"
-    return f"{found}.getBoundingClientRect().top + scrollY"
+    return f"{found}.getBoundingClientRect().top + scrollY - 16"
 
 
 def main() -> int:
