@@ -3,19 +3,22 @@
     make demo
     python docs/tools/screenshots.py
 
-The models are the demo's, of `runs/demo`; the pairs are one of its own and a typed one. `--demo` names another folder.
+The models are the demo's, of `runs/demo`, and the pair is typed. `--demo` names another folder.
 The browser is what tests/browser.py finds on the path, such as `chromium-headless-shell`.
 """
 
 import argparse
-import subprocess
 import sys
 import tempfile
 from base64 import b64decode
+from collections.abc import Sequence
+from contextlib import chdir
 from io import BytesIO
 from pathlib import Path
 
 from PIL import Image
+
+from otpo.cli.explain import main as main_of_explain
 
 ROOT = Path(__file__).parents[2]
 PICTURES = ROOT / "docs/pictures"
@@ -31,11 +34,13 @@ sys.path[:0] = [str(ROOT / "tests")]
 from browser import NAMES, Browser, find_browser  # noqa: E402 - the tests' helper
 
 
-def explain(folder: Path, page: Path, *options: str) -> None:
-    """Writes a page of the demo's models, which it names as one who ran the demo sees them."""
+def explain(folder: Path, page: Path, *beside: str) -> None:
+    """Writes the pair's page by the demo's models, which it names as one who ran the demo sees them."""
     words = ["--model_name_or_path", "runs/demo/align", "--reference", "runs/demo/sft", "--ot_reg", "0.05"]
-    words += ["--use_cpu", "true", "--output", str(page), *options]
-    subprocess.run([sys.executable, "-m", "otpo.cli.main", "explain", *words], cwd=folder, check=True)
+    words += ["--prompt", PROMPT, "--chosen", CHOSEN, "--rejected", REJECTED, "--use_cpu", "true"]
+    with chdir(folder):
+        if main_of_explain([*words, "--beside", *beside, "--output", str(page)]):
+            raise SystemExit("`otpo explain` made no page.")
 
 
 def shoot(browser: Browser, page: Path, picture: Path, top: str, bottom: str) -> None:
@@ -46,7 +51,7 @@ def shoot(browser: Browser, page: Path, picture: Path, top: str, bottom: str) ->
     taken = browser.tab("Page.captureScreenshot", format="png", clip=clip, captureBeyondViewport=True)
     # A page has few colours: a palette makes its picture a third as large.
     Image.open(BytesIO(b64decode(taken["data"]))).convert("RGB").quantize(128).save(picture, optimize=True)
-    print(f"{picture.relative_to(ROOT)}  {picture.stat().st_size // 1024} KiB")
+    print(f"{picture}  {picture.stat().st_size // 1024} KiB")
 
 
 def above(text: str) -> str:
@@ -55,29 +60,30 @@ def above(text: str) -> str:
     return f"{found}.getBoundingClientRect().top + scrollY - 16"
 
 
-def main() -> int:
-    """Makes all pictures."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Makes all pictures and returns 0."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--demo", type=Path, default=ROOT / "runs/demo", metavar="FOLDER", help="(runs/demo)")
-    demo = parser.parse_args().demo.resolve()
+    parser.add_argument("--output", type=Path, default=PICTURES, metavar="FOLDER", help="(docs/pictures)")
+    options = parser.parse_args(argv)
+    demo, output = options.demo.resolve(), options.output.resolve()
     if not (demo / "align").is_dir():
         parser.error(f"`--demo {demo}` has no folder `align`. Run `make demo` first.")
     executable = find_browser()
     if executable is None:
         parser.error(f"there is no browser on the path; one of {', '.join(NAMES)} is needed")
-    PICTURES.mkdir(exist_ok=True)
+    output.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as made, Browser(executable, seconds=60) as browser:
         folder = Path(made)
         (folder / "runs").mkdir()
         (folder / "runs/demo").symlink_to(demo)
-        row, typed = folder / "row.html", folder / "typed.html"
-        explain(folder, row, "--dataset_name", "runs/demo/pairs.jsonl", "--rows", "0")
-        pair = ["--prompt", PROMPT, "--chosen", CHOSEN, "--rejected", REJECTED, "--beside", *BESIDE]
-        explain(folder, typed, *pair)
+        few, many = folder / "few.html", folder / "many.html"
+        explain(folder, few, *BESIDE[:2])
+        explain(folder, many, *BESIDE)
         below = "document.querySelector('figure').getBoundingClientRect().bottom + scrollY"
-        shoot(browser, row, PICTURES / "explain.png", "0", above("Transport plan"))
-        shoot(browser, typed, PICTURES / "weightings.png", above("Weights"), above("Reward by token"))
-        shoot(browser, typed, PICTURES / "plan.png", above("Transport plan"), below)
+        shoot(browser, few, output / "explain.png", "0", above("Transport plan"))
+        shoot(browser, many, output / "weightings.png", above("Weights"), above("Reward by token"))
+        shoot(browser, many, output / "plan.png", above("Transport plan"), below)
     return 0
 
 
