@@ -123,6 +123,7 @@ def test_commands_run(block, there, request):
         ("otpo align --weightning otpo", ValueError),
         ("otpo align --weighting otop", SystemExit),
         ("otpo plan compass-small --nodes two", SystemExit),
+        ("otpo plan compass-v9", SystemExit),
         ("otpo aling", AssertionError),
         ("pip install 'otpo[everything]'", AssertionError),
         ("accelerate launch -m otpo.cli.align --ot_reg 0.1 --ot_regg 1", ValueError),

@@ -1,6 +1,7 @@
 """The site is built without a warning, and every link and picture in it leads somewhere."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -35,6 +36,12 @@ class Page(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         self.text.append(data)
+
+
+def headings(page: Path) -> set[str]:
+    """The anchors that GitHub makes of a page's headings."""
+    titles = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
 def build(folder: Path, source: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -78,7 +85,7 @@ def test_every_link_leads_somewhere(site, pages):
             target, anchor = urldefrag(link)
             if target.startswith(ADDRESS):
                 place = target.removeprefix(ADDRESS).strip("/").split("/main/", 1)[-1]
-                if not (ROOT / place).exists():
+                if not (ROOT / place).exists() or (anchor and anchor not in headings(ROOT / place)):
                     lost.append((path, link))
             elif not target.startswith(("http:", "https:", "data:", "mailto:")):
                 found = (path.parent / unquote(target)).resolve() if target else path
