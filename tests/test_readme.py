@@ -1,24 +1,37 @@
 """The README's code runs as printed: Python blocks in one session, commands of `otpo` in a shell."""
 
 import os
+import re
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
-from page_blocks import PLACEHOLDER, ROOT, blocks, commands, files
 
-BLOCKS = blocks(ROOT / "README.md")
-FILES = files(BLOCKS)
-COMMANDS = [command for block in BLOCKS if block.language == "bash" for command in commands(block.text)]
+ROOT = Path(__file__).parents[1]
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+PLACEHOLDER = "path/to/a/chat/model"
+FILES = {
+    block.split("\n")[0].removeprefix("# "): block
+    for language, block in BLOCKS
+    if language == "python" and re.match(r"# [\w/]+\.py\n", block)
+}
+"""Blocks that are files of the user's, by the name that their first line tells."""
+COMMANDS = [
+    command
+    for language, block in BLOCKS
+    if language == "bash"
+    for command in block.replace("\\\n", " ").strip().splitlines()
+]
 
 
 def test_python_blocks_run_in_order(model_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    texts = [block.text for block in BLOCKS if block.language == "python"]
-    assert len(texts) >= 3
+    blocks = [block for language, block in BLOCKS if language == "python"]
+    assert len(blocks) >= 3
     session: dict = {}
-    for block in texts:
+    for block in blocks:
         exec(compile(block.replace(PLACEHOLDER, model_folder), "README.md", "exec"), session)  # our own text
     assert session["trainer"].__class__.__name__ == "LastTokensTrainer"
     session["trainer"].train()

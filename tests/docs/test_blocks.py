@@ -14,6 +14,7 @@ DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
 FOLDERS = {
     PLACEHOLDER: "model_folder",
+    "HuggingFaceTB/SmolLM2-135M-Instruct": "model_folder",
     "Qwen/Qwen3-0.6B": "model_folder",
     "Qwen/Qwen3-30B-A3B": "moe_folder",
     "path/to/a/moe/model": "moe_folder",
