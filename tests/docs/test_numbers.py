@@ -1,0 +1,117 @@
+"""What the pages say was measured is what the committed results say."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from page_blocks import ROOT
+
+from benchmarks import pages
+from benchmarks.harness import read_rows
+from otpo.weighting.registry import WEIGHTINGS, weightings_table
+
+DOCS = ROOT / "docs"
+MEASURED = re.compile(r"\d[\d,.]*(?: ?%|/s\b| (?:ms|s|times|percent|GiB|MiB|tokens/s|seconds|points)\b)")
+OTHERS = sorted(
+    path for path in DOCS.rglob("*.md") if path.name not in ("performance.md", "ablations.md", "changelog.md")
+)
+
+
+def read(name: str) -> str:
+    return (DOCS / name).read_text(encoding="utf-8")
+
+
+def prose(text: str) -> str:
+    """A page without its code, its links' targets and its line ends."""
+    text = re.sub(r"^```.*?^```|`[^`\n]+`|\]\([^)]*\)", "", text, flags=re.DOTALL | re.MULTILINE)
+    return " ".join(text.split())
+
+
+@pytest.mark.parametrize("name", sorted(pages.TABLES))
+def test_tables_are_the_committed_rows(name):
+    page = read("compass.md" if name == "presets" else "performance.md")
+    assert " ".join(pages.TABLES[name]().split()) in " ".join(page.split())
+
+
+@pytest.mark.parametrize("name", sorted(pages.sentences()))
+def test_sentences_hold_the_committed_numbers(name):
+    assert pages.sentences()[name] in " ".join(read("performance.md").split())
+
+
+def test_nothing_else_on_the_page_is_a_measured_number():
+    text = " ".join(read("performance.md").split())
+    for made in (*(make() for make in pages.TABLES.values()), *pages.sentences().values()):
+        text = text.replace(" ".join(made.split()), "")
+    assert not MEASURED.findall(prose(text))
+    assert MEASURED.findall("took 3.5 ms") and MEASURED.findall("1.7 times") and MEASURED.findall("12%")
+
+
+def test_each_picture_and_file_that_the_page_names_is_there():
+    named = set(re.findall(r"\.\./(benchmarks/[\w./-]+)", read("performance.md")))
+    assert named and all((ROOT / name).exists() for name in named)
+
+
+def test_machines_and_dates_are_those_of_the_rows():
+    """The line below each table: GPUs, torch, transformers and the day."""
+    page = " ".join(read("performance.md").split())
+    for name in ("preference_step_h100", "transport_h100", "pretraining_h100", "memcpy_h100", "moe_layer_h100"):
+        for row in read_rows(ROOT / f"benchmarks/results/{name}.csv"):
+            day = f"{int(row['date'][8:])} November 2026"
+            assert row["date"].startswith("2026-11-") and day in page, name
+            assert row["torch"].startswith("2.11"), name
+            assert "H100" in row["gpu"], name
+
+
+def test_other_pages_leave_measured_numbers_to_it():
+    """A number elsewhere is one of those that are tied below, or of none of our benchmarks."""
+    tied = {"quickstart.md": {"7 percent", "95%"}, "serving.md": set()}
+    for path in OTHERS:
+        found = set(MEASURED.findall(prose(path.read_text(encoding="utf-8"))))
+        assert found <= tied.get(path.name, set()), path
+
+
+def test_the_demo_s_answers_are_those_of_its_report():
+    report = json.loads((ROOT / "benchmarks/results/road_compass_tiny_cpu.json").read_text())
+    right = [f"{report['results'][step]['right, all']:.0f}" for step in ("pretrain", "sft", "align")]
+    held_out = report["scale"]["held_out"]
+    text = (
+        f"answers to {held_out} new questions were right in {right[0]} percent of cases after pretraining, {right[1]} "
+        f"after fine-tuning and {right[2]} after alignment"
+    )
+    assert text in " ".join(read("quickstart.md").split())
+
+
+def test_the_table_of_weightings_is_the_registry_s():
+    page = read("weightings.md")
+    assert weightings_table() in page
+    looked_at = page.split("## What each looks at")[1].split("\n## ")[0]
+    assert set(re.findall(r"^\| `(\w+)` \|", looked_at, re.MULTILINE)) == set(WEIGHTINGS)
+    words = {9: "nine", 10: "ten", 11: "eleven", 12: "twelve", 13: "thirteen"}
+    assert f"{words[len(WEIGHTINGS) - 1]} other weightings" in read("index.md")
+
+
+def test_what_was_run_on_gpus_has_its_rows():
+    """A row of the launching table that names GPUs has a date and the place of its result; others say `not run`."""
+    table = read("launching.md").split("## What was run on GPUs")[1].split("\n## ")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if line[:1] == "|"][
+        2:
+    ]
+    assert len(rows) > 10
+    for setting, _, gpus, date, where in rows:
+        assert gpus == "not run" if not date else (re.match(r"\d", gpus) and "2026" in date and where), setting
+    by_name = {(row[0], row[2], row[3]) for row in rows}
+    for file, setting, engine in (
+        ("preference_step_h100", "one GPU", "single"),
+        ("preference_step_h200_x2", "DDP", "ddp"),
+        ("preference_step_h200_x2", "ZeRO-3", "zero3"),
+    ):
+        row = next(row for row in read_rows(ROOT / f"benchmarks/results/{file}.csv") if row["engine"] == engine)
+        gpus = f"{row['gpus']} {row['gpu'].split()[1]}"
+        assert (setting, gpus, f"{int(row['date'][8:])} November 2026") in by_name
+
+
+@pytest.mark.parametrize("path", sorted((DOCS / "pictures").glob("*.png")), ids=lambda path: path.name)
+def test_pictures_are_small_and_shown(path: Path):
+    assert path.stat().st_size < 200_000
+    assert any(f"pictures/{path.name})" in page.read_text(encoding="utf-8") for page in DOCS.rglob("*.md"))
