@@ -238,6 +238,26 @@ def verdict(rows: list[dict], console: Console) -> None:
     harness.print_missing(rows, ("case", "contender", "status"), console)
 
 
+def markdown(rows: list[dict]) -> str:
+    """A table of tokens a second, memory and idle time."""
+    cases = [case for case in (SMALL, BLOCK, FITS) if any(row["case"] == case for row in rows)]
+    lines = [
+        "| contender |" + "".join(f" `{case}` | GiB | idle |" for case in cases),
+        "| --- |" + " --- |" * 3 * len(cases),
+    ]
+    for name in contenders.CONTENDERS:
+        found = {row["case"]: row for row in rows if row["contender"] == name and row["status"] == "ok"}
+        cells = [
+            f" {int(row['tokens_per_s']):,} | {int(row['peak_mib']) / 1024:.1f} | {row['idle_share']} |"
+            if row
+            else "  |  |  |"
+            for row in (found.get(case) for case in cases)
+        ]
+        if found:
+            lines.append(f"| {name} |" + "".join(cells))
+    return "\n".join(lines)
+
+
 def draw(path: Path) -> Path:
     """Tokens a second, memory and the kinds of kernels."""
     import matplotlib

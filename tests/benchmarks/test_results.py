@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import expert_parallel
 from benchmarks.ablation.report import markdown
 from benchmarks.harness import read_rows
 from benchmarks.preference_step import report as steps
@@ -64,6 +65,28 @@ def test_what_is_said_of_the_whole_step_was_measured():
     page = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
     section = page.split("## A whole preference step\n")[1].split("\n## ")[0]
     assert f"\n\n{steps.markdown(rows)}\n" in section
+
+
+def test_what_is_said_of_spread_experts_was_measured():
+    page = (RESULTS.parent / "README.md").read_text()
+    rows = read_rows(RESULTS / "expert_parallel_h200_x2.csv")
+    assert f"\n\n{expert_parallel.markdown(rows)}\n" in page
+    rates = {(row["case"], row["contender"]): int(row["tokens_per_s"]) for row in rows}
+    small, block = (
+        {name: rate for (case, name), rate in rates.items() if case == one}
+        for one in ("compass-small", "compass-v3 block")
+    )
+    for found, said in ((small, (1.47, 1.16, 0.91)), (block, (1.05, 1.29, 1.31))):
+        rivals = ("AutoEP as it comes", "data parallel", "data parallel, as pretrain runs it")
+        assert [round(found["ours, as pretrain runs it"] / found[rival], 2) for rival in rivals] == list(said)
+        assert all(f"{ratio} times" in page for ratio in said)
+
+
+def test_what_is_said_of_the_cost_of_weightings_was_measured():
+    page = (RESULTS.parent / "README.md").read_text()
+    timed = [row for row in read_rows(RESULTS / "weighting_cost_h200.csv") if row["status"] == "ok"]
+    assert f"at most {100 * max(float(row['share']) for row in timed):.2f}%" in page
+    assert f"{len(timed)} of {len(read_rows(RESULTS / 'weighting_cost_h200.csv'))}" in page
 
 
 def test_what_is_said_of_pretraining_was_measured():
