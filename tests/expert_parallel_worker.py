@@ -87,12 +87,13 @@ def layers(folder: Path, **_: Any) -> Any:
 
 
 def engine(folder: Path, model: str, stage: int, **_: Any) -> Any:
-    """Losses and gradients of five steps of DeepSpeed's engine against the whole model; the worst relative errors."""
+    """Five steps of DeepSpeed's engine and what is saved then against the whole model; the worst relative errors."""
     import deepspeed
     from deepspeed.utils import safe_get_full_grad
 
     from moe_backbone.expert_parallel.deepspeed_config import expert_parallel_config
     from moe_backbone.expert_parallel.deepspeed_patch import patch_deepspeed
+    from moe_backbone.expert_parallel.save import save_plain_model
 
     deepspeed.init_distributed(dist_backend="gloo")
     patch_deepspeed()
@@ -120,7 +121,8 @@ def engine(folder: Path, model: str, stage: int, **_: Any) -> Any:
         output = trained(input_ids=ids[rank], labels=ids[rank], output_router_logits=True)
         trained.backward(output.loss)
         note("loss", output.loss, outputs[rank].loss)
-        note("aux_loss", output.aux_loss, outputs[rank].aux_loss)
+        if getattr(output, "aux_loss", None) is not None:  # routers that a bias balances have none
+            note("aux_loss", output.aux_loss, outputs[rank].aux_loss)
         wanted = {name: parameter.grad for name, parameter in whole.named_parameters()}
         for name, parameter in trained.module.named_parameters():
             got = safe_get_full_grad(parameter)
@@ -137,6 +139,40 @@ def engine(folder: Path, model: str, stage: int, **_: Any) -> Any:
         trained.step()
         optimizer.step()
         optimizer.zero_grad()
+
+    save_plain_model(trained.module, folder / "final")
+    saved = AutoModelForCausalLM.from_pretrained(folder / "final", dtype=torch.float32).eval()
+    with torch.no_grad():
+        note("saved", saved(ids[rank]).logits, whole.eval()(ids[rank]).logits)
+    return errors
+
+
+def engines(folder: Path, stages: dict[str, int], **_: Any) -> Any:
+    """[`engine`] of several models, one after the other in the same processes, each with its own stage."""
+    return {model: engine(folder / Path(model).name, model, stage) for model, stage in stages.items()}
+
+
+def native_engine(folder: Path, model: str, **_: Any) -> Any:
+    """Loss and gradients with experts that transformers spreads against the whole model; the worst relative errors."""
+    from moe_backbone.expert_parallel.native import native_expert_parallel_options, require_native_expert_parallelism
+
+    dist.init_process_group("gloo")
+    rank, size = dist.get_rank(), dist.get_world_size()
+    options = native_expert_parallel_options(size, size)
+    whole = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).train()
+    spread = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, **options).train()
+    require_native_expert_parallelism(spread, size)
+    ids = torch.randint(0, 60, (2 * size, 16), generator=torch.Generator().manual_seed(5)).split(2)
+    outputs = [whole(batch, labels=batch, output_router_logits=True) for batch in ids]
+    (sum(output.loss for output in outputs) / size).backward()
+    output = spread(input_ids=ids[rank], labels=ids[rank], output_router_logits=True)
+    output.loss.backward()
+    errors = {"loss": float((output.loss - outputs[rank].loss).abs())}
+    for (name, want), value in zip(whole.named_parameters(), spread.parameters(), strict=True):
+        grad: Any = value.grad
+        grad = grad.full_tensor() if hasattr(grad, "full_tensor") else grad
+        if want.grad is not None:
+            errors[f"gradient of {name}"] = float((grad - want.grad).abs().max() / want.grad.abs().max().clamp(1e-6))
     return errors
 
 

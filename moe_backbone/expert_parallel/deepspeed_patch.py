@@ -21,20 +21,18 @@ in `pyproject.toml`.
 import importlib.metadata
 import importlib.util
 import os
-from dataclasses import replace
 from functools import wraps
 from typing import Any
 
 from packaging.specifiers import SpecifierSet
+
+from .presets import PRESETS, deepspeed_presets
 
 KNOWN_VERSIONS = ">=0.19.8,<0.20"
 """DeepSpeed's releases that the patch was tested on, as pip takes them."""
 
 UNTESTED = "OTPO_UNTESTED_DEEPSPEED"
 """A variable of the environment: 1 lets any version of DeepSpeed through, to try the patch on it."""
-
-PRESETS = {model_type: f"otpo_{model_type}" for model_type in ("compass", "mixtral", "qwen3_moe")}
-"""Name of the AutoEP preset for each `model_type`. DeepSpeed's own presets keep their names and their layer."""
 
 
 def require_deepspeed() -> None:
@@ -69,15 +67,11 @@ def patch_deepspeed() -> None:
     replace_block = _replace_experts_alone(AutoEP._replace_moe_layer_without_retarget)
     parse = _spread_once(AutoEP.ep_parser)
     configure = _without_optimizer(DeepSpeedEngine._configure_bf16_optimizer)
+    presets = deepspeed_presets()
     AutoEP._replace_moe_layer_without_retarget = replace_block
     AutoEP.ep_parser = parse
     DeepSpeedEngine._configure_bf16_optimizer = configure
-    for model_type, name in PRESETS.items():
-        parent = registry.PRESET_MODELS["mixtral" if model_type == "mixtral" else "qwen3_moe"]
-        own = ("compass",) if model_type == "compass" else ()
-        registry.PRESET_MODELS[name] = replace(
-            parent, preset_adapter="default", hf_model_types=own, has_shared_experts=False
-        )
+    registry.PRESET_MODELS.update(presets)
 
 
 def _replace_experts_alone(replace_block: Any) -> Any:
