@@ -5,6 +5,7 @@ torchrun --nproc_per_node 2 expert_parallel_worker.py NAME FOLDER OPTIONS
 
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -246,6 +247,9 @@ def train(
     resume: str | None = None,
     die_at: int | None = None,
     die_saving: bool = False,
+    changes: dict[str, Any] | None = None,
+    freeze: str | None = None,
+    disturb: float = 0.0,
     **_: Any,
 ) -> Any:
     """Losses of a Trainer, and the logits of what it saved, in a process of its own, against those of the engine."""
@@ -259,9 +263,12 @@ def train(
     rank = PartialState(backend="gloo").process_index
     config = AutoModelForCausalLM.from_pretrained(model).config
     deepspeed = expert_parallel_config(config.model_type, ep_size, stage)
-    args = arguments(folder, deepspeed=deepspeed, accelerator_config={"use_configured_state": True})
-    spread = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    trainer = with_expert_parallelism(Trainer, ep_size)(model=spread, args=args, train_dataset=rows())
+    changes = {"accelerator_config": {"use_configured_state": True}, **(changes or {})}
+    args = arguments(folder, deepspeed=deepspeed, **changes)
+    spread = prepared(model, freeze, disturb)
+    trainer = with_expert_parallelism(Trainer, ep_size)(
+        model=spread, args=args, train_dataset=rows(), eval_dataset=rows()[:4]
+    )
     if die_at is not None and rank == 1:
         trainer.add_callback(DieAt(die_at))
     if die_saving:
@@ -279,28 +286,58 @@ def train(
     engine.eval()
     with torch.no_grad():
         logits = engine(input_ids=torch.stack([row["input_ids"] for row in rows()[:2]])).logits
-    return {"losses": losses(trainer), "engine": type(engine).__name__, "logits": logits.flatten()[:50].tolist()}
+    return {**outcome(trainer), "engine": type(engine).__name__, "logits": logits.flatten()[:50].tolist()}
 
 
-def native(folder: Path, model: str, **_: Any) -> Any:
+def prepared(model: str, freeze: str | None = None, disturb: float = 0.0, **options: Any) -> Any:
+    """A model whose weights with a name that matches `freeze` are frozen, and where told, are others than on disk.
+
+    What a checkpoint does not restore shows then.
+    """
+    made = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, **options)
+    for name, parameter in made.named_parameters():
+        if freeze and re.search(freeze, name):
+            parameter.requires_grad_(False)
+        if disturb:
+            with torch.no_grad():
+                parameter.add_(disturb)
+    return made
+
+
+def outcome(trainer: Trainer) -> dict[str, Any]:
+    """Losses by step, those of evaluations, and the checkpoint that was the best."""
+    evaluated = {entry["step"]: entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry}
+    best = trainer.state.best_model_checkpoint
+    return {"losses": losses(trainer), "evaluated": evaluated, "best": best and Path(best).name}
+
+
+def native(
+    folder: Path,
+    model: str,
+    ep_size: int = 2,
+    resume: str | None = None,
+    changes: dict[str, Any] | None = None,
+    disturb: float = 0.0,
+    **_: Any,
+) -> Any:
     """The same with experts that transformers spreads."""
     from moe_backbone.expert_parallel.native import (
         native_expert_parallel_options,
         require_native_expert_parallelism,
     )
+    from moe_backbone.expert_parallel.native_trainer import with_native_checkpoints
 
-    args = arguments(folder, save_strategy="no")
-    options = native_expert_parallel_options(2, args.world_size)
-    spread = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, **options)
-    running = require_native_expert_parallelism(spread, 2)
-    trainer = Trainer(model=spread, args=args, train_dataset=rows())
-    trainer.train()
+    args = arguments(folder, **(changes or {}))
+    spread = prepared(model, disturb=disturb, **native_expert_parallel_options(ep_size, args.world_size))
+    running = require_native_expert_parallelism(spread, ep_size) if ep_size > 1 else ""
+    trainer = with_native_checkpoints(Trainer)(model=spread, args=args, train_dataset=rows(), eval_dataset=rows()[:4])
+    trainer.train(resume_from_checkpoint=resume)
     trainer.save_model(str(folder / "final"))
     spread.eval()
     with torch.no_grad():
         logits = spread(input_ids=torch.stack([row["input_ids"] for row in rows()[:2]])).logits
     logits = logits.full_tensor() if hasattr(logits, "full_tensor") else logits
-    return {"losses": losses(trainer), "running": running, "logits": logits.flatten()[:50].tolist()}
+    return {**outcome(trainer), "running": running, "logits": logits.flatten()[:50].tolist()}
 
 
 if __name__ == "__main__":

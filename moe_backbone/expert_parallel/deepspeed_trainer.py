@@ -41,7 +41,6 @@ class ExpertParallelMixin:
         patch_deepspeed()  # before TRL's trainers make the engine of a reference, which they do in their `__init__`
         super().__init__(*args, **kwargs)
         trainer: Any = self
-        self._check_frozen_experts(trainer)
         trainer.add_callback(_RequireExpertParallelism(trainer))
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
@@ -63,6 +62,15 @@ class ExpertParallelMixin:
         parent: Any = super()
         return parent.train(resume_from_checkpoint, *args, **kwargs)
 
+    def _load_best_model(self) -> None:
+        """Loads the best checkpoint in the format that it has: one of another layout is converted, if it was not."""
+        trainer: Any = self
+        best = trainer.state.best_model_checkpoint
+        universal = fit_checkpoint(best, self._layout(), {}, self._has_frozen_experts())
+        # The engine was told at its start in which format the checkpoint was that it resumed.
+        trainer.model_wrapped._config.load_universal_checkpoint = universal
+        super()._load_best_model()  # pyright: ignore[reportAttributeAccessIssue]
+
     def check_checkpoint(self, checkpoint: str | Path) -> None:
         """Raises a `ValueError` where `train` could not resume a checkpoint with all that it holds."""
         check_layout(checkpoint, self._layout(), self._has_frozen_experts())
@@ -70,13 +78,6 @@ class ExpertParallelMixin:
     def _has_frozen_experts(self) -> bool:
         model = self.model  # pyright: ignore[reportAttributeAccessIssue]
         return not all(parameter.requires_grad for parameter in _expert_parameters(model))
-
-    def _check_frozen_experts(self, trainer: Any) -> None:
-        if self._has_frozen_experts() and self._layout().zero_stage == 3 and trainer.args.save_strategy != "no":
-            raise ValueError(
-                "Some experts are frozen (those of MTP layers in SFT and alignment), which DeepSpeed can't save in "
-                "its checkpoints with ZeRO-3. Set the ZeRO stage to 2, or `save_strategy` to no."
-            )
 
     def _layout(self) -> Layout:
         accelerator = self.accelerator  # pyright: ignore[reportAttributeAccessIssue]

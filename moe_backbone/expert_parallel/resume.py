@@ -1,4 +1,4 @@
-"""Resuming a DeepSpeed checkpoint of spread experts in another layout: expert-parallel size, processes or ZeRO stage.
+"""What tells checkpoints of spread experts; resuming one of DeepSpeed's in another size, on more or fewer processes.
 
 DeepSpeed loads a checkpoint of another layout without an error, and gives experts the optimizer's states of others. So
 `write_layout` leaves a file in each checkpoint that says how it was made, and `fit_checkpoint` converts one of another
@@ -17,6 +17,11 @@ import torch
 import torch.distributed as dist
 
 LAYOUT_FILE = "expert_parallel.json"
+"""In a checkpoint of experts that DeepSpeed spread."""
+
+OPTIMIZER_FOLDER = "optimizer"
+"""In a checkpoint of experts that transformers spread: torch's distributed checkpoint of the optimizer's states."""
+
 _LATEST, _LATEST_UNIVERSAL = "latest", "latest_universal"
 
 
@@ -37,6 +42,11 @@ def read_layout(checkpoint: Path) -> Layout | None:
     """Reads the layout of the run that saved a checkpoint; None where that run did not spread experts."""
     path = checkpoint / LAYOUT_FILE
     return Layout(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+
+
+def has_native_states(checkpoint: str | Path) -> bool:
+    """Whether a checkpoint has the optimizer's states of experts that transformers spread."""
+    return (Path(checkpoint) / OPTIMIZER_FOLDER / ".metadata").is_file()
 
 
 def check_layout(checkpoint: str | Path, layout: Layout, frozen: bool) -> bool:

@@ -341,8 +341,9 @@ def make_checkpoint(folder, file, layout):
     """What tells a checkpoint of DeepSpeed's, without its states."""
     (folder / "global_step1").mkdir(parents=True)
     (folder / "trainer_state.json").write_text("{}")
+    (folder / file).parent.mkdir(exist_ok=True)
     (folder / file).write_text(json.dumps(layout._asdict()))
-    if file not in (LAYOUT_FILE, "latest"):
+    if file == "pytorch_model_fsdp.bin":
         (folder / "optimizer.bin").touch()
 
 
@@ -356,6 +357,10 @@ def make_checkpoint(folder, file, layout):
         (
             "latest",
             "has the optimizer's states of DeepSpeed, and this run is without it. Run as the checkpoint was saved",
+        ),
+        (
+            "optimizer/.metadata",
+            "has the optimizer's states of transformers' expert parallelism, and this run is without it. Run as the",
         ),
         (
             "pytorch_model_fsdp.bin",
@@ -413,12 +418,19 @@ def options(**changes):
             "`offload_optimizer_device: cpu` of the accelerate configuration would be lost",
         ),
         ({"deepspeed": "{wrong"}, {"WORLD_SIZE": "2"}, "`deepspeed={wrong` is not JSON"),
-        ({"expert_parallel_backend": "transformers"}, {"WORLD_SIZE": "2"}, "save_only_model|5.21 or later"),
     ],
 )
 def test_options_that_contradict_each_other(changes, environ, message):
     with pytest.raises(ValueError, match=message):
         expert_parallel.prepare(options(**changes), environ)
+
+
+def test_transformers_without_expert_parallelism_is_refused(monkeypatch):
+    given = options(expert_parallel_backend="transformers")
+    assert expert_parallel.prepare(given, {"WORLD_SIZE": "2"}) == []
+    monkeypatch.setattr(expert_parallel, "find_spec", lambda name: None if "checkpoint" in name else name)
+    with pytest.raises(ValueError, match=r"needs transformers with `transformers.distributed.checkpoint`.*deepspeed"):
+        expert_parallel.prepare(given, {"WORLD_SIZE": "2"})
 
 
 def test_the_stage_is_that_of_the_accelerate_configuration():

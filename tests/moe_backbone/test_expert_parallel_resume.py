@@ -1,0 +1,97 @@
+"""Each kind of checkpoint of spread experts resumes to the trajectory of the run that was not interrupted.
+
+The runs evaluate and save at each step, keep two checkpoints and load the best one at the end. The evaluation's loss
+is greatest after the second step, so the second checkpoint is the best of a run that is told that greater is better.
+"""
+
+import shutil
+
+import pytest
+import torch
+from compass_helpers import compass_model
+from expert_parallel_helpers import by_step, result
+from transformers import AutoModelForCausalLM
+
+pytest.importorskip("deepspeed", reason="DeepSpeed is an extra")
+pytestmark = [
+    pytest.mark.skipif(shutil.which("g++") is None, reason="DeepSpeed compiles its operator for the CPU"),
+    pytest.mark.lengthy,
+]
+IDLE = r"layers\.2\..*experts"  # those of the MTP layer, which stands after the two others
+LAST = {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "save_total_limit": 2}
+LAST |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": False}
+SECOND = {**LAST, "greater_is_better": True}
+
+
+@pytest.fixture(scope="module")
+def compass(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    compass_model(num_experts=4, num_mtp_layers=1, router_aux_loss_coef=0.1).save_pretrained(folder)
+    return str(folder)
+
+
+def weights(folder):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
+
+
+def assert_same(one, other):
+    one, other = weights(one), weights(other)
+    assert all(torch.equal(weight, other[name]) for name, weight in one.items())
+
+
+def run(name, folder, model, **options):
+    """A whole run; of its four checkpoints it keeps the best and the last one."""
+    found = result(name, folder, model=model, changes=SECOND, **options)
+    assert found["best"] == "checkpoint-2"
+    assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
+    assert_same(folder / "checkpoint-2", folder / "final")
+    return found
+
+
+def resumed(name, folder, of, changes=SECOND, **options):
+    """A run that goes on from the second checkpoint of another one, with a model that is elsewhere in each weight."""
+    return result(name, folder, resume=str(of / "checkpoint-2"), changes=changes, disturb=0.5, **options)
+
+
+def assert_best_is_its_own(folder, found):
+    """Where smaller is better, the better of the resumed run's own two checkpoints is loaded at its end."""
+    best = min(("3", "4"), key=found["evaluated"].__getitem__)
+    assert found["best"] == f"checkpoint-{best}"
+    assert_same(folder / f"checkpoint-{best}", folder / "final")
+
+
+def test_frozen_experts_resume_under_zero_3(compass, tmp_path):
+    """Frozen weights come back too."""
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    expected = run("train", whole, compass, stage=3, freeze=IDLE)
+    found = resumed("train", again, whole, model=compass, stage=3, freeze=IDLE)
+    assert by_step(found) == by_step(expected)
+    assert found["evaluated"] == expected["evaluated"]
+    assert_same(whole / "checkpoint-4", again / "checkpoint-4")
+    assert_same(whole / "checkpoint-2", again / "final")
+    first = weights(compass)
+    for name, weight in weights(again / "checkpoint-4").items():
+        assert torch.equal(weight, first[name]) == ("layers.2.mlp.experts" in name), name
+
+
+def test_the_best_model_of_a_run_that_resumed_in_another_size(compass, tmp_path):
+    """The first run's checkpoint is converted, and those of the second are of its own size."""
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    expected = run("train", whole, compass)
+    found = resumed("train", again, whole, model=compass, ep_size=1, changes=LAST)
+    assert by_step(found) == pytest.approx(by_step(expected), abs=1e-4)
+    assert_best_is_its_own(again, found)
+
+
+def test_transformers_own_expert_parallelism_resumes(compass, tmp_path):
+    """And in another size: the optimizer's states are spread anew."""
+    whole, again, other = (tmp_path / name for name in ("whole", "again", "other"))
+    expected = run("native", whole, compass)
+    found = resumed("native", again, whole, model=compass)
+    assert by_step(found) == by_step(expected)
+    assert found["evaluated"] == expected["evaluated"]
+    assert_same(whole / "checkpoint-4", again / "checkpoint-4")
+    assert_same(whole / "checkpoint-2", again / "final")
+    found = resumed("native", other, whole, model=compass, ep_size=1, changes=LAST)
+    assert by_step(found) == pytest.approx(by_step(expected), abs=1e-4)
+    assert_best_is_its_own(other, found)
