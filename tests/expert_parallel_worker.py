@@ -7,6 +7,7 @@ import json
 import os
 import re
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -290,7 +291,7 @@ def train(
 
 
 def prepared(model: str, freeze: str | None = None, disturb: float = 0.0, **options: Any) -> Any:
-    """A model whose weights with a name that matches `freeze` are frozen, and where told, are others than on disk.
+    """A model whose weights with a name that matches `freeze` are frozen; where told, it is another one than on disk.
 
     What a checkpoint does not restore shows then.
     """
@@ -298,9 +299,10 @@ def prepared(model: str, freeze: str | None = None, disturb: float = 0.0, **opti
     for name, parameter in made.named_parameters():
         if freeze and re.search(freeze, name):
             parameter.requires_grad_(False)
-        if disturb:
-            with torch.no_grad():
-                parameter.add_(disturb)
+    if disturb:
+        with torch.no_grad():
+            for tensor in made.state_dict().values():
+                tensor.mul_(1 + disturb).add_(disturb)  # adding alone moves no router's choice
     return made
 
 
@@ -318,6 +320,7 @@ def native(
     resume: str | None = None,
     changes: dict[str, Any] | None = None,
     disturb: float = 0.0,
+    die_saving: bool = False,
     **_: Any,
 ) -> Any:
     """The same with experts that transformers spreads."""
@@ -331,6 +334,16 @@ def native(
     spread = prepared(model, disturb=disturb, **native_expert_parallel_options(ep_size, args.world_size))
     running = require_native_expert_parallelism(spread, ep_size) if ep_size > 1 else ""
     trainer = with_native_checkpoints(Trainer)(model=spread, args=args, train_dataset=rows(), eval_dataset=rows()[:4])
+    if die_saving and args.process_index == 1:
+        save = trainer._save_rng_state
+
+        def die(target: str) -> None:
+            if target.endswith("checkpoint-4"):
+                time.sleep(2)  # in which the first process could write its own
+                os._exit(17)
+            save(target)
+
+        trainer._save_rng_state = die
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model(str(folder / "final"))
     spread.eval()

@@ -149,22 +149,23 @@ def _with_frozen_experts(save: Any) -> Any:
         # DeepSpeed says that it would not store frozen experts' fragments, and wants the shape of each expert's weight
         # among the optimizer's. It does store them, beside those of all other frozen weights, and it loads them after
         # the optimizer's. So they pass for trained ones while it asks, and for frozen ones while it writes.
+        engine_class: Any = DeepSpeedEngine
         fragments_of = self._get_zero_frozen_param_attributes
-        names_of = DeepSpeedEngine._autoep_expert_parameter_names
+        names_of = engine_class._autoep_expert_parameter_names
 
         def attributes(attribute_of: Any) -> Any:
             with _requiring_grad(frozen.values(), False):
                 return fragments_of(attribute_of)
 
         self._get_zero_frozen_param_attributes = attributes
-        DeepSpeedEngine._autoep_expert_parameter_names = staticmethod(
+        engine_class._autoep_expert_parameter_names = staticmethod(
             lambda layers, model: names_of(layers, model) - frozen.keys()
         )
         try:
             with _requiring_grad(frozen.values(), True):
                 return save(self, *args, **kwargs)
         finally:
-            DeepSpeedEngine._autoep_expert_parameter_names = staticmethod(names_of)
+            engine_class._autoep_expert_parameter_names = staticmethod(names_of)
             del self._get_zero_frozen_param_attributes
 
     return save_moe_checkpoint

@@ -13,7 +13,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from .deepspeed_config import require_expert_parallelism
 from .deepspeed_patch import patch_deepspeed
-from .resume import Layout, check_layout, fit_checkpoint, restore_steps, write_layout
+from .resume import Layout, StateLast, check_layout, fit_checkpoint, restore_steps, restore_untrained, write_layout
 
 
 @cache
@@ -30,12 +30,12 @@ def with_expert_parallelism(trainer_class: type, ep_size: int) -> type:
     return type(trainer_class.__name__, (ExpertParallelMixin, trainer_class), {"ep_size": ep_size})
 
 
-class ExpertParallelMixin:
+class ExpertParallelMixin(StateLast):
     """Marks the experts' parameters for the optimizer, checks the engine before it trains, saves plain checkpoints."""
 
     ep_size: int
-    converted = False
-    """Whether training resumes a checkpoint of another layout."""
+    converted: Path | None = None
+    """The checkpoint of another layout that training resumes."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         patch_deepspeed()  # before TRL's trainers make the engine of a reference, which they do in their `__init__`
@@ -58,7 +58,8 @@ class ExpertParallelMixin:
         if resume_from_checkpoint:
             config = trainer.accelerator.state.deepspeed_plugin.deepspeed_config
             frozen = self._has_frozen_experts()
-            self.converted = fit_checkpoint(str(resume_from_checkpoint), self._layout(), config, frozen)
+            checkpoint = Path(str(resume_from_checkpoint))
+            self.converted = checkpoint if fit_checkpoint(checkpoint, self._layout(), config, frozen) else None
         parent: Any = super()
         return parent.train(resume_from_checkpoint, *args, **kwargs)
 
@@ -70,6 +71,8 @@ class ExpertParallelMixin:
         # The engine was told at its start in which format the checkpoint was that it resumed.
         trainer.model_wrapped._config.load_universal_checkpoint = universal
         super()._load_best_model()  # pyright: ignore[reportAttributeAccessIssue]
+        if universal:
+            restore_untrained(trainer.model_wrapped.module, Path(best))
 
     def check_checkpoint(self, checkpoint: str | Path) -> None:
         """Raises a `ValueError` where `train` could not resume a checkpoint with all that it holds."""
@@ -129,7 +132,9 @@ class _RequireExpertParallelism(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         engine = self.trainer.model_wrapped
         running = require_expert_parallelism(engine, self.trainer.ep_size)
-        if self.trainer.converted and engine.zero_optimization_stage() == 3:
-            restore_steps(engine.optimizer, engine.global_steps - engine.skipped_steps)
+        if self.trainer.converted:
+            restore_untrained(engine.module, self.trainer.converted)
+            if engine.zero_optimization_stage() == 3:
+                restore_steps(engine.optimizer, engine.global_steps - engine.skipped_steps)
         if state.is_world_process_zero:
             print(f"{'parallel':<10} {running}")  # noqa: T201 - what runs is said where the command says the rest

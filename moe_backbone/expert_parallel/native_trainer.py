@@ -18,7 +18,7 @@ from transformers import TrainingArguments
 from transformers.distributed.checkpoint import load_optimizer_distributed, save_optimizer_distributed
 from transformers.trainer import SCHEDULER_NAME
 
-from .resume import OPTIMIZER_FOLDER, has_native_states
+from .resume import OPTIMIZER_FOLDER, StateLast, has_native_states
 
 
 @cache
@@ -32,7 +32,7 @@ def with_native_checkpoints(trainer_class: type) -> type:
     return type(trainer_class.__name__, (NativeExpertParallelMixin, trainer_class), {})
 
 
-class NativeExpertParallelMixin:
+class NativeExpertParallelMixin(StateLast):
     """Saves the optimizer's states of a spread model, and loads them and the weights."""
 
     def __init__(self, *args: Any, **kwargs: Any):

@@ -2,8 +2,8 @@
 
 DeepSpeed loads a checkpoint of another layout without an error, and gives experts the optimizer's states of others. So
 `write_layout` leaves a file in each checkpoint that says how it was made, and `fit_checkpoint` converts one of another
-layout to DeepSpeed's universal format. The universal format of a ZeRO-3 checkpoint leaves out how many steps the
-optimizer has taken (DeepSpeed 0.19.8), so `restore_steps` sets them.
+layout to DeepSpeed's universal format. That one leaves out what no optimizer holds, and of a ZeRO-3 checkpoint how many
+steps the optimizer has taken (DeepSpeed 0.19.8), so `restore_untrained` loads the first and `restore_steps` sets those.
 """
 
 import json
@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from safetensors import safe_open
 
 LAYOUT_FILE = "expert_parallel.json"
 """In a checkpoint of experts that DeepSpeed spread."""
@@ -31,6 +32,14 @@ class Layout(NamedTuple):
     ep_size: int
     world_size: int
     zero_stage: int
+
+
+class StateLast:
+    """A trainer whose checkpoints get their `trainer_state.json`, by which they count, when all processes are done."""
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)  # pyright: ignore[reportAttributeAccessIssue]
+        dist.barrier()  # it is the last thing that a process other than the first writes
 
 
 def write_layout(folder: Path, layout: Layout) -> None:
@@ -118,6 +127,33 @@ def restore_steps(optimizer: Any, steps: int) -> None:
     for state in optimizer.optimizer.state.values():
         if "step" in state:
             state["step"] = torch.full_like(torch.as_tensor(state["step"], dtype=torch.float32), steps)
+
+
+@torch.no_grad()
+def restore_untrained(model: Any, checkpoint: Path) -> None:
+    """Loads what no optimizer holds, buffers and frozen weights, from the plain files of a converted checkpoint.
+
+    The universal format restores what the optimizer holds, and nothing else (DeepSpeed 0.19.8): without this, a router
+    would go on with the biases that the run started from. Frozen experts are not converted at all, see
+    [`check_layout`].
+
+    Raises:
+        RuntimeError: The files lack one of them.
+    """
+    import deepspeed
+
+    wanted = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    tensors = {name: tensor for name, tensor in model.state_dict(keep_vars=True).items()}
+    wanted |= tensors.keys() - dict(model.named_parameters(remove_duplicate=False)).keys()
+    for path in sorted(checkpoint.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            for name in sorted(wanted & set(file.keys())):
+                tensor = tensors[name]
+                with deepspeed.zero.GatheredParameters([tensor], modifier_rank=0, enabled=hasattr(tensor, "ds_id")):
+                    tensor.copy_(file.get_tensor(name))
+                wanted.remove(name)
+    if wanted:
+        raise RuntimeError(f"The checkpoint {checkpoint} lacks {', '.join(sorted(wanted)[:5])} of the model.")
 
 
 def _convert(checkpoint: Path) -> str | None:

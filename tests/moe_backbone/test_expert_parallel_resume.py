@@ -1,16 +1,19 @@
 """Each kind of checkpoint of spread experts resumes to the trajectory of the run that was not interrupted.
 
 The runs evaluate and save at each step, keep two checkpoints and load the best one at the end. The evaluation's loss
-is greatest after the second step, so the second checkpoint is the best of a run that is told that greater is better.
+is greatest after the first step, so the first checkpoint is the best of a run that is told that greater is better.
 """
 
 import shutil
 
 import pytest
 import torch
+from cli_helpers import arguments, launched, python
 from compass_helpers import compass_model
-from expert_parallel_helpers import by_step, result
+from expert_parallel_helpers import ENVIRONMENT, by_step, result, start
 from transformers import AutoModelForCausalLM
+
+from otpo.cli.running.checkpoints import find_checkpoint
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is an extra")
 pytestmark = [
@@ -20,13 +23,14 @@ pytestmark = [
 IDLE = r"layers\.2\..*experts"  # those of the MTP layer, which stands after the two others
 LAST = {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "save_total_limit": 2}
 LAST |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": False}
-SECOND = {**LAST, "greater_is_better": True}
+FIRST = {**LAST, "greater_is_better": True}
 
 
 @pytest.fixture(scope="module")
 def compass(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
-    compass_model(num_experts=4, num_mtp_layers=1, router_aux_loss_coef=0.1).save_pretrained(folder)
+    sizes = {"num_experts": 4, "num_mtp_layers": 1, "router_aux_loss_coef": 0.1, "router_bias_update_speed": 1e-3}
+    compass_model(**sizes).save_pretrained(folder)
     return str(folder)
 
 
@@ -36,26 +40,27 @@ def weights(folder):
 
 def assert_same(one, other):
     one, other = weights(one), weights(other)
+    assert any(name.endswith("e_score_correction_bias") for name in one)
     assert all(torch.equal(weight, other[name]) for name, weight in one.items())
 
 
 def run(name, folder, model, **options):
     """A whole run; of its four checkpoints it keeps the best and the last one."""
-    found = result(name, folder, model=model, changes=SECOND, **options)
-    assert found["best"] == "checkpoint-2"
-    assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
-    assert_same(folder / "checkpoint-2", folder / "final")
+    found = result(name, folder, model=model, changes=FIRST, **options)
+    assert found["best"] == "checkpoint-1"
+    assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-4"]
+    assert_same(folder / "checkpoint-1", folder / "final")
     return found
 
 
-def resumed(name, folder, of, changes=SECOND, **options):
-    """A run that goes on from the second checkpoint of another one, with a model that is elsewhere in each weight."""
-    return result(name, folder, resume=str(of / "checkpoint-2"), changes=changes, disturb=0.5, **options)
+def resumed(name, folder, of, changes=FIRST, **options):
+    """A run that goes on from the first checkpoint of another one, with a model that is elsewhere in each weight."""
+    return result(name, folder, resume=str(of / "checkpoint-1"), changes=changes, disturb=0.5, **options)
 
 
 def assert_best_is_its_own(folder, found):
-    """Where smaller is better, the better of the resumed run's own two checkpoints is loaded at its end."""
-    best = min(("3", "4"), key=found["evaluated"].__getitem__)
+    """Where smaller is better, the best of the resumed run's own checkpoints is loaded at its end."""
+    best = min(("2", "3", "4"), key=found["evaluated"].__getitem__)
     assert found["best"] == f"checkpoint-{best}"
     assert_same(folder / f"checkpoint-{best}", folder / "final")
 
@@ -68,10 +73,11 @@ def test_frozen_experts_resume_under_zero_3(compass, tmp_path):
     assert by_step(found) == by_step(expected)
     assert found["evaluated"] == expected["evaluated"]
     assert_same(whole / "checkpoint-4", again / "checkpoint-4")
-    assert_same(whole / "checkpoint-2", again / "final")
+    assert_same(whole / "checkpoint-1", again / "final")
     first = weights(compass)
     for name, weight in weights(again / "checkpoint-4").items():
-        assert torch.equal(weight, first[name]) == ("layers.2.mlp.experts" in name), name
+        stands_still = "layers.2.mlp.experts" in name or name.endswith("e_score_correction_bias")
+        assert torch.equal(weight, first[name]) == stands_still, name
 
 
 def test_the_best_model_of_a_run_that_resumed_in_another_size(compass, tmp_path):
@@ -91,7 +97,33 @@ def test_transformers_own_expert_parallelism_resumes(compass, tmp_path):
     assert by_step(found) == by_step(expected)
     assert found["evaluated"] == expected["evaluated"]
     assert_same(whole / "checkpoint-4", again / "checkpoint-4")
-    assert_same(whole / "checkpoint-2", again / "final")
+    assert_same(whole / "checkpoint-1", again / "final")
     found = resumed("native", other, whole, model=compass, ep_size=1, changes=LAST)
     assert by_step(found) == pytest.approx(by_step(expected), abs=1e-4)
     assert_best_is_its_own(other, found)
+
+
+def test_a_checkpoint_that_a_process_did_not_finish_does_not_count(compass, tmp_path):
+    found, done = start("native", tmp_path, model=compass, die_saving=True)
+    assert found is None and done.returncode
+    assert (tmp_path / "checkpoint-4" / "optimizer" / ".metadata").is_file()
+    assert find_checkpoint("true", str(tmp_path)) == str(tmp_path / "checkpoint-2")
+
+
+@pytest.mark.parametrize("backend", ["transformers", pytest.param("deepspeed", marks=pytest.mark.slow)])
+def test_alignment_resumes_from_the_command_line(compass_folder, pairs_file, tmp_path, backend):
+    """With a reference and an MTP layer, which alignment freezes; under ZeRO-3 where DeepSpeed runs."""
+    stage = '{"zero_optimization": {"stage": 3}}' if backend == "deepspeed" else None
+    found = {}
+    for name, checkpoint in (("whole", None), ("again", tmp_path / "whole" / "checkpoint-1")):
+        changes = {"expert_parallel_size": 2, "expert_parallel_backend": backend, "deepspeed": stage}
+        changes |= {"save_strategy": "steps", "save_steps": 1, "resume_from_checkpoint": checkpoint}
+        words = arguments(compass_folder, pairs_file, tmp_path / name, **changes)
+        done = python(*launched("otpo.cli.align", *words), **ENVIRONMENT)
+        assert done.returncode == 0, done.stderr[-4000:]
+        found[name] = weights(tmp_path / name)
+        assert ("resuming   from" in done.stdout) == (checkpoint is not None)
+    assert all(torch.equal(weight, found["again"][name]) for name, weight in found["whole"].items())
+    assert not torch.equal(
+        found["whole"]["lm_head.weight"], weights(tmp_path / "whole" / "checkpoint-1")["lm_head.weight"]
+    )
