@@ -2,8 +2,9 @@
 
 DeepSpeed loads a checkpoint of another layout without an error, and gives experts the optimizer's states of others. So
 `write_layout` leaves a file in each checkpoint that says how it was made, and `fit_checkpoint` converts one of another
-layout to DeepSpeed's universal format. That one leaves out what no optimizer holds, and of a ZeRO-3 checkpoint how many
-steps the optimizer has taken (DeepSpeed 0.19.8), so `restore_untrained` loads the first and `restore_steps` sets those.
+layout to DeepSpeed's universal format. That one leaves out what no optimizer holds, and of a ZeRO-3 checkpoint how
+many steps the optimizer has taken (DeepSpeed 0.19.8). So `restore_untrained` loads the first and `restore_steps` sets
+the steps.
 """
 
 import json
@@ -143,7 +144,7 @@ def restore_untrained(model: Any, checkpoint: Path) -> None:
     import deepspeed
 
     wanted = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
-    tensors = {name: tensor for name, tensor in model.state_dict(keep_vars=True).items()}
+    tensors = model.state_dict(keep_vars=True)
     wanted |= tensors.keys() - dict(model.named_parameters(remove_duplicate=False)).keys()
     for path in sorted(checkpoint.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
