@@ -772,12 +772,12 @@ def _renamed_weights(model: Any, folder: str) -> set[str]:
     Those of modules that read such keys themselves, as Compass's experts do, do not count.
     """
     saved: set[str] = set()
-    for path in Path(folder).glob("*.safetensors"):
+    for path in Path(folder).glob("model*.safetensors"):  # those of adapters are called otherwise
         with safe_open(path, "pt") as file:
             saved.update(file.keys())
     known = (name for name, module in model.named_modules() if module._load_state_dict_pre_hooks)
     read_by_themselves = tuple(f"{name}." for name in known)
-    names = model.state_dict().keys() - saved - set(model.all_tied_weights_keys)
+    names = model.state_dict().keys() - saved - set(getattr(model, "all_tied_weights_keys", None) or ())
     return {name for name in names if saved and not name.startswith(read_by_themselves)}
 
 
