@@ -1,6 +1,8 @@
 """What each of the processes runs that the tests of expert parallelism start; the first one writes a JSON result.
 
 torchrun --nproc_per_node 2 expert_parallel_worker.py NAME FOLDER OPTIONS
+
+The file is over 350 lines because all of these tests start one script, whose functions share data, options and losses.
 """
 
 import json
