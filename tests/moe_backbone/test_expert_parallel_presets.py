@@ -82,6 +82,7 @@ def test_five_steps_and_what_is_saved_are_those_of_the_whole_model(found, name):
 @pytest.mark.lengthy
 def test_gpt_oss_is_spread_by_transformers(tmp_path):
     """Which DeepSpeed can't."""
+    pytest.importorskip("transformers.distributed.expert_parallel", reason="transformers 5.21 or later")
     config = GptOssConfig(**TINY, intermediate_size=24, num_local_experts=4, router_aux_loss_coef=0.1)
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")

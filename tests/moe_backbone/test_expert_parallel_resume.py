@@ -20,6 +20,7 @@ pytestmark = [
     pytest.mark.skipif(shutil.which("g++") is None, reason="DeepSpeed compiles its operator for the CPU"),
     pytest.mark.lengthy,
 ]
+NATIVE = "moe_backbone.expert_parallel.native_trainer"  # which transformers before 5.21 has nothing for
 IDLE = r"layers\.2\..*experts"  # those of the MTP layer, which stands after the two others
 LAST = {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "save_total_limit": 2}
 LAST |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": False}
@@ -91,6 +92,7 @@ def test_the_best_model_of_a_run_that_resumed_in_another_size(compass, tmp_path)
 
 def test_transformers_own_expert_parallelism_resumes(compass, tmp_path):
     """And in another size: the optimizer's states are spread anew."""
+    pytest.importorskip(NATIVE)
     whole, again, other = (tmp_path / name for name in ("whole", "again", "other"))
     expected = run("native", whole, compass)
     found = resumed("native", again, whole, model=compass)
@@ -104,10 +106,33 @@ def test_transformers_own_expert_parallelism_resumes(compass, tmp_path):
 
 
 def test_a_checkpoint_that_a_process_did_not_finish_does_not_count(compass, tmp_path):
+    pytest.importorskip(NATIVE)
     found, done = start("native", tmp_path, model=compass, die_saving=True)
     assert found is None and done.returncode
     assert (tmp_path / "checkpoint-4" / "optimizer" / ".metadata").is_file()
     assert find_checkpoint("true", str(tmp_path)) == str(tmp_path / "checkpoint-2")
+
+
+def test_a_schedule_fits_another_number_of_groups_if_they_have_one_learning_rate():
+    state = {
+        "base_lrs": [0.1, 0.1],
+        "last_epoch": 3,
+        "lr_lambdas": [None, None],
+        "_last_lr": [0.05, 0.05],
+        "steps": [1],
+    }
+    assert _of_groups(state, 2) is state
+    wider = {**state, "base_lrs": [0.1] * 4, "lr_lambdas": [None] * 4, "_last_lr": [0.05] * 4}
+    assert _of_groups(state, 4) == wider and _of_groups(wider, 2) == state
+    with pytest.raises(ValueError, match=r"2 groups of weights have learning rates of their own, and this run has 1"):
+        _of_groups({**state, "base_lrs": [0.1, 0.2]}, 1)
+
+
+def test_checkpoints_of_other_runs_are_refused_by_transformers_own(tmp_path):
+    trainer = pytest.importorskip(NATIVE).NativeExpertParallelMixin
+    (tmp_path / "optimizer.pt").touch()
+    with pytest.raises(ValueError, match=r"has no optimizer's states of experts that transformers spread.*Run as the"):
+        trainer.check_checkpoint(None, tmp_path)
 
 
 @pytest.mark.parametrize("backend", ["transformers", pytest.param("deepspeed", marks=pytest.mark.slow)])
