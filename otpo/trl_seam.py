@@ -756,7 +756,7 @@ def load_converted_weights(trainer: Any, folder: str) -> bool:
         return False
     loaded, report = type(model).from_pretrained(folder, dtype="auto", output_loading_info=True)
     weights = loaded.state_dict()
-    missing = sorted(report["missing_keys"] | (model.state_dict().keys() - weights.keys()))
+    missing = sorted(set(report["missing_keys"]) | (model.state_dict().keys() - weights.keys()))
     if missing:
         raise ValueError(
             f"`resume_from_checkpoint={folder}` lacks weights of the model: {', '.join(missing[:5])}. Resume a "

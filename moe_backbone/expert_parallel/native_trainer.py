@@ -102,7 +102,7 @@ def load_spread_weights(model: Any, folder: str | Path) -> None:
         output_loading_info=True,
     )
     weights, own = loaded.state_dict(), model.state_dict()
-    missing = sorted(report["missing_keys"] | (own.keys() - weights.keys()))
+    missing = sorted(set(report["missing_keys"]) | (own.keys() - weights.keys()))
     if missing:
         raise ValueError(
             f"`resume_from_checkpoint={folder}` lacks weights of the model: {', '.join(missing[:5])}. Resume a "

@@ -114,6 +114,7 @@ def test_a_checkpoint_that_a_process_did_not_finish_does_not_count(compass, tmp_
 
 
 def test_a_schedule_fits_another_number_of_groups_if_they_have_one_learning_rate():
+    _of_groups = pytest.importorskip(NATIVE)._of_groups
     state = {
         "base_lrs": [0.1, 0.1],
         "last_epoch": 3,
