@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from importlib.metadata import version
+from pathlib import Path
 from types import MethodType, SimpleNamespace
 from typing import Any
 
@@ -23,10 +24,12 @@ import torch
 from accelerate import DistributedType
 from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import parse_flag_from_env
+from safetensors import safe_open
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 from torch.overrides import TorchFunctionMode
 from torch.utils.data import DataLoader
+from transformers import PreTrainedModel
 from trl import DPOTrainer
 from trl.models.utils import disable_gradient_checkpointing, prepare_deepspeed
 from trl.trainer import dpo_trainer
@@ -67,6 +70,8 @@ OVERRIDDEN = {
     "_set_signature_columns_if_needed": (),
     "get_total_train_batch_size": ("args",),
     "get_batch_samples": ("epoch_iterator", "num_batches", "device"),
+    "_load_from_checkpoint": ("resume_from_checkpoint", "model"),
+    "_load_best_model": (),
 }
 """Methods of `DPOTrainer` that [`otpo.OTPOTrainer`] overrides or calls, with their parameters after `self`."""
 
@@ -709,6 +714,71 @@ def before_sharding(change: Callable[[Any], Any]) -> Iterator[None]:
 
     with _replaced(dpo_trainer, prepare_deepspeed=prepare):
         yield
+
+
+class ConvertedWeights:
+    """A trainer that loads checkpoints whose weights have other names on disk than in the model; see below."""
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if not load_converted_weights(self, resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def _load_best_model(self) -> None:
+        trainer: Any = self
+        if not load_converted_weights(trainer, trainer.state.best_model_checkpoint):
+            super()._load_best_model()  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def load_converted_weights(trainer: Any, folder: str) -> bool:
+    """Loads a checkpoint of weights that `save_pretrained` renamed or split; the workaround for transformers 5.23.
+
+    `save_pretrained` writes a key for each expert, of Qwen3-MoE's and most other models', and `from_pretrained` joins
+    them to the model's tensors again. `Trainer._load_from_checkpoint` and `Trainer._load_best_model` pass the files to
+    `load_state_dict` as they are: no key of an expert matches, which they log, and training goes on with the experts
+    that are in memory. `tests/otpo/test_resuming_experts.py` fails once they do not; this function and its callers
+    can go then.
+
+    Args:
+        trainer: Of a whole model, its experts not spread.
+        folder: The checkpoint.
+
+    Returns:
+        Whether it was loaded so. Nothing is done where the Trainer can load it, and for adapters, DeepSpeed and FSDP,
+        whose states have the model's names.
+
+    Raises:
+        ValueError: The checkpoint lacks weights of the model.
+    """
+    model: Any = trainer.model
+    if has_adapter(model) or not isinstance(trainer.model, PreTrainedModel):
+        return False
+    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled or not _renamed_weights(model, folder):
+        return False
+    loaded, report = type(model).from_pretrained(folder, dtype="auto", output_loading_info=True)
+    weights = loaded.state_dict()
+    missing = sorted(set(report["missing_keys"]) | (model.state_dict().keys() - weights.keys()))
+    if missing:
+        raise ValueError(
+            f"`resume_from_checkpoint={folder}` lacks weights of the model: {', '.join(missing[:5])}. Resume a "
+            "checkpoint that this model saved."
+        )
+    model.load_state_dict(weights)
+    return True
+
+
+def _renamed_weights(model: Any, folder: str) -> set[str]:
+    """Weights of a model that no key of a checkpoint's files is called after.
+
+    Those of modules that read such keys themselves, as Compass's experts do, do not count.
+    """
+    saved: set[str] = set()
+    for path in Path(folder).glob("model*.safetensors"):  # those of adapters are called otherwise
+        with safe_open(path, "pt") as file:
+            saved.update(file.keys())
+    known = (name for name, module in model.named_modules() if module._load_state_dict_pre_hooks)
+    read_by_themselves = tuple(f"{name}." for name in known)
+    names = model.state_dict().keys() - saved - set(getattr(model, "all_tied_weights_keys", None) or ())
+    return {name for name in names if saved and not name.startswith(read_by_themselves)}
 
 
 def shards_parameters(accelerator: Any) -> bool:

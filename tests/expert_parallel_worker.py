@@ -1,11 +1,15 @@
 """What each of the processes runs that the tests of expert parallelism start; the first one writes a JSON result.
 
 torchrun --nproc_per_node 2 expert_parallel_worker.py NAME FOLDER OPTIONS
+
+The file is over 350 lines because all of these tests start one script, whose functions share data, options and losses.
 """
 
 import json
 import os
+import re
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -89,12 +93,13 @@ def layers(folder: Path, gathers: bool = False, **_: Any) -> Any:
 
 
 def engine(folder: Path, model: str, stage: int, **_: Any) -> Any:
-    """Losses and gradients of five steps of DeepSpeed's engine against the whole model; the worst relative errors."""
+    """Five steps of DeepSpeed's engine and what is saved then against the whole model; the worst relative errors."""
     import deepspeed
     from deepspeed.utils import safe_get_full_grad
 
     from moe_backbone.expert_parallel.deepspeed_config import expert_parallel_config
     from moe_backbone.expert_parallel.deepspeed_patch import patch_deepspeed
+    from moe_backbone.expert_parallel.save import save_plain_model
 
     deepspeed.init_distributed(dist_backend="gloo")
     patch_deepspeed()
@@ -122,7 +127,8 @@ def engine(folder: Path, model: str, stage: int, **_: Any) -> Any:
         output = trained(input_ids=ids[rank], labels=ids[rank], output_router_logits=True)
         trained.backward(output.loss)
         note("loss", output.loss, outputs[rank].loss)
-        note("aux_loss", output.aux_loss, outputs[rank].aux_loss)
+        if getattr(output, "aux_loss", None) is not None:  # routers that a bias balances have none
+            note("aux_loss", output.aux_loss, outputs[rank].aux_loss)
         wanted = {name: parameter.grad for name, parameter in whole.named_parameters()}
         for name, parameter in trained.module.named_parameters():
             got = safe_get_full_grad(parameter)
@@ -139,6 +145,40 @@ def engine(folder: Path, model: str, stage: int, **_: Any) -> Any:
         trained.step()
         optimizer.step()
         optimizer.zero_grad()
+
+    save_plain_model(trained.module, folder / "final")
+    saved = AutoModelForCausalLM.from_pretrained(folder / "final", dtype=torch.float32).eval()
+    with torch.no_grad():
+        note("saved", saved(ids[rank]).logits, whole.eval()(ids[rank]).logits)
+    return errors
+
+
+def engines(folder: Path, stages: dict[str, int], **_: Any) -> Any:
+    """[`engine`] of several models, one after the other in the same processes, each with its own stage."""
+    return {model: engine(folder / Path(model).name, model, stage) for model, stage in stages.items()}
+
+
+def native_engine(folder: Path, model: str, **_: Any) -> Any:
+    """Loss and gradients with experts that transformers spreads against the whole model; the worst relative errors."""
+    from moe_backbone.expert_parallel.native import native_expert_parallel_options, require_native_expert_parallelism
+
+    dist.init_process_group("gloo")
+    rank, size = dist.get_rank(), dist.get_world_size()
+    options = native_expert_parallel_options(size, size)
+    whole = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).train()
+    spread = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, **options).train()
+    require_native_expert_parallelism(spread, size)
+    ids = torch.randint(0, 60, (2 * size, 16), generator=torch.Generator().manual_seed(5)).split(2)
+    outputs = [whole(batch, labels=batch, output_router_logits=True) for batch in ids]
+    (sum(output.loss for output in outputs) / size).backward()
+    output = spread(input_ids=ids[rank], labels=ids[rank], output_router_logits=True)
+    output.loss.backward()
+    errors = {"loss": float((output.loss - outputs[rank].loss).abs())}
+    for (name, want), value in zip(whole.named_parameters(), spread.parameters(), strict=True):
+        grad: Any = value.grad
+        grad = grad.full_tensor() if hasattr(grad, "full_tensor") else grad
+        if want.grad is not None:
+            errors[f"gradient of {name}"] = float((grad - want.grad).abs().max() / want.grad.abs().max().clamp(1e-6))
     return errors
 
 
@@ -212,6 +252,9 @@ def train(
     resume: str | None = None,
     die_at: int | None = None,
     die_saving: bool = False,
+    changes: dict[str, Any] | None = None,
+    freeze: str | None = None,
+    disturb: float = 0.0,
     **_: Any,
 ) -> Any:
     """Losses of a Trainer, and the logits of what it saved, in a process of its own, against those of the engine."""
@@ -225,9 +268,12 @@ def train(
     rank = PartialState(backend="gloo").process_index
     config = AutoModelForCausalLM.from_pretrained(model).config
     deepspeed = expert_parallel_config(config.model_type, ep_size, stage)
-    args = arguments(folder, deepspeed=deepspeed, accelerator_config={"use_configured_state": True})
-    spread = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    trainer = with_expert_parallelism(Trainer, ep_size)(model=spread, args=args, train_dataset=rows())
+    changes = {"accelerator_config": {"use_configured_state": True}, **(changes or {})}
+    args = arguments(folder, deepspeed=deepspeed, **changes)
+    spread = prepared(model, freeze, disturb)
+    trainer = with_expert_parallelism(Trainer, ep_size)(
+        model=spread, args=args, train_dataset=rows(), eval_dataset=rows()[:4]
+    )
     if die_at is not None and rank == 1:
         trainer.add_callback(DieAt(die_at))
     if die_saving:
@@ -245,28 +291,70 @@ def train(
     engine.eval()
     with torch.no_grad():
         logits = engine(input_ids=torch.stack([row["input_ids"] for row in rows()[:2]])).logits
-    return {"losses": losses(trainer), "engine": type(engine).__name__, "logits": logits.flatten()[:50].tolist()}
+    return {**outcome(trainer), "engine": type(engine).__name__, "logits": logits.flatten()[:50].tolist()}
 
 
-def native(folder: Path, model: str, **_: Any) -> Any:
+def prepared(model: str, freeze: str | None = None, disturb: float = 0.0, **options: Any) -> Any:
+    """A model whose weights with a name that matches `freeze` are frozen; where told, it is another one than on disk.
+
+    What a checkpoint does not restore shows then.
+    """
+    made = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, **options)
+    for name, parameter in made.named_parameters():
+        if freeze and re.search(freeze, name):
+            parameter.requires_grad_(False)
+    if disturb:
+        with torch.no_grad():
+            for tensor in made.state_dict().values():
+                tensor.mul_(1 + disturb).add_(disturb)  # adding alone moves no router's choice
+    return made
+
+
+def outcome(trainer: Trainer) -> dict[str, Any]:
+    """Losses by step, those of evaluations, and the checkpoint that was the best."""
+    evaluated = {entry["step"]: entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry}
+    best = trainer.state.best_model_checkpoint
+    return {"losses": losses(trainer), "evaluated": evaluated, "best": best and Path(best).name}
+
+
+def native(
+    folder: Path,
+    model: str,
+    ep_size: int = 2,
+    resume: str | None = None,
+    changes: dict[str, Any] | None = None,
+    disturb: float = 0.0,
+    die_saving: bool = False,
+    **_: Any,
+) -> Any:
     """The same with experts that transformers spreads."""
     from moe_backbone.expert_parallel.native import (
         native_expert_parallel_options,
         require_native_expert_parallelism,
     )
+    from moe_backbone.expert_parallel.native_trainer import with_native_checkpoints
 
-    args = arguments(folder, save_strategy="no")
-    options = native_expert_parallel_options(2, args.world_size)
-    spread = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, **options)
-    running = require_native_expert_parallelism(spread, 2)
-    trainer = Trainer(model=spread, args=args, train_dataset=rows())
-    trainer.train()
+    args = arguments(folder, **(changes or {}))
+    spread = prepared(model, disturb=disturb, **native_expert_parallel_options(ep_size, args.world_size))
+    running = require_native_expert_parallelism(spread, ep_size) if ep_size > 1 else ""
+    trainer = with_native_checkpoints(Trainer)(model=spread, args=args, train_dataset=rows(), eval_dataset=rows()[:4])
+    if die_saving and args.process_index == 1:
+        save = trainer._save_rng_state
+
+        def die(target: str) -> None:
+            if target.endswith("checkpoint-4"):
+                time.sleep(2)  # in which the first process could write its own
+                os._exit(17)
+            save(target)
+
+        trainer._save_rng_state = die
+    trainer.train(resume_from_checkpoint=resume)
     trainer.save_model(str(folder / "final"))
     spread.eval()
     with torch.no_grad():
         logits = spread(input_ids=torch.stack([row["input_ids"] for row in rows()[:2]])).logits
     logits = logits.full_tensor() if hasattr(logits, "full_tensor") else logits
-    return {"losses": losses(trainer), "running": running, "logits": logits.flatten()[:50].tolist()}
+    return {**outcome(trainer), "running": running, "logits": logits.flatten()[:50].tolist()}
 
 
 if __name__ == "__main__":

@@ -27,4 +27,6 @@ torch=$(grep '^torch==' constraints.txt)
 "$venv/bin/python" -m pip list 2>/dev/null | grep -E '^(accelerate|datasets|deepspeed|peft|torch|transformers|trl) '
 
 OTPO_UNTESTED_DEEPSPEED=1 OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 "$venv/bin/python" -m pytest -q "$@" \
-    tests/otpo/test_trl_seam.py tests/otpo/test_trainer_equals_dpo.py tests/moe_backbone/test_expert_parallel.py
+    tests/otpo/test_trl_seam.py tests/otpo/test_trainer_equals_dpo.py tests/otpo/test_resuming_experts.py \
+    tests/moe_backbone/test_expert_parallel.py tests/moe_backbone/test_expert_parallel_presets.py \
+    tests/moe_backbone/test_expert_parallel_resume.py

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from copy import deepcopy
 from typing import Any
 
-from .deepspeed_patch import PRESETS, require_deepspeed
+from .deepspeed_patch import require_deepspeed
+from .presets import PRESETS, require_preset
 from .sizes import describe_expert_parallel
 
 ZERO_STAGES = (1, 2, 3)
@@ -37,11 +38,7 @@ def expert_parallel_config(
         ImportError: DeepSpeed is not installed, or not in a version that the patch knows.
     """
     require_deepspeed()
-    if model_type not in MODEL_TYPES:
-        raise ValueError(
-            f"The experts of a model of type '{model_type}' can't be spread by DeepSpeed here, those of "
-            f"{', '.join(MODEL_TYPES)} can. Leave `expert_parallel_size` at 1."
-        )
+    preset = require_preset(model_type)
     config: dict[str, Any] = deepcopy(dict(base or {}))
     config = {**dict.fromkeys(_FILLED_BY_THE_TRAINER, "auto"), "bf16": {"enabled": "auto"}, **config}
     zero = {"stage": zero_stage, **config.get("zero_optimization", {})}
@@ -50,7 +47,7 @@ def expert_parallel_config(
             f"ZeRO stage {zero['stage']} can't be trained and saved with expert parallelism. Set the stage to one of "
             f"{', '.join(map(str, ZERO_STAGES))}."
         )
-    autoep = {"enabled": True, "autoep_size": ep_size, "preset_model": PRESETS[model_type]}
+    autoep = {"enabled": True, "autoep_size": ep_size, "preset_model": preset}
     return {**config, "zero_optimization": zero, "expert_parallel": autoep}
 
 

@@ -10,10 +10,12 @@ output recorders of transformers 5.23. DeepSpeed has no option for another layer
 | `AutoEP._replace_moe_layer_without_retarget` | with our presets the block stays, its experts alone are replaced |
 | `AutoEP.ep_parser` | TRL makes two engines of one model, and the second finds the experts spread already |
 | `DeepSpeedEngine._configure_bf16_optimizer` | an engine that trains nothing is asked for groups of experts |
+| `DeepSpeedEngine._save_moe_checkpoint` | with ZeRO-3 it refuses frozen experts, which it does save |
 
-Other engines of the process run as before; the last change spares one that has MoE layers and no optimizer an error.
+Other engines of the process run as before; the last two changes spare one that has MoE layers and no optimizer, or
+frozen experts, an error.
 The patch knows the releases in [`KNOWN_VERSIONS`] and refuses others, in which these names may be gone or mean
-something else. To admit a release, read the four places above in it, run `tests/moe_backbone/test_expert_parallel.py`
+something else. To admit a release, read the five places above in it, run `tests/moe_backbone/test_expert_parallel.py`
 against it with OTPO_UNTESTED_DEEPSPEED=1 in the environment, as `make test-latest` does, and move the bound here and
 in `pyproject.toml`.
 """
@@ -21,20 +23,20 @@ in `pyproject.toml`.
 import importlib.metadata
 import importlib.util
 import os
-from dataclasses import replace
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from typing import Any
 
 from packaging.specifiers import SpecifierSet
+
+from .presets import PRESETS, deepspeed_presets
 
 KNOWN_VERSIONS = ">=0.19.8,<0.20"
 """DeepSpeed's releases that the patch was tested on, as pip takes them."""
 
 UNTESTED = "OTPO_UNTESTED_DEEPSPEED"
 """A variable of the environment: 1 lets any version of DeepSpeed through, to try the patch on it."""
-
-PRESETS = {model_type: f"otpo_{model_type}" for model_type in ("compass", "mixtral", "qwen3_moe")}
-"""Name of the AutoEP preset for each `model_type`. DeepSpeed's own presets keep their names and their layer."""
 
 
 def require_deepspeed() -> None:
@@ -69,15 +71,13 @@ def patch_deepspeed() -> None:
     replace_block = _replace_experts_alone(AutoEP._replace_moe_layer_without_retarget)
     parse = _spread_once(AutoEP.ep_parser)
     configure = _without_optimizer(DeepSpeedEngine._configure_bf16_optimizer)
+    save = _with_frozen_experts(DeepSpeedEngine._save_moe_checkpoint)
+    presets = deepspeed_presets()
     AutoEP._replace_moe_layer_without_retarget = replace_block
     AutoEP.ep_parser = parse
     DeepSpeedEngine._configure_bf16_optimizer = configure
-    for model_type, name in PRESETS.items():
-        parent = registry.PRESET_MODELS["mixtral" if model_type == "mixtral" else "qwen3_moe"]
-        own = ("compass",) if model_type == "compass" else ()
-        registry.PRESET_MODELS[name] = replace(
-            parent, preset_adapter="default", hf_model_types=own, has_shared_experts=False
-        )
+    DeepSpeedEngine._save_moe_checkpoint = save
+    registry.PRESET_MODELS.update(presets)
 
 
 def _replace_experts_alone(replace_block: Any) -> Any:
@@ -128,3 +128,56 @@ def _without_optimizer(configure: Any) -> Any:
             self.has_moe_layers = spread
 
     return configure_bf16_optimizer
+
+
+def _with_frozen_experts(save: Any) -> Any:
+    from deepspeed import DeepSpeedEngine
+
+    from .deepspeed_layer import parallel_experts
+
+    @wraps(save)
+    def save_moe_checkpoint(self: Any, *args: Any, **kwargs: Any) -> Any:
+        frozen = {
+            f"{name}.experts.{weight}": parameter
+            for name, layer in parallel_experts(self.module)
+            for weight, parameter in layer.experts.named_parameters()
+            if not parameter.requires_grad
+        }
+        if not frozen or not self.zero_optimization_partition_weights():
+            return save(self, *args, **kwargs)
+
+        # DeepSpeed says that it would not store frozen experts' fragments, and wants the shape of each expert's weight
+        # among the optimizer's. It does store them, beside those of all other frozen weights, and it loads them after
+        # the optimizer's. So they pass for trained ones while it asks, and for frozen ones while it writes.
+        engine_class: Any = DeepSpeedEngine
+        fragments_of = self._get_zero_frozen_param_attributes
+        names_of = engine_class._autoep_expert_parameter_names
+
+        def attributes(attribute_of: Any) -> Any:
+            with _requiring_grad(frozen.values(), False):
+                return fragments_of(attribute_of)
+
+        self._get_zero_frozen_param_attributes = attributes
+        engine_class._autoep_expert_parameter_names = staticmethod(
+            lambda layers, model: names_of(layers, model) - frozen.keys()
+        )
+        try:
+            with _requiring_grad(frozen.values(), True):
+                return save(self, *args, **kwargs)
+        finally:
+            engine_class._autoep_expert_parameter_names = staticmethod(names_of)
+            del self._get_zero_frozen_param_attributes
+
+    return save_moe_checkpoint
+
+
+@contextmanager
+def _requiring_grad(parameters: Iterable[Any], required: bool) -> Iterator[None]:
+    before = [(parameter, parameter.requires_grad) for parameter in parameters]
+    for parameter, _ in before:
+        parameter.requires_grad_(required)
+    try:
+        yield
+    finally:
+        for parameter, was in before:
+            parameter.requires_grad_(was)

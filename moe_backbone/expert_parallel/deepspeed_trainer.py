@@ -14,7 +14,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from .deepspeed_config import require_expert_parallelism
 from .deepspeed_patch import patch_deepspeed
 from .gather import gather_pays
-from .resume import Layout, check_layout, fit_checkpoint, restore_steps, write_layout
+from .resume import Layout, StateLast, check_layout, fit_checkpoint, restore_steps, restore_untrained, write_layout
 
 EXCHANGES = ("auto", "gather", "all_to_all")
 """How rows reach spread experts. `auto` gathers where batches have one size and it moves no more bytes."""
@@ -46,19 +46,18 @@ def with_expert_parallelism(trainer_class: type, ep_size: int, exchange: str = "
     return type(trainer_class.__name__, (ExpertParallelMixin, trainer_class), members)
 
 
-class ExpertParallelMixin:
+class ExpertParallelMixin(StateLast):
     """Marks the experts' parameters for the optimizer, checks the engine before it trains, saves plain checkpoints."""
 
     ep_size: int
     exchange: str
-    converted = False
-    """Whether training resumes a checkpoint of another layout."""
+    converted: Path | None = None
+    """The checkpoint of another layout that training resumes."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         patch_deepspeed()  # before TRL's trainers make the engine of a reference, which they do in their `__init__`
         super().__init__(*args, **kwargs)
         trainer: Any = self
-        self._check_frozen_experts(trainer)
         trainer.add_callback(_RequireExpertParallelism(trainer))
 
     @property
@@ -84,9 +83,21 @@ class ExpertParallelMixin:
         if resume_from_checkpoint:
             config = trainer.accelerator.state.deepspeed_plugin.deepspeed_config
             frozen = self._has_frozen_experts()
-            self.converted = fit_checkpoint(str(resume_from_checkpoint), self._layout(), config, frozen)
+            checkpoint = Path(str(resume_from_checkpoint))
+            self.converted = checkpoint if fit_checkpoint(checkpoint, self._layout(), config, frozen) else None
         parent: Any = super()
         return parent.train(resume_from_checkpoint, *args, **kwargs)
+
+    def _load_best_model(self) -> None:
+        """Loads the best checkpoint in the format that it has: one of another layout is converted, if it was not."""
+        trainer: Any = self
+        best = trainer.state.best_model_checkpoint
+        universal = fit_checkpoint(best, self._layout(), {}, self._has_frozen_experts())
+        # The engine was told at its start in which format the checkpoint was that it resumed.
+        trainer.model_wrapped._config.load_universal_checkpoint = universal
+        super()._load_best_model()  # pyright: ignore[reportAttributeAccessIssue]
+        if universal:
+            restore_untrained(trainer.model_wrapped.module, Path(best))
 
     def check_checkpoint(self, checkpoint: str | Path) -> None:
         """Raises a `ValueError` where `train` could not resume a checkpoint with all that it holds."""
@@ -95,13 +106,6 @@ class ExpertParallelMixin:
     def _has_frozen_experts(self) -> bool:
         model = self.model  # pyright: ignore[reportAttributeAccessIssue]
         return not all(parameter.requires_grad for parameter in _expert_parameters(model))
-
-    def _check_frozen_experts(self, trainer: Any) -> None:
-        if self._has_frozen_experts() and self._layout().zero_stage == 3 and trainer.args.save_strategy != "no":
-            raise ValueError(
-                "Some experts are frozen (those of MTP layers in SFT and alignment), which DeepSpeed can't save in "
-                "its checkpoints with ZeRO-3. Set the ZeRO stage to 2, or `save_strategy` to no."
-            )
 
     def _layout(self) -> Layout:
         accelerator = self.accelerator  # pyright: ignore[reportAttributeAccessIssue]
@@ -169,7 +173,9 @@ class _RequireExpertParallelism(TrainerCallback):
         if self.trainer.gathers:
             gather_tokens(engine.module, self.trainer.tokens_in_batch)
         running += ", gathering all tokens" if self.trainer.gathers else ", sending each row to its expert"
-        if self.trainer.converted and engine.zero_optimization_stage() == 3:
-            restore_steps(engine.optimizer, engine.global_steps - engine.skipped_steps)
+        if self.trainer.converted:
+            restore_untrained(engine.module, self.trainer.converted)
+            if engine.zero_optimization_stage() == 3:
+                restore_steps(engine.optimizer, engine.global_steps - engine.skipped_steps)
         if state.is_world_process_zero:
             print(f"{'parallel':<10} {running}")  # noqa: T201 - what runs is said where the command says the rest

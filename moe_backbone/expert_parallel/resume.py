@@ -1,9 +1,10 @@
-"""Resuming a DeepSpeed checkpoint of spread experts in another layout: expert-parallel size, processes or ZeRO stage.
+"""What tells checkpoints of spread experts; resuming one of DeepSpeed's in another size, on more or fewer processes.
 
 DeepSpeed loads a checkpoint of another layout without an error, and gives experts the optimizer's states of others. So
 `write_layout` leaves a file in each checkpoint that says how it was made, and `fit_checkpoint` converts one of another
-layout to DeepSpeed's universal format. The universal format of a ZeRO-3 checkpoint leaves out how many steps the
-optimizer has taken (DeepSpeed 0.19.8), so `restore_steps` sets them.
+layout to DeepSpeed's universal format. That one leaves out what no optimizer holds, and of a ZeRO-3 checkpoint how
+many steps the optimizer has taken (DeepSpeed 0.19.8). So `restore_untrained` loads the first and `restore_steps` sets
+the steps.
 """
 
 import json
@@ -15,8 +16,14 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from safetensors import safe_open
 
 LAYOUT_FILE = "expert_parallel.json"
+"""In a checkpoint of experts that DeepSpeed spread."""
+
+OPTIMIZER_FOLDER = "optimizer"
+"""In a checkpoint of experts that transformers spread: torch's distributed checkpoint of the optimizer's states."""
+
 _LATEST, _LATEST_UNIVERSAL = "latest", "latest_universal"
 
 
@@ -28,6 +35,14 @@ class Layout(NamedTuple):
     zero_stage: int
 
 
+class StateLast:
+    """A trainer whose checkpoints get their `trainer_state.json`, by which they count, when all processes are done."""
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)  # pyright: ignore[reportAttributeAccessIssue]
+        dist.barrier()  # it is the last thing that a process other than the first writes
+
+
 def write_layout(folder: Path, layout: Layout) -> None:
     """Writes a run's layout into a checkpoint's folder, beside the weights."""
     (folder / LAYOUT_FILE).write_text(json.dumps(layout._asdict()) + "\n", encoding="utf-8")
@@ -37,6 +52,11 @@ def read_layout(checkpoint: Path) -> Layout | None:
     """Reads the layout of the run that saved a checkpoint; None where that run did not spread experts."""
     path = checkpoint / LAYOUT_FILE
     return Layout(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+
+
+def has_native_states(checkpoint: str | Path) -> bool:
+    """Whether a checkpoint has the optimizer's states of experts that transformers spread."""
+    return (Path(checkpoint) / OPTIMIZER_FOLDER / ".metadata").is_file()
 
 
 def check_layout(checkpoint: str | Path, layout: Layout, frozen: bool) -> bool:
@@ -108,6 +128,33 @@ def restore_steps(optimizer: Any, steps: int) -> None:
     for state in optimizer.optimizer.state.values():
         if "step" in state:
             state["step"] = torch.full_like(torch.as_tensor(state["step"], dtype=torch.float32), steps)
+
+
+@torch.no_grad()
+def restore_untrained(model: Any, checkpoint: Path) -> None:
+    """Loads what no optimizer holds, buffers and frozen weights, from the plain files of a converted checkpoint.
+
+    The universal format restores what the optimizer holds, and nothing else (DeepSpeed 0.19.8): without this, a router
+    would go on with the biases that the run started from. Frozen experts are not converted at all, see
+    [`check_layout`].
+
+    Raises:
+        RuntimeError: The files lack one of them.
+    """
+    import deepspeed
+
+    wanted = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    tensors = model.state_dict(keep_vars=True)
+    wanted |= tensors.keys() - dict(model.named_parameters(remove_duplicate=False)).keys()
+    for path in sorted(checkpoint.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            for name in sorted(wanted & set(file.keys())):
+                tensor = tensors[name]
+                with deepspeed.zero.GatheredParameters([tensor], modifier_rank=0, enabled=hasattr(tensor, "ds_id")):
+                    tensor.copy_(file.get_tensor(name))
+                wanted.remove(name)
+    if wanted:
+        raise RuntimeError(f"The checkpoint {checkpoint} lacks {', '.join(sorted(wanted)[:5])} of the model.")
 
 
 def _convert(checkpoint: Path) -> str | None:

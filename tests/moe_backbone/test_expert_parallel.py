@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from cli_helpers import ROOT, arguments, launched, python, refusal
+from cli_helpers import arguments, launched, python, refusal
 from compass_helpers import TINY, compass_model
+from expert_parallel_helpers import ENVIRONMENT, assert_saved, by_step, result, start
 from expert_parallel_worker import STEPS, losses, rows
 from expert_parallel_worker import arguments as training_arguments
 from transformers import (
@@ -41,32 +42,6 @@ pytest.importorskip("deepspeed", reason="DeepSpeed is an extra")
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="DeepSpeed compiles its operator for the CPU")
 SIZES = {**TINY, "router_aux_loss_coef": 0.1}
 CLOSE = 1e-4
-ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "TRITON_INTERPRET": "0"}
-
-
-def start(name, folder, processes=2, **options):
-    """Runs a function of the worker in several processes and returns what it found."""
-    folder.mkdir(parents=True, exist_ok=True)
-    launch = [
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
-        str(processes),
-        "--master_port",
-        "0",
-        "--rdzv_backend",
-    ]
-    launch += ["c10d", "--rdzv_endpoint", "localhost:0", str(ROOT / "tests" / "expert_parallel_worker.py")]
-    # The limit guards against a hang alone, on a machine under load too.
-    done = python(*launch, name, str(folder), json.dumps(options), timeout=300 * processes, **ENVIRONMENT)
-    path = folder / "result.json"
-    return (json.loads(path.read_text()) if done.returncode == 0 else None), done
-
-
-def result(*args, **options):
-    found, done = start(*args, **options)
-    assert found is not None, (done.stdout + done.stderr)[-6000:]
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -99,18 +74,6 @@ def run(models, tmp_path_factory):
     """A run of ZeRO-2 in two processes that share the experts, with its checkpoints."""
     folder = tmp_path_factory.mktemp("run")
     return folder, result("train", folder, model=models["compass"])
-
-
-def by_step(found):
-    return {int(step): loss for step, loss in found["losses"].items()}
-
-
-def assert_saved(folder, found):
-    """What was saved loads as any model and is the one that was trained."""
-    model = AutoModelForCausalLM.from_pretrained(folder / "final").eval()
-    with torch.no_grad():
-        logits = model(torch.stack([row["input_ids"] for row in rows()[:2]])).logits
-    torch.testing.assert_close(logits.flatten()[:50], torch.tensor(found["logits"]), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.lengthy
@@ -309,7 +272,10 @@ def test_the_configuration_and_its_errors(monkeypatch):
         expert_parallel_config("compass", 8, 1, base={"zero_optimization": {"stage": 3}})["zero_optimization"]["stage"]
         == 3
     )
-    with pytest.raises(ValueError, match=r"of type 'llama' can't be spread.*compass, mixtral, qwen3_moe"):
+    with pytest.raises(
+        ValueError,
+        match=r"of type 'llama' can't be spread.*compass, .*qwen3_next can.*needs one entry in moe_backbone/",
+    ):
         expert_parallel_config("llama", 2)
     with pytest.raises(ValueError, match=r"ZeRO stage 0 can't be trained and saved.*one of 1, 2, 3"):
         expert_parallel_config("compass", 2, 0)
@@ -350,7 +316,8 @@ assert state() == own
 patch_deepspeed()
 patched = state()
 assert not any(new is old for new, old in zip(patched, own))
-assert patched[3] - own[3] == {"otpo_compass", "otpo_mixtral", "otpo_qwen3_moe"}
+from moe_backbone.expert_parallel.presets import PRESETS
+assert patched[3] - own[3] == set(PRESETS.values())
 patch_deepspeed()
 assert state() == patched
 """
@@ -375,8 +342,9 @@ def make_checkpoint(folder, file, layout):
     """What tells a checkpoint of DeepSpeed's, without its states."""
     (folder / "global_step1").mkdir(parents=True)
     (folder / "trainer_state.json").write_text("{}")
+    (folder / file).parent.mkdir(exist_ok=True)
     (folder / file).write_text(json.dumps(layout._asdict()))
-    if file not in (LAYOUT_FILE, "latest"):
+    if file == "pytorch_model_fsdp.bin":
         (folder / "optimizer.bin").touch()
 
 
@@ -390,6 +358,10 @@ def make_checkpoint(folder, file, layout):
         (
             "latest",
             "has the optimizer's states of DeepSpeed, and this run is without it. Run as the checkpoint was saved",
+        ),
+        (
+            "optimizer/.metadata",
+            "has the optimizer's states of transformers' expert parallelism, and this run is without it. Run as the",
         ),
         (
             "pytorch_model_fsdp.bin",
@@ -447,12 +419,19 @@ def options(**changes):
             "`offload_optimizer_device: cpu` of the accelerate configuration would be lost",
         ),
         ({"deepspeed": "{wrong"}, {"WORLD_SIZE": "2"}, "`deepspeed={wrong` is not JSON"),
-        ({"expert_parallel_backend": "transformers"}, {"WORLD_SIZE": "2"}, "save_only_model|5.21 or later"),
     ],
 )
 def test_options_that_contradict_each_other(changes, environ, message):
     with pytest.raises(ValueError, match=message):
         expert_parallel.prepare(options(**changes), environ)
+
+
+def test_transformers_without_expert_parallelism_is_refused(monkeypatch):
+    given = options(expert_parallel_backend="transformers")
+    assert expert_parallel.prepare(given, {"WORLD_SIZE": "2"}) == []
+    monkeypatch.setattr(expert_parallel, "find_spec", lambda name: None if "checkpoint" in name else name)
+    with pytest.raises(ValueError, match=r"needs transformers with `transformers.distributed.checkpoint`.*deepspeed"):
+        expert_parallel.prepare(given, {"WORLD_SIZE": "2"})
 
 
 def test_the_stage_is_that_of_the_accelerate_configuration():

@@ -157,6 +157,13 @@ READ_BY: dict[str, tuple[Callable, list[str]]] = {
         DPOTrainer.__init__,
         ["self.ref_model = ref_model", "self.ref_model = prepare_deepspeed(self.ref_model, self.accelerator)"],
     ),
+    "load_converted_weights": (
+        Trainer._load_from_checkpoint,
+        [
+            "model.load_state_dict(state_dict, False)",
+            "load_result = load_sharded_checkpoint(model, resume_from_checkpoint, strict=is_sagemaker_mp_enabled())",
+        ],
+    ),
     "shards_parameters": (DeepSpeedPlugin, ["zero_stage: int = field("]),
     "use_one_gpu": (Trainer, ["self.args._n_gpu = 1", "if self.args.n_gpu > 1:"]),
     "new_model": (PreTrainedModel, ["def _from_config(cls, config, **kwargs)"]),

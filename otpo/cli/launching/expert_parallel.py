@@ -10,12 +10,13 @@ from typing import Any
 from transformers import AutoConfig
 
 from moe_backbone.expert_parallel.deepspeed_config import expert_parallel_config
-from moe_backbone.expert_parallel.deepspeed_trainer import ExpertParallelMixin, with_expert_parallelism
-from moe_backbone.expert_parallel.resume import read_layout
+from moe_backbone.expert_parallel.deepspeed_trainer import with_expert_parallelism
+from moe_backbone.expert_parallel.resume import has_native_states, read_layout
 from moe_backbone.expert_parallel.sizes import check_expert_parallel
 from moe_backbone.model.saved_code import with_saved_code
 from otpo.cli.models.compass import require_own_code
 from otpo.cli.options.run_options import EXPERT_PARALLEL_BACKENDS, RunArguments
+from otpo.trl_seam import ConvertedWeights
 
 from .engine import requested_engines
 
@@ -54,7 +55,7 @@ def prepare(values: Mapping[str, Any], environ: MutableMapping[str, str]) -> lis
         )
     # transformers spreads the experts while it loads the model, so its options need nothing here.
     if backend == "transformers":
-        _require_native(values)
+        _require_native()
         return []
 
     # DeepSpeed takes a configuration, which replaces the one that the launcher made.
@@ -70,7 +71,7 @@ def prepare(values: Mapping[str, Any], environ: MutableMapping[str, str]) -> lis
 
 
 def trainer_class(plain: type, options: RunArguments, config: Any) -> Any:
-    """The class to make the trainer of: `plain`, or a subclass where experts are spread by DeepSpeed or code is saved.
+    """The class to make the trainer of: one that resumes all its checkpoints, with experts spread or not, saves code.
 
     Args:
         plain: Of the command.
@@ -81,11 +82,17 @@ def trainer_class(plain: type, options: RunArguments, config: Any) -> Any:
         ValueError: The experts cannot be spread so, or the model has no code of ours; the message says what to set.
     """
     size, of_class = options.expert_parallel_size, plain
+    if not issubclass(plain, ConvertedWeights):
+        of_class = type(plain.__name__, (ConvertedWeights, plain), {})
     if size != 1:
         experts = getattr(config, "num_experts", None) or config.num_local_experts
         check_expert_parallel(size, experts, int(os.environ["WORLD_SIZE"]))
         if options.expert_parallel_backend == "deepspeed":
-            of_class = with_expert_parallelism(plain, size, options.expert_exchange)
+            of_class = with_expert_parallelism(of_class, size, options.expert_exchange)
+        else:
+            from moe_backbone.expert_parallel.native_trainer import with_native_checkpoints
+
+            of_class = with_native_checkpoints(of_class)
     if options.save_code:
         require_own_code(config)
         of_class = with_saved_code(of_class)
@@ -99,7 +106,7 @@ def check_checkpoint(checkpoint: str, trainer: Any) -> None:
         checkpoint: A folder of transformers' Trainer.
         trainer: Of this run, before it trains.
     """
-    if isinstance(trainer, ExpertParallelMixin):
+    if hasattr(trainer, "check_checkpoint"):  # those that train spread experts know their own
         return trainer.check_checkpoint(checkpoint)
     start = f"start from its weights: `model_name_or_path={checkpoint}` without `resume_from_checkpoint`."
     spread = read_layout(Path(checkpoint))
@@ -116,7 +123,11 @@ def check_checkpoint(checkpoint: str, trainer: Any) -> None:
             f"`resume_from_checkpoint={checkpoint}` has no optimizer's states (`save_only_model`), so the run "
             f"can't go on as it was. To go on without them, {start}"
         )
-    engines = (("DeepSpeed", by_deepspeed, trainer.is_deepspeed_enabled), ("FSDP", by_fsdp, trainer.is_fsdp_enabled))
+    engines = (
+        ("transformers' expert parallelism", has_native_states(checkpoint), False),
+        ("DeepSpeed", by_deepspeed, trainer.is_deepspeed_enabled),
+        ("FSDP", by_fsdp, trainer.is_fsdp_enabled),
+    )
     for engine, saved, running in engines:
         if saved != running:
             has, runs = ("the", "without") if saved else ("no", "under")
@@ -148,19 +159,13 @@ def describe_native(options: RunArguments, model: Any) -> dict[str, str]:
     return {"parallel": require_native_expert_parallelism(model, options.expert_parallel_size)}
 
 
-def _require_native(values: Mapping[str, Any]) -> None:
-    if find_spec("transformers.distributed.expert_parallel") is None:
+def _require_native() -> None:
+    # The second one saves and loads the optimizer's states of a model that was spread as it was loaded.
+    modules = ("transformers.distributed.expert_parallel", "transformers.distributed.checkpoint")
+    if None in map(find_spec, modules):
         raise ValueError(
-            "`expert_parallel_backend=transformers` needs transformers 5.21 or later. Install it, or set "
-            "`expert_parallel_backend` to deepspeed."
-        )
-    if (
-        not values["save_only_model"]
-        and str(getattr(values["save_strategy"], "value", values["save_strategy"])) != "no"
-    ):
-        raise ValueError(
-            "`expert_parallel_backend=transformers` can't resume: transformers saves no optimizer's states of models "
-            "that are spread as they load. Add `--save_only_model true` or `--save_strategy no`, or use deepspeed."
+            "`expert_parallel_backend=transformers` needs transformers with `transformers.distributed.checkpoint`, as "
+            "5.23 is. Install it, or set `expert_parallel_backend` to deepspeed."
         )
 
 

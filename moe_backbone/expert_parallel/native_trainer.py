@@ -1,0 +1,141 @@
+"""Trainers whose models transformers spreads as it loads them (`native`), with checkpoints that resume.
+
+transformers 5.23 refuses to save an optimizer's states of such models, and can't load weights into them either. It has
+the functions for the first, on torch's distributed checkpoints: each process writes its parts, and reads those that it
+needs, so that another `ep_size` or number of processes resumes too. The weights of a checkpoint stay plain, with all
+experts; `from_pretrained` spreads them once more, and each process copies its parts.
+"""
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from transformers import TrainingArguments
+from transformers.distributed.checkpoint import load_optimizer_distributed, save_optimizer_distributed
+from transformers.trainer import SCHEDULER_NAME
+
+from .resume import OPTIMIZER_FOLDER, StateLast, has_native_states
+
+
+@cache
+def with_native_checkpoints(trainer_class: type) -> type:
+    """A subclass of a trainer whose checkpoints of models that transformers spread can be resumed.
+
+    Args:
+        trainer_class: transformers' Trainer or a subclass. Its model comes from `from_pretrained` with
+            [`moe_backbone.expert_parallel.native.native_expert_parallel_options`].
+    """
+    return type(trainer_class.__name__, (NativeExpertParallelMixin, trainer_class), {})
+
+
+class NativeExpertParallelMixin(StateLast):
+    """Saves the optimizer's states of a spread model, and loads them and the weights."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        # The constructor refuses to save anything but weights, and reads this option for nothing else.
+        given = [value for value in (*args, *kwargs.values()) if isinstance(value, TrainingArguments)]
+        wanted = [options.save_only_model for options in given]
+        for options in given:
+            options.save_only_model = True
+        try:
+            super().__init__(*args, **kwargs)
+        finally:
+            for options, only in zip(given, wanted, strict=True):
+                options.save_only_model = only
+
+    def check_checkpoint(self, checkpoint: str | Path) -> None:
+        """Raises a `ValueError` where `train` could not resume a checkpoint with all that it holds."""
+        if not has_native_states(checkpoint):
+            raise ValueError(
+                f"`resume_from_checkpoint={checkpoint}` has no optimizer's states of experts that transformers spread "
+                f"(a folder `{OPTIMIZER_FOLDER}`). Run as the checkpoint was saved, or start from its weights: "
+                f"`model_name_or_path={checkpoint}` without `resume_from_checkpoint`."
+            )
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        trainer: Any = self
+        save_optimizer_distributed(trainer.model, _plain(trainer.optimizer), f"{output_dir}/{OPTIMIZER_FOLDER}")
+        if trainer.args.should_save:
+            torch.save(trainer.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        trainer: Any = self
+        if checkpoint is None:
+            return
+        self.check_checkpoint(checkpoint)
+        load_optimizer_distributed(trainer.model, _plain(trainer.optimizer), f"{checkpoint}/{OPTIMIZER_FOLDER}")
+        schedule = torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True)
+        trainer.lr_scheduler.load_state_dict(_of_groups(schedule, len(trainer.optimizer.param_groups)))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        load_spread_weights(model or self.model, resume_from_checkpoint)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def _load_best_model(self) -> None:
+        trainer: Any = self
+        load_spread_weights(trainer.model, trainer.state.best_model_checkpoint)
+
+
+@torch.no_grad()
+def load_spread_weights(model: Any, folder: str | Path) -> None:
+    """Loads a plain checkpoint into a model that transformers has spread; all processes call it.
+
+    The checkpoint is spread over the same processes first, so each holds its part of the weights twice for a moment.
+
+    Args:
+        model: Of [`moe_backbone.expert_parallel.native.native_expert_parallel_options`].
+        folder: With safetensors and a configuration, as `save_pretrained` writes them.
+
+    Raises:
+        ValueError: The checkpoint lacks weights of the model.
+    """
+    # FSDP2 makes a class of its own of each model's.
+    kind: Any = next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
+    loaded, report = kind.from_pretrained(
+        folder,
+        dtype=model.dtype,
+        distributed_config=model.config.distributed_config,
+        experts_implementation=model.config._experts_implementation,
+        output_loading_info=True,
+    )
+    weights, own = loaded.state_dict(), model.state_dict()
+    missing = sorted(set(report["missing_keys"]) | (own.keys() - weights.keys()))
+    if missing:
+        raise ValueError(
+            f"`resume_from_checkpoint={folder}` lacks weights of the model: {', '.join(missing[:5])}. Resume a "
+            "checkpoint that this model saved."
+        )
+    for name, weight in own.items():
+        _local(weight).copy_(_local(weights[name]))
+
+
+def _of_groups(schedule: dict[str, Any], groups: int) -> dict[str, Any]:
+    """A schedule's state for another number of the optimizer's groups, which differs between sizes.
+
+    The Trainer gives the weights of each mesh of processes groups of their own, with the same learning rate.
+
+    Raises:
+        ValueError: The groups had learning rates of their own.
+    """
+    saved = len(schedule["base_lrs"])
+    if saved == groups:
+        return schedule
+    lists = {name: value for name, value in schedule.items() if isinstance(value, list) and len(value) == saved}
+    if any(value != value[:1] * saved for value in lists.values()):
+        raise ValueError(
+            f"The checkpoint's {saved} groups of weights have learning rates of their own, and this run has {groups} "
+            "groups. Set `expert_parallel_size` as it was."
+        )
+    return {**schedule, **{name: value[:1] * groups for name, value in lists.items()}}
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _plain(optimizer: Any) -> torch.optim.Optimizer:
+    """The optimizer of torch inside accelerate's."""
+    return getattr(optimizer, "optimizer", optimizer)
