@@ -86,6 +86,92 @@ def layers(folder: Path, **_: Any) -> Any:
     return errors
 
 
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+
+
+def adapted(model: Any, kind: str, **changes: Any) -> Any:
+    """A model with an adapter of no zeros on its attention ("attention"), its experts, or both ("all")."""
+    from peft import LoraConfig, get_peft_model
+
+    options: dict[str, Any] = {"r": 3, "lora_alpha": 7, "target_modules": []}
+    options["target_modules"] = ATTENTION if kind in ("attention", "all") else []
+    options["target_parameters"] = EXPERTS if kind in ("experts", "all") else None
+    torch.manual_seed(3)
+    model = get_peft_model(model, LoraConfig(**{**options, **changes}))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data = 0.1 * torch.randn_like(parameter)
+    return model
+
+
+def engine_of_adapter(folder: Path, model: str, stage: int, kind: str, **_: Any) -> Any:
+    """Losses, gradients and weights of an adapter in five steps of DeepSpeed's engine against the whole model."""
+    import deepspeed
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
+
+    from moe_backbone.expert_parallel.adapters import SpreadAdapter
+    from moe_backbone.expert_parallel.deepspeed_config import expert_parallel_config
+    from moe_backbone.expert_parallel.deepspeed_patch import patch_deepspeed
+    from moe_backbone.expert_parallel.deepspeed_trainer import separate_experts
+
+    deepspeed.init_distributed(dist_backend="gloo")
+    patch_deepspeed()
+    rank, size = dist.get_rank(), dist.get_world_size()
+    whole, spread = (
+        adapted(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).train(), kind) for _ in range(2)
+    )
+    config = expert_parallel_config(whole.config.model_type, size, stage)
+    config |= {"train_micro_batch_size_per_gpu": 2, "train_batch_size": 2 * size, "gradient_accumulation_steps": 1}
+    config |= {"gradient_clipping": 0.0, "bf16": {"enabled": False}, "zero_allow_untested_optimizer": True}
+    adam = {"lr": 0.01, "eps": 1e-4, "weight_decay": 0.1}
+    optimizer, given = (
+        torch.optim.AdamW([p for p in each.parameters() if p.requires_grad], **adam) for each in (whole, spread)
+    )
+    separate_experts(given, spread, size)
+    trained, *_ = deepspeed.initialize(model=spread, optimizer=given, config=config)
+    modules = dict(trained.module.named_modules())
+    ids = torch.randint(0, 60, (2 * size, 16), generator=torch.Generator().manual_seed(5)).split(2)
+    errors: dict[str, float] = {}
+
+    def note(name: str, got: torch.Tensor, want: torch.Tensor) -> None:
+        worst = ((got - want).abs().max() / want.abs().max().clamp(min=1e-6)).detach().reshape(1)
+        dist.all_reduce(worst, dist.ReduceOp.MAX)
+        errors[name] = max(errors.get(name, 0.0), float(worst))
+
+    def local(name: str, of_whole: torch.Tensor) -> torch.Tensor:
+        wrapper, _, factor = name.rpartition(".lora_")
+        if not isinstance(modules[wrapper], SpreadAdapter):
+            return of_whole
+        return modules[wrapper + ".lora_" + factor.removesuffix(".weight")].part(
+            of_whole, size, rank, modules[wrapper].num_experts
+        )
+
+    for _ in range(5):
+        outputs = [whole(batch, labels=batch, output_router_logits=True) for batch in ids]
+        with whole.disable_adapter(), torch.no_grad():
+            reference = whole(ids[rank]).logits
+        (sum(output.loss for output in outputs) / size).backward()
+        with trained.module.disable_adapter(), torch.no_grad():
+            note("reference", trained(input_ids=ids[rank]).logits, reference)
+        output = trained(input_ids=ids[rank], labels=ids[rank], output_router_logits=True)
+        trained.backward(output.loss)
+        note("loss", output.loss, outputs[rank].loss)
+        wanted = {name: parameter for name, parameter in whole.named_parameters() if parameter.requires_grad}
+        for name, parameter in trained.module.named_parameters():
+            if name in wanted:
+                got = safe_get_full_grad(parameter)
+                if wanted[name].grad is not None:
+                    note(f"gradient of {name}", got, local(name, wanted[name].grad))
+        trained.step()
+        optimizer.step()
+        optimizer.zero_grad()
+        for name, parameter in trained.module.named_parameters():
+            if name in wanted:
+                note(f"weight of {name}", safe_get_full_fp32_param(parameter), local(name, wanted[name]))
+    return errors
+
+
 def engine(folder: Path, model: str, stage: int, **_: Any) -> Any:
     """Losses and gradients of five steps of DeepSpeed's engine against the whole model; the worst relative errors."""
     import deepspeed
@@ -210,6 +296,7 @@ def train(
     resume: str | None = None,
     die_at: int | None = None,
     die_saving: bool = False,
+    kind: str | None = None,
     **_: Any,
 ) -> Any:
     """Losses of a Trainer, and the logits of what it saved, in a process of its own, against those of the engine."""
@@ -225,6 +312,9 @@ def train(
     deepspeed = expert_parallel_config(config.model_type, ep_size, stage)
     args = arguments(folder, deepspeed=deepspeed, accelerator_config={"use_configured_state": True})
     spread = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    if kind is not None:
+        spread = adapted(spread, kind)
+        spread.config.use_cache = False
     trainer = with_expert_parallelism(Trainer, ep_size)(model=spread, args=args, train_dataset=rows())
     if die_at is not None and rank == 1:
         trainer.add_callback(DieAt(die_at))

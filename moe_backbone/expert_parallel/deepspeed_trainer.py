@@ -13,7 +13,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from .deepspeed_config import require_expert_parallelism
 from .deepspeed_patch import patch_deepspeed
-from .resume import Layout, check_layout, fit_checkpoint, restore_steps, write_layout
+from .resume import Layout, check_adapter_checkpoint, check_layout, fit_checkpoint, restore_steps, write_layout
 
 
 @cache
@@ -41,6 +41,10 @@ class ExpertParallelMixin:
         patch_deepspeed()  # before TRL's trainers make the engine of a reference, which they do in their `__init__`
         super().__init__(*args, **kwargs)
         trainer: Any = self
+        if has_adapter(trainer.model):
+            from .adapters import check_adapters
+
+            check_adapters(trainer.model)
         self._check_frozen_experts(trainer)
         trainer.add_callback(_RequireExpertParallelism(trainer))
 
@@ -56,7 +60,9 @@ class ExpertParallelMixin:
         trainer: Any = self
         if resume_from_checkpoint is True:
             resume_from_checkpoint = get_last_checkpoint(trainer.args.output_dir)
-        if resume_from_checkpoint:
+        if resume_from_checkpoint and has_adapter(trainer.model):
+            self.check_checkpoint(str(resume_from_checkpoint))
+        elif resume_from_checkpoint:
             config = trainer.accelerator.state.deepspeed_plugin.deepspeed_config
             frozen = self._has_frozen_experts()
             self.converted = fit_checkpoint(str(resume_from_checkpoint), self._layout(), config, frozen)
@@ -65,11 +71,16 @@ class ExpertParallelMixin:
 
     def check_checkpoint(self, checkpoint: str | Path) -> None:
         """Raises a `ValueError` where `train` could not resume a checkpoint with all that it holds."""
-        check_layout(checkpoint, self._layout(), self._has_frozen_experts())
+        trainer: Any = self
+        if has_adapter(trainer.model):
+            check_adapter_checkpoint(checkpoint)
+        else:
+            check_layout(checkpoint, self._layout(), self._has_frozen_experts())
 
     def _has_frozen_experts(self) -> bool:
+        """Whether DeepSpeed's checkpoints would have some; those of adapters hold no experts."""
         model = self.model  # pyright: ignore[reportAttributeAccessIssue]
-        return not all(parameter.requires_grad for parameter in _expert_parameters(model))
+        return not has_adapter(model) and not all(parameter.requires_grad for parameter in _expert_parameters(model))
 
     def _check_frozen_experts(self, trainer: Any) -> None:
         if self._has_frozen_experts() and self._layout().zero_stage == 3 and trainer.args.save_strategy != "no":
@@ -92,12 +103,22 @@ class ExpertParallelMixin:
         if next(parallel_experts(model), None) is None:  # before training
             return super().save_model(output_dir, _internal_call)  # pyright: ignore[reportAttributeAccessIssue]
         folder = Path(output_dir or trainer.args.output_dir)
-        save_plain_model(model, folder)
+        if has_adapter(model):
+            from .adapter_states import save_plain_adapter
+
+            save_plain_adapter(model, folder)
+        else:
+            save_plain_model(model, folder)
         if trainer.args.should_save:
             if trainer.processing_class is not None:
                 trainer.processing_class.save_pretrained(folder)
             torch.save(trainer.args, folder / TRAINING_ARGS_NAME)
             write_layout(folder, self._layout())
+
+
+def has_adapter(model: Any) -> bool:
+    """Whether PEFT is around a model."""
+    return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
 
 
 def separate_experts(optimizer: torch.optim.Optimizer, model: nn.Module, ep_size: int) -> None:
@@ -117,7 +138,7 @@ def separate_experts(optimizer: torch.optim.Optimizer, model: nn.Module, ep_size
 
 def _expert_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
     for name, module in model.named_modules():
-        if name.endswith(".experts") and (hasattr(module, "gate_up_proj") or hasattr(module, "w1")):
+        if name.endswith(".experts") and any(hasattr(module, part) for part in ("gate_up_proj", "w1", "base_layer")):
             yield from module.parameters()
 
 

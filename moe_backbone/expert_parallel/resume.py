@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 
 LAYOUT_FILE = "expert_parallel.json"
+ADAPTER_STATES_FILE = "adapter_states.safetensors"
+"""Float32 values and optimizer's states of a checkpoint's adapter."""
 _LATEST, _LATEST_UNIVERSAL = "latest", "latest_universal"
 
 
@@ -39,6 +41,22 @@ def read_layout(checkpoint: Path) -> Layout | None:
     return Layout(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
 
 
+def find_adapter_states(checkpoint: str | Path) -> Path | None:
+    """The folder in a checkpoint of the Trainer's that has an adapter's states; None where there is none."""
+    found = sorted(Path(checkpoint).glob(f"global_step*/{ADAPTER_STATES_FILE}"))
+    return found[-1].parent if found else None
+
+
+def check_adapter_checkpoint(checkpoint: str | Path) -> None:
+    """Raises a `ValueError` where a run with an adapter could not resume a checkpoint; any layout will do."""
+    if find_adapter_states(checkpoint) is None:
+        raise ValueError(
+            f"`resume_from_checkpoint={checkpoint}` has no {ADAPTER_STATES_FILE}: it was not saved by a run with an "
+            "adapter and expert parallelism. Leave the options of the adapter as they were, or start from its weights "
+            "(`model_name_or_path`)."
+        )
+
+
 def check_layout(checkpoint: str | Path, layout: Layout, frozen: bool) -> bool:
     """Whether a checkpoint has to be converted before it loads in this layout.
 
@@ -55,6 +73,12 @@ def check_layout(checkpoint: str | Path, layout: Layout, frozen: bool) -> bool:
         raise ValueError(
             f"`resume_from_checkpoint={checkpoint}` has no {LAYOUT_FILE}: it was not saved by a run with expert "
             "parallelism. Start from its weights (`model_name_or_path`) in place of resuming it."
+        )
+    if find_adapter_states(checkpoint) is not None:
+        raise ValueError(
+            f"`resume_from_checkpoint={checkpoint}` has the states of an adapter, and this run trains the whole model. "
+            "Set the options of the adapter (`use_peft`, `lora_*`) as they were, or start from its weights "
+            "(`model_name_or_path`)."
         )
     if saved == layout:
         return False

@@ -40,10 +40,12 @@ def prepare(values: Mapping[str, Any], environ: MutableMapping[str, str]) -> lis
         raise ValueError(
             f"`expert_parallel_backend={backend}` is not known. Set one of: {', '.join(EXPERT_PARALLEL_BACKENDS)}."
         )
-    if values.get("use_peft"):
-        raise ValueError(
-            f"`use_peft` with `expert_parallel_size={size}`: adapters of spread experts are not covered. Remove one."
-        )
+    for option in ("load_in_4bit", "load_in_8bit"):
+        if values.get(option):
+            raise ValueError(
+                f"`{option}=true` with `expert_parallel_size={size}`: quantized weights can't be spread over processes. "
+                f"Leave `{option}` out, or set `expert_parallel_size` to 1."
+            )
     if "WORLD_SIZE" not in environ:
         raise ValueError(
             f"`expert_parallel_size={size}` needs several processes. Add `--num_processes N`, a multiple of {size}."
