@@ -105,31 +105,41 @@ def adapted(model: Any, kind: str, **changes: Any) -> Any:
     return model
 
 
-def engine_of_adapter(folder: Path, model: str, stage: int, kind: str, **_: Any) -> Any:
-    """Losses, gradients and weights of an adapter in five steps of DeepSpeed's engine against the whole model."""
+def engines_of_adapters(folder: Path, cases: list[tuple[str, int, str]], **_: Any) -> Any:
+    """Losses, gradients and weights of adapters in five steps of DeepSpeed's engine against the whole model.
+
+    The worst relative errors of each case: a model, a stage of ZeRO, and what has the adapter.
+    """
+    import deepspeed
+
+    from moe_backbone.expert_parallel.deepspeed_patch import patch_deepspeed
+
+    deepspeed.init_distributed(dist_backend="gloo")
+    patch_deepspeed()
+    return [_engine_of_adapter(*case) for case in cases]
+
+
+def _engine_of_adapter(model: str, stage: int, kind: str) -> dict[str, float]:
     import deepspeed
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 
     from moe_backbone.expert_parallel.adapters import SpreadAdapter
     from moe_backbone.expert_parallel.deepspeed_config import expert_parallel_config
-    from moe_backbone.expert_parallel.deepspeed_patch import patch_deepspeed
     from moe_backbone.expert_parallel.deepspeed_trainer import separate_experts
 
-    deepspeed.init_distributed(dist_backend="gloo")
-    patch_deepspeed()
     rank, size = dist.get_rank(), dist.get_world_size()
     whole, spread = (
         adapted(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).train(), kind) for _ in range(2)
     )
     config = expert_parallel_config(whole.config.model_type, size, stage)
     config |= {"train_micro_batch_size_per_gpu": 2, "train_batch_size": 2 * size, "gradient_accumulation_steps": 1}
-    config |= {"gradient_clipping": 0.0, "bf16": {"enabled": False}, "zero_allow_untested_optimizer": True}
+    config |= {"gradient_clipping": 0.0, "bf16": {"enabled": False}}
     adam = {"lr": 0.01, "eps": 1e-4, "weight_decay": 0.1}
     optimizer, given = (
         torch.optim.AdamW([p for p in each.parameters() if p.requires_grad], **adam) for each in (whole, spread)
     )
     separate_experts(given, spread, size)
-    trained, *_ = deepspeed.initialize(model=spread, optimizer=given, config=config)
+    trained, *_ = deepspeed.initialize(model=spread, optimizer=given, config=config)  # pyright: ignore
     modules = dict(trained.module.named_modules())
     ids = torch.randint(0, 60, (2 * size, 16), generator=torch.Generator().manual_seed(5)).split(2)
     errors: dict[str, float] = {}
@@ -140,12 +150,14 @@ def engine_of_adapter(folder: Path, model: str, stage: int, kind: str, **_: Any)
         errors[name] = max(errors.get(name, 0.0), float(worst))
 
     def local(name: str, of_whole: torch.Tensor) -> torch.Tensor:
-        wrapper, _, factor = name.rpartition(".lora_")
-        if not isinstance(modules[wrapper], SpreadAdapter):
+        """What this process holds of a factor."""
+        wrapper: Any = modules[name.rpartition(".lora_")[0]]
+        if not isinstance(wrapper, SpreadAdapter):
             return of_whole
-        return modules[wrapper + ".lora_" + factor.removesuffix(".weight")].part(
-            of_whole, size, rank, modules[wrapper].num_experts
-        )
+        factor: Any = modules[name.removesuffix(".weight")]
+        experts = wrapper.num_experts
+        assert factor.weight.numel() * size == of_whole.numel() or stage == 3
+        return factor.part(of_whole, size, rank, experts)
 
     for _ in range(5):
         outputs = [whole(batch, labels=batch, output_router_logits=True) for batch in ids]
@@ -158,17 +170,17 @@ def engine_of_adapter(folder: Path, model: str, stage: int, kind: str, **_: Any)
         trained.backward(output.loss)
         note("loss", output.loss, outputs[rank].loss)
         wanted = {name: parameter for name, parameter in whole.named_parameters() if parameter.requires_grad}
-        for name, parameter in trained.module.named_parameters():
-            if name in wanted:
-                got = safe_get_full_grad(parameter)
-                if wanted[name].grad is not None:
-                    note(f"gradient of {name}", got, local(name, wanted[name].grad))
+        found = {name: parameter for name, parameter in trained.module.named_parameters() if parameter.requires_grad}
+        assert wanted.keys() == found.keys()
+        for name, parameter in found.items():
+            if wanted[name].grad is not None:
+                note(f"gradient of {name}", safe_get_full_grad(parameter), local(name, wanted[name].grad))
         trained.step()
         optimizer.step()
         optimizer.zero_grad()
-        for name, parameter in trained.module.named_parameters():
-            if name in wanted:
-                note(f"weight of {name}", safe_get_full_fp32_param(parameter), local(name, wanted[name]))
+        for name, parameter in found.items():
+            note(f"weight of {name}", safe_get_full_fp32_param(parameter), local(name, wanted[name].data))
+    trained.destroy()
     return errors
 
 

@@ -1,9 +1,9 @@
 """Adapters of a model with spread experts, as files: a plain PEFT adapter, and the optimizer's states by name.
 
 An adapter is small, so its optimizer's states are written whole: for each trained tensor its float32 values and the
-optimizer's means of gradients, under the tensor's name in the unspread model. They load into any number of processes,
-size of expert parallelism and ZeRO stage. The model under the adapter is not written again. DeepSpeed's own checkpoints
-would write it, and know no factors of spread experts.
+optimizer's means of gradients, under the tensor's name in the unspread model. They load into any number of
+processes, size of expert parallelism and ZeRO stage. The model under the adapter is not written again. DeepSpeed's own
+checkpoints would write it, and know no factors of spread experts.
 """
 
 import os
@@ -84,7 +84,9 @@ def save_states(engine: Any, folder: str | Path) -> None:
         torch.save(rest, Path(folder) / _REST_FILE)
         unfinished = Path(folder) / f".{STATES_FILE}"
         save_file(states, unfinished, metadata={"format": "pt"})
-        os.replace(unfinished, Path(folder) / STATES_FILE)  # a checkpoint that was killed while it was written has none
+        os.replace(
+            unfinished, Path(folder) / STATES_FILE
+        )  # a checkpoint that was killed while it was written has none
     dist.barrier()
 
 
@@ -169,9 +171,7 @@ def _join(part: Tensor, factor: FactorA | FactorB | None, layer: ParallelExperts
     return None if parts is None else factor.join(parts, factor.experts)
 
 
-def _part(
-    whole: Tensor, parameter: nn.Parameter, factor: FactorA | FactorB | None, layer: ParallelExperts
-) -> Tensor:
+def _part(whole: Tensor, parameter: nn.Parameter, factor: FactorA | FactorB | None, layer: ParallelExperts) -> Tensor:
     """This process's part of a whole tensor, where its parameter is."""
     if factor is not None:
         whole = factor.part(whole, layer.ep_size, layer.ep_rank, factor.experts)

@@ -8,11 +8,12 @@ output recorders of transformers 5.23. DeepSpeed has no option for another layer
 | --- | --- |
 | `auto_ep_presets.registry.PRESET_MODELS` gets a preset for each of our model types | a configuration names it |
 | `AutoEP._replace_moe_layer_without_retarget` | with our presets the block stays, its experts alone are replaced |
-| `AutoEP.ep_parser` | TRL makes two engines of one model, and the second finds the experts spread already; adapters (PEFT) change the names of blocks, and wrap experts |
-| `DeepSpeedEngine._configure_bf16_optimizer`, `_configure_zero_optimizer` | an engine that trains no experts, as that of a reference, or of adapters of attention alone, is asked for groups of experts |
-| `DeepSpeedEngine.save_checkpoint`, `load_checkpoint` | an engine that trains an adapter saves the adapter's states alone, see `adapter_states` |
+| `AutoEP.ep_parser` | TRL makes two engines of one model, and the second finds experts spread; PEFT wraps them |
+| `DeepSpeedEngine._configure_bf16_optimizer`, `_configure_zero_optimizer` | one without trained experts is asked for them |
+| `DeepSpeedEngine.save_checkpoint`, `load_checkpoint` | that of an adapter saves its states alone (`adapter_states`) |
 
-Other engines of the process run as before; the last change spares one that has MoE layers and trains none an error.
+Other engines of the process run as before. One that has MoE layers and trains none of them, as that of a reference or
+of an adapter of attention, is spared an error.
 The patch knows the releases in [`KNOWN_VERSIONS`] and refuses others, in which these names may be gone or mean
 something else. To admit a release, read the places above in it, run `tests/moe_backbone/test_expert_parallel.py`
 against it with OTPO_UNTESTED_DEEPSPEED=1 in the environment, as `make test-latest` does, and move the bound here and
@@ -157,8 +158,10 @@ def _parse_plain(parse: Any) -> Any:
 @contextmanager
 def _bare_experts(model: nn.Module) -> Iterator[None]:
     """Takes PEFT's wrappers from around the experts for a while."""
-    wrapped = [(block, block.experts) for block in model.modules() if hasattr(getattr(block, "experts", None), "base_layer")]
-    for block, outermost in wrapped:
+    wrapped = [
+        (block, block.experts) for block in model.modules() if hasattr(getattr(block, "experts", None), "base_layer")
+    ]
+    for block, _ in wrapped:
         parent, name = innermost(block, "experts")
         block.experts = getattr(parent, name)
     try:

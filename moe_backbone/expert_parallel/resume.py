@@ -76,8 +76,8 @@ def check_layout(checkpoint: str | Path, layout: Layout, frozen: bool) -> bool:
         )
     if find_adapter_states(checkpoint) is not None:
         raise ValueError(
-            f"`resume_from_checkpoint={checkpoint}` has the states of an adapter, and this run trains the whole model. "
-            "Set the options of the adapter (`use_peft`, `lora_*`) as they were, or start from its weights "
+            f"`resume_from_checkpoint={checkpoint}` has the states of an adapter, and this run trains the whole "
+            "model. Set the options of the adapter (`use_peft`, `lora_*`) as they were, or start from its weights "
             "(`model_name_or_path`)."
         )
     if saved == layout:

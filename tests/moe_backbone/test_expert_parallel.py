@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from cli_helpers import ROOT, arguments, launched, python, refusal
+from cli_helpers import arguments, launched, python, refusal
 from compass_helpers import TINY, compass_model
+from expert_parallel_helpers import CLOSE, ENVIRONMENT, by_step, result, start
 from expert_parallel_worker import STEPS, losses, rows
 from expert_parallel_worker import arguments as training_arguments
 from transformers import (
@@ -40,33 +41,6 @@ from otpo.cli.running.command import find_checkpoint
 pytest.importorskip("deepspeed", reason="DeepSpeed is an extra")
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="DeepSpeed compiles its operator for the CPU")
 SIZES = {**TINY, "router_aux_loss_coef": 0.1}
-CLOSE = 1e-4
-ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "TRITON_INTERPRET": "0"}
-
-
-def start(name, folder, processes=2, **options):
-    """Runs a function of the worker in several processes and returns what it found."""
-    folder.mkdir(parents=True, exist_ok=True)
-    launch = [
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
-        str(processes),
-        "--master_port",
-        "0",
-        "--rdzv_backend",
-    ]
-    launch += ["c10d", "--rdzv_endpoint", "localhost:0", str(ROOT / "tests" / "expert_parallel_worker.py")]
-    # The limit guards against a hang alone, on a machine under load too.
-    done = python(*launch, name, str(folder), json.dumps(options), timeout=300 * processes, **ENVIRONMENT)
-    path = folder / "result.json"
-    return (json.loads(path.read_text()) if done.returncode == 0 else None), done
-
-
-def result(*args, **options):
-    found, done = start(*args, **options)
-    assert found is not None, (done.stdout + done.stderr)[-6000:]
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -99,10 +73,6 @@ def run(models, tmp_path_factory):
     """A run of ZeRO-2 in two processes that share the experts, with its checkpoints."""
     folder = tmp_path_factory.mktemp("run")
     return folder, result("train", folder, model=models["compass"])
-
-
-def by_step(found):
-    return {int(step): loss for step, loss in found["losses"].items()}
 
 
 def assert_saved(folder, found):
@@ -437,7 +407,11 @@ def options(**changes):
             {},
             "`expert_parallel_backend=megatron` is not known.*deepspeed,",
         ),
-        ({"use_peft": True}, {}, "adapters of spread experts are not covered"),
+        (
+            {"load_in_4bit": True},
+            {},
+            "`load_in_4bit=true`.*quantized weights can't be spread.*Leave `load_in_4bit` out",
+        ),
         ({}, {}, "needs several processes. Add `--num_processes N`, a multiple of 2"),
         ({}, {"WORLD_SIZE": "2", "ACCELERATE_USE_FSDP": "true"}, "with FSDP.*Use zero2, zero3 or ddp"),
         (

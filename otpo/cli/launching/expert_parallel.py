@@ -43,8 +43,8 @@ def prepare(values: Mapping[str, Any], environ: MutableMapping[str, str]) -> lis
     for option in ("load_in_4bit", "load_in_8bit"):
         if values.get(option):
             raise ValueError(
-                f"`{option}=true` with `expert_parallel_size={size}`: quantized weights can't be spread over processes. "
-                f"Leave `{option}` out, or set `expert_parallel_size` to 1."
+                f"`{option}=true` with `expert_parallel_size={size}`: quantized weights can't be spread over "
+                f"processes. Leave `{option}` out, or set `expert_parallel_size` to 1."
             )
     if "WORLD_SIZE" not in environ:
         raise ValueError(
