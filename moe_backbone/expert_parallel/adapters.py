@@ -61,6 +61,10 @@ class FactorA(nn.Module):
         super().__init__()
         self.weight, self.experts = weight, experts
 
+    def local_weight(self) -> Tensor:
+        """The factor of the experts of this process."""
+        return self.weight
+
     @staticmethod
     def part(whole: Tensor, ep_size: int, ep_rank: int, experts: int) -> Tensor:
         """The part of a whole factor `(E * r, I)` that a process of `ep_size` holds."""
@@ -73,7 +77,7 @@ class FactorA(nn.Module):
 
     def forward(self, x_NI: Tensor, ends_e: Tensor) -> Tensor:
         """Rows of the rank, `(N, r)`, padded with zeros to a width that grouped products take."""
-        weight = self.weight
+        weight = self.local_weight()
         a_erI = weight.reshape(self.experts, -1, weight.size(-1))
         a_erI = nn.functional.pad(a_erI, (0, 0, 0, _missing(a_erI.size(1), weight.element_size())))
         return _grouped_linear(x_NI.to(weight.dtype), a_erI, ends_e)
@@ -91,6 +95,10 @@ class FactorB(nn.Module):
         super().__init__()
         self.weight, self.experts = weight, experts
 
+    def local_weight(self) -> Tensor:
+        """The factor of the experts of this process."""
+        return self.weight
+
     @staticmethod
     def part(whole: Tensor, ep_size: int, ep_rank: int, experts: int) -> Tensor:
         """The part of a whole factor `(O, r * E)` that a process of `ep_size` holds."""
@@ -103,7 +111,7 @@ class FactorB(nn.Module):
 
     def forward(self, x_Nr: Tensor, ends_e: Tensor) -> Tensor:
         """Rows that go out, `(N, O)`, from those of [`FactorA`]."""
-        weight = self.weight
+        weight = self.local_weight()
         b_eOr = weight.reshape(weight.size(0), -1, self.experts).permute(2, 0, 1)
         b_eOr = nn.functional.pad(b_eOr, (0, x_Nr.size(1) - b_eOr.size(2)))
         return _grouped_linear(x_Nr, b_eOr.contiguous(), ends_e)
@@ -120,13 +128,15 @@ class SpreadAdapter(ParamWrapper):
         self, x: Tensor, *args: Any, adapters: tuple[LowRank, ...] = (), **kwargs: Any
     ) -> Tensor:
         """As the experts' forward, see [`ParallelExperts`](deepspeed_layer.ParallelExperts)."""
-        if not self.disable_adapters:
-            for name in self.active_adapters:
-                if name in self.lora_A:
-                    down: Any = self.lora_A[name]
-                    up: Any = self.lora_B[name]
-                    adapters = (*adapters, LowRank(self.parameter_name, down, up, self.scaling[name]))
-        return self.base_layer(x, *args, adapters=adapters, **kwargs)
+        return self.base_layer(x, *args, adapters=(*adapters, *self.active()), **kwargs)
+
+    def active(self) -> Iterator[LowRank]:
+        """The adapters that add to the experts now."""
+        for name in () if self.disable_adapters else self.active_adapters:
+            if name in self.lora_A:
+                down: Any = self.lora_A[name]
+                up: Any = self.lora_B[name]
+                yield LowRank(self.parameter_name, down, up, self.scaling[name])
 
     def merge(self, *args: Any, **kwargs: Any) -> None:
         """Raises a `RuntimeError`: the experts of other processes are not here."""

@@ -9,7 +9,7 @@ output recorders of transformers 5.23. DeepSpeed has no option for another layer
 | `auto_ep_presets.registry.PRESET_MODELS` gets a preset for each of our model types | a configuration names it |
 | `AutoEP._replace_moe_layer_without_retarget` | with our presets the block stays, its experts alone are replaced |
 | `AutoEP.ep_parser` | TRL makes two engines of one model, and the second finds experts spread; PEFT wraps them |
-| `DeepSpeedEngine._configure_bf16_optimizer`, `_configure_zero_optimizer` | one without trained experts is asked for them |
+| `DeepSpeedEngine._configure_bf16_optimizer`, `_configure_zero_optimizer` | they want experts' groups even untrained |
 | `DeepSpeedEngine.save_checkpoint`, `load_checkpoint` | that of an adapter saves its states alone (`adapter_states`) |
 
 Other engines of the process run as before. One that has MoE layers and trains none of them, as that of a reference or

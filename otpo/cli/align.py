@@ -106,7 +106,7 @@ def make_trainer(
         require_same_vocabulary("ref_model_name_or_path", config, reference_config)
     set_seed(args.seed)  # what is drawn before the trainer is made must agree across processes
     train, evaluation = load_pairs(data, mixture, seed=args.seed, evaluate=args.do_eval)
-    of_class = trainer_class(_with_experts(experts, data), data, config)
+    of_class = trainer_class(_with_experts(experts, data), data, config, model.use_peft or origin.adapted)
     chosen = with_model_options(args.model_init_kwargs, model, origin.revision)
     shared = on_one_device(args, {**model_options(data), **chosen})
     kwargs = {**mtp_options(config), **shared}

@@ -114,7 +114,7 @@ def make_trainer(data: SftArguments, args: SFTConfig, model: ModelConfig, mixtur
 
     # The trainer's class: TRL's, with expert parallelism and a model card where they are asked for.
     config = load_config(origin, args.trust_remote_code)
-    of_class = trainer_class(SFTTrainer, data, config)
+    of_class = trainer_class(SFTTrainer, data, config, model.use_peft or origin.adapted)
     sources = tuple(source.path for source in mixture.datasets) or (data.dataset_name or "",)
     compass = isinstance(config, CompassConfig)
     of_class = with_model_card(of_class, Origin("otpo sft", origin.name, None, sources, compass, data.save_code))

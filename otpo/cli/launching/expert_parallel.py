@@ -71,13 +71,14 @@ def prepare(values: Mapping[str, Any], environ: MutableMapping[str, str]) -> lis
     return arguments
 
 
-def trainer_class(plain: type, options: RunArguments, config: Any) -> Any:
+def trainer_class(plain: type, options: RunArguments, config: Any, adapted: bool = False) -> Any:
     """The class to make the trainer of: `plain`, or a subclass where experts are spread by DeepSpeed or code is saved.
 
     Args:
         plain: Of the command.
         options: Of the run.
         config: The model's configuration.
+        adapted: Whether an adapter is trained.
 
     Raises:
         ValueError: The experts cannot be spread so, or the model has no code of ours; the message says what to set.
@@ -88,6 +89,10 @@ def trainer_class(plain: type, options: RunArguments, config: Any) -> Any:
         check_expert_parallel(size, experts, int(os.environ["WORLD_SIZE"]))
         if options.expert_parallel_backend == "deepspeed":
             of_class = with_expert_parallelism(plain, size)
+        elif adapted:
+            from moe_backbone.expert_parallel.native_adapters import with_native_adapters
+
+            of_class = with_native_adapters(plain, size)
     if options.save_code:
         require_own_code(config)
         of_class = with_saved_code(of_class)
