@@ -23,9 +23,8 @@ from otpo_kernels.memcpy import permute, route, unpermute
 
 NAME = "memcpy"
 ADAPTERS = "low_rank_adapters"
-"""Attribute of an experts module with what adds to its products, each with the name of its `tensor`, called with rows
-and the ends of their groups; an adapter of spread experts sets it for a forward, see `expert_parallel/native_adapters`.
-"""
+"""Attribute of an experts module with what adds to its products: each has the name of its `tensor`, and is called with
+rows and the ends of their groups. An adapter of spread experts sets it for a forward (`expert_parallel/adapters`)."""
 
 _BIAS_ROWS = 8  # 16 bytes of bfloat16, the least stride that grouped products take
 

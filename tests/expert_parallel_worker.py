@@ -348,24 +348,25 @@ def train(
     return {"losses": losses(trainer), "engine": type(engine).__name__, "logits": logits.flatten()[:50].tolist()}
 
 
-def native(folder: Path, model: str, kind: str | None = None, **_: Any) -> Any:
+def native(
+    folder: Path, model: str, kind: str | None = None, ep_size: int = 2, resume: str | None = None, **_: Any
+) -> Any:
     """The same with experts that transformers spreads."""
     from moe_backbone.expert_parallel.native import (
         native_expert_parallel_options,
         require_native_expert_parallelism,
     )
-
     from moe_backbone.expert_parallel.native_adapters import with_native_adapters
 
-    args = arguments(folder, save_strategy="no")
-    options = native_expert_parallel_options(2, args.world_size)
+    args = arguments(folder, **({} if kind else {"save_strategy": "no"}))
+    options = native_expert_parallel_options(ep_size, args.world_size)
     spread = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, **options)
-    running = require_native_expert_parallelism(spread, 2)
+    running = require_native_expert_parallelism(spread, ep_size)
     if kind is not None:
         spread = adapted(spread, kind)
-    of_class = Trainer if kind is None else with_native_adapters(Trainer, 2)
+    of_class = Trainer if kind is None else with_native_adapters(Trainer, ep_size)
     trainer = of_class(model=spread, args=args, train_dataset=rows())
-    trainer.train()
+    trainer.train(resume_from_checkpoint=resume)
     trainer.save_model(str(folder / "final"))
     spread.eval()
     with torch.no_grad():

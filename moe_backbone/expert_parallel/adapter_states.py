@@ -1,12 +1,8 @@
-"""Adapters of a model with spread experts, as files: a plain PEFT adapter, and the optimizer's states by name.
+"""Adapters of a model whose experts DeepSpeed spreads, as files: a plain PEFT adapter, and the states of a run.
 
-An adapter is small, so its optimizer's states are written whole: for each trained tensor its float32 values and the
-optimizer's means of gradients, under the tensor's name in the unspread model. They load into any number of
-processes, size of expert parallelism and ZeRO stage. The model under the adapter is not written again. DeepSpeed's own
-checkpoints would write it, and know no factors of spread experts.
+DeepSpeed's own checkpoints would write the model under the adapter, and know no factors of spread experts.
 """
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,18 +10,17 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state, safe_set_full_fp32_param
-from deepspeed.utils import safe_set_full_optimizer_state as set_state
-from safetensors import safe_open
-from safetensors.torch import save_file
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+)
 from torch import Tensor, nn
 
+from .adapter_files import VALUE, open_states, write_states
 from .adapters import FactorA, FactorB
 from .deepspeed_layer import ParallelExperts, parallel_experts
-from .resume import ADAPTER_STATES_FILE as STATES_FILE
-
-_REST_FILE = "adapter_engine.bin"
-_MASTER = "fp32"
 
 
 def save_plain_adapter(model: Any, folder: str | Path) -> None:
@@ -40,7 +35,7 @@ def save_plain_adapter(model: Any, folder: str | Path) -> None:
     whole: dict[str, Tensor] = {}
     for name, parameter, factor in _of_adapters(model):
         with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
-            value = _join(parameter.detach(), factor, _group_of(model))
+            value = _join(parameter.detach(), factor, _any_layer(model))
         if value is not None:
             whole[name] = value.cpu().clone()
     if dist.get_rank() == 0:
@@ -54,39 +49,25 @@ def save_states(engine: Any, folder: str | Path) -> None:
 
     Args:
         engine: DeepSpeed's, which trains a `PeftModel` whose experts are spread.
-        folder: Where to write.
+        folder: `global_step*` in a checkpoint of the Trainer's.
     """
-    model = engine.module
+    optimizer = engine.optimizer
+    layer = _any_layer(engine.module)
+    _link_states(optimizer)
+    keys = _state_keys(optimizer)
     states: dict[str, Tensor] = {}
-    _link_states(engine.optimizer)
-    keys = _state_keys(engine.optimizer)
-    for name, parameter, factor in _trained(model):
-        for key in (_MASTER, *keys):
-            part: Any = (
-                safe_get_full_fp32_param(parameter)
-                if key == _MASTER
-                else safe_get_full_optimizer_state(parameter, key)
-            )
-            value = _join(part, factor, _group_of(model))
-            if value is not None:
-                states[f"{name}.{key}"] = value.cpu().clone()
+    for name, parameter, factor in _trained(engine.module):
+        parts = {key: safe_get_full_optimizer_state(parameter, key) for key in keys}
+        for key, part in {VALUE: safe_get_full_fp32_param(parameter), **parts}.items():
+            whole = _join(part, factor, layer)  # pyright: ignore[reportArgumentType]
+            if whole is not None:
+                states[f"{name}.{key}"] = whole.cpu().clone()
     if dist.get_rank() == 0:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        scheduler = engine.lr_scheduler
-        rest = {
-            "steps": engine.global_steps,
-            "skipped": engine.skipped_steps,
-            "samples": engine.global_samples,
-            "micro_steps": engine.micro_steps,
-            "loss_scale": _numbers(getattr(engine.optimizer, "loss_scaler", None)),
-            "scheduler": None if scheduler is None else scheduler.state_dict(),
-        }
-        torch.save(rest, Path(folder) / _REST_FILE)
-        unfinished = Path(folder) / f".{STATES_FILE}"
-        save_file(states, unfinished, metadata={"format": "pt"})
-        os.replace(
-            unfinished, Path(folder) / STATES_FILE
-        )  # a checkpoint that was killed while it was written has none
+        rest = {name: getattr(engine, name) for name in _COUNTED}
+        rest["steps"] = engine.global_steps - engine.skipped_steps
+        rest["loss_scale"] = _numbers(getattr(optimizer, "loss_scaler", None))
+        rest["scheduler"] = engine.lr_scheduler.state_dict() if engine.lr_scheduler is not None else None
+        write_states(folder, states, rest)
     dist.barrier()
 
 
@@ -95,42 +76,40 @@ def load_states(engine: Any, folder: str | Path) -> None:
 
     Args:
         engine: As in [`save_states`]; its processes, size of expert parallelism and ZeRO stage may differ.
-        folder: What was written there.
+        folder: As there.
 
     Raises:
         ValueError: The checkpoint's adapter is not that of the model.
     """
     model, optimizer = engine.module, engine.optimizer
-    rest = torch.load(Path(folder) / _REST_FILE, weights_only=True)
-    engine.global_steps, engine.skipped_steps = rest["steps"], rest["skipped"]
-    engine.global_samples, engine.micro_steps = rest["samples"], rest["micro_steps"]
-    vars(getattr(optimizer, "loss_scaler", None) or _Nothing()).update(rest["loss_scale"])
-    if engine.lr_scheduler is not None and rest["scheduler"] is not None:
-        engine.lr_scheduler.load_state_dict(rest["scheduler"])
-    with safe_open(Path(folder) / STATES_FILE, "pt") as file:
-        names = set(file.keys())
-        keys = sorted({name.rpartition(".")[2] for name in names} - {_MASTER})
-        wanted = {f"{name}.{key}" for name, _, _ in _trained(model) for key in (_MASTER, *keys)}
-        if names != wanted:
-            raise ValueError(
-                f"`resume_from_checkpoint={folder}` has an adapter of other tensors than this run's, such as "
-                f"{sorted(names ^ wanted)[0]}. Set the options of the adapter (`lora_*`) as they were, or start from "
-                f"its weights (`model_name_or_path`)."
-            )
-        _make_states(optimizer, keys, rest["steps"] - rest["skipped"])
-        for name, parameter, factor in _trained(model):
-            layer = _group_of(model)
-            for key in keys:
-                set_state(parameter, _part(file.get_tensor(f"{name}.{key}"), parameter, factor, layer), key)
-            value = _part(file.get_tensor(f"{name}.{_MASTER}"), parameter, factor, layer)
-            safe_set_full_fp32_param(parameter, value)
-            if hasattr(parameter, "ds_id"):
-                with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
-                    parameter.data.copy_(value)
-    if hasattr(optimizer, "update_lp_params"):  # without ZeRO-3, which the loop above has set
+    saved = open_states(folder, [name for name, _, _ in _trained(model)])
+
+    # What the engine counts. Another engine than DeepSpeed leaves its own counts, of which the steps are common.
+    for name in _COUNTED:
+        setattr(engine, name, saved.rest.get(name, saved.rest["steps"] if name == "global_steps" else 0))
+    vars(getattr(optimizer, "loss_scaler", None) or _Nothing()).update(saved.rest.get("loss_scale", {}))
+    if engine.lr_scheduler is not None and saved.rest.get("scheduler") is not None:
+        engine.lr_scheduler.load_state_dict(saved.rest["scheduler"])
+
+    # Of each tensor, the optimizer's states, its float32 values, and the values that the model computes with.
+    _make_states(optimizer, saved.keys, saved.rest["steps"])
+    layer = _any_layer(model)
+    for name, parameter, factor in _trained(model):
+        for key in saved.keys:
+            part = _part(saved.tensors.get_tensor(f"{name}.{key}"), parameter, factor, layer)
+            safe_set_full_optimizer_state(parameter, part, key)
+        part = _part(saved.tensors.get_tensor(f"{name}.{VALUE}"), parameter, factor, layer)
+        safe_set_full_fp32_param(parameter, part)
+        if hasattr(parameter, "ds_id"):
+            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+                parameter.data.copy_(part)
+    if hasattr(optimizer, "update_lp_params"):  # without ZeRO-3, whose values the loop has set
         optimizer.update_lp_params()
     elif optimizer.persistent_parameters:
         optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
+
+
+_COUNTED = ("global_steps", "skipped_steps", "global_samples", "micro_steps")
 
 
 class _Nothing:
@@ -153,7 +132,7 @@ def _trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, FactorA | Fa
     return ((name, parameter, factor) for name, parameter, factor in _of_adapters(model) if parameter.requires_grad)
 
 
-def _group_of(model: nn.Module) -> ParallelExperts:
+def _any_layer(model: nn.Module) -> ParallelExperts:
     """A layer of spread experts; all of them have one group."""
     return next(layer for _, layer in parallel_experts(model))
 

@@ -14,11 +14,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
-from transformers.trainer import TRAINING_ARGS_NAME
+from transformers import TrainingArguments
+from transformers.trainer import SCHEDULER_NAME, TRAINING_ARGS_NAME, Trainer
 
 from moe_backbone.memcpy_experts import ADAPTERS, NAME
 
+from .adapter_files import VALUE, open_states, write_states
 from .adapters import FactorA, FactorB, SpreadAdapter, check_adapters, wrappers_around
+from .resume import Layout, check_adapter_checkpoint, find_adapter_states, write_layout
 
 
 class _OverCopies(torch.autograd.Function):
@@ -160,7 +163,15 @@ class NativeAdapterMixin:
     ep_size: int
 
     def __init__(self, *args: Any, **kwargs: Any):
+        # transformers' Trainer refuses states of the optimizer for models that it loaded spread. Those of an adapter
+        # are written by this class.
+        options: Any = next((each for each in (*args, *kwargs.values()) if isinstance(each, TrainingArguments)), None)
+        asked = options is not None and options.save_only_model
+        if options is not None:
+            options.save_only_model = True
         super().__init__(*args, **kwargs)
+        if options is not None:
+            options.save_only_model = asked
         spread_native_adapters(self.model, self.ep_size)  # pyright: ignore[reportAttributeAccessIssue]
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -173,4 +184,70 @@ class NativeAdapterMixin:
             if trainer.processing_class is not None:
                 trainer.processing_class.save_pretrained(folder)
             torch.save(trainer.args, folder / TRAINING_ARGS_NAME)
+            write_layout(folder, Layout(self.ep_size, trainer.args.world_size, 0))
         dist.barrier()
+
+    def check_checkpoint(self, checkpoint: str | Path) -> None:
+        """Raises a `ValueError` where `train` could not resume a checkpoint with all that it holds."""
+        check_adapter_checkpoint(checkpoint)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        trainer: Any = self
+        states: dict[str, Tensor] = {}
+        steps = 0
+        for name, parameter, factor in _trained(trainer.model):
+            state = trainer.optimizer.state[parameter]
+            steps = max(steps, int(state.get("step", 0)))
+            kept = {key: value for key, value in state.items() if getattr(value, "shape", None) == parameter.shape}
+            for key, value in {VALUE: parameter.detach().float(), **kept}.items():
+                states[f"{name}.{key}"] = whole_tensor(value, factor).cpu().clone()
+        if trainer.args.should_save:
+            write_states(Path(output_dir) / f"global_step{trainer.state.global_step}", states, {"steps": steps})
+            torch.save(trainer.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+        dist.barrier()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Nothing yet: the adapter's values stand beside its optimizer's states, which are loaded later."""
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        trainer: Any = self
+        saved = open_states(
+            find_adapter_states(checkpoint) or checkpoint, [name for name, *_ in _trained(trainer.model)]
+        )
+        for name, parameter, factor in _trained(trainer.model):
+            state = trainer.optimizer.state[parameter]
+            state["step"] = torch.tensor(float(saved.rest["steps"]))
+            for key in saved.keys:
+                state[key] = _like(parameter, saved.tensors.get_tensor(f"{name}.{key}"), factor)
+            with torch.no_grad():
+                parameter.copy_(_like(parameter, saved.tensors.get_tensor(f"{name}.{VALUE}"), factor))
+        trainer.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
+
+
+# The Trainer's methods that the mixin has in their places: one that is gone from transformers ends in an error here.
+_REPLACED = (
+    Trainer._save_optimizer_and_scheduler,
+    Trainer._load_from_checkpoint,
+    Trainer._load_optimizer_and_scheduler,
+)
+
+
+def _trained(model: nn.Module) -> list[tuple[str, nn.Parameter, Any]]:
+    """Names and parameters that are trained, and the factor of spread experts that each is, if it is one."""
+    factors = {id(module.weight): module for module in model.modules() if isinstance(module, _OfDTensor)}
+    return [
+        (name, parameter, factors.get(id(parameter)))
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    ]
+
+
+def _like(parameter: Any, whole: Tensor, factor: Any) -> Tensor:
+    """A whole tensor as a parameter is, or this process's part of it."""
+    if factor is not None:
+        mesh = parameter.device_mesh
+        whole = factor.part(whole, mesh.size(), mesh.get_local_rank(), factor.experts)
+    whole = whole.to(parameter.device, parameter.dtype)
+    return DTensor.from_local(whole, parameter.device_mesh, parameter.placements) if factor is not None else whole
