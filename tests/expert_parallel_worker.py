@@ -184,6 +184,60 @@ def _engine_of_adapter(model: str, stage: int, kind: str) -> dict[str, float]:
     return errors
 
 
+def native_adapters(folder: Path, cases: list[tuple[str, str]], **_: Any) -> Any:
+    """Losses, gradients and weights of adapters in five steps with experts that transformers spreads, likewise."""
+    from accelerate import PartialState
+
+    PartialState(cpu=True)
+    return [_native_adapter(*case) for case in cases]
+
+
+def _native_adapter(model: str, kind: str) -> dict[str, float]:
+    from moe_backbone.expert_parallel.native import native_expert_parallel_options
+    from moe_backbone.expert_parallel.native_adapters import _trained, spread_native_adapters, whole_tensor
+
+    rank, size = dist.get_rank(), dist.get_world_size()
+    whole = adapted(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).train(), kind)
+    options = native_expert_parallel_options(size, size)
+    spread = adapted(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, **options).train(), kind)
+    spread_native_adapters(spread, size)
+    adam = {"lr": 0.01, "eps": 1e-4, "weight_decay": 0.1}
+    optimizers = [
+        torch.optim.AdamW([p for p in each.parameters() if p.requires_grad], **adam) for each in (whole, spread)
+    ]
+    ids = torch.randint(0, 60, (2 * size, 16), generator=torch.Generator().manual_seed(5)).split(2)
+    errors: dict[str, float] = {}
+
+    def note(name: str, got: torch.Tensor, want: torch.Tensor) -> None:
+        worst = ((got - want).abs().max() / want.abs().max().clamp(min=1e-6)).detach().reshape(1)
+        dist.all_reduce(worst, dist.ReduceOp.MAX)
+        errors[name] = max(errors.get(name, 0.0), float(worst))
+
+    for _ in range(5):
+        outputs = [whole(batch, labels=batch, output_router_logits=True) for batch in ids]
+        (sum(output.loss for output in outputs) / size).backward()
+        with whole.disable_adapter(), spread.disable_adapter(), torch.no_grad():
+            note("reference", spread(ids[rank]).logits, whole(ids[rank]).logits)
+        output = spread(ids[rank], labels=ids[rank], output_router_logits=True)
+        output.loss.backward()
+        note("loss", output.loss, outputs[rank].loss)
+        wanted = {name: parameter for name, parameter in whole.named_parameters() if parameter.requires_grad}
+        found = _trained(spread)
+        assert list(wanted) == [name for name, *_ in found]
+        for name, parameter, factor in found:
+            if wanted[name].grad is not None:
+                if factor is None:  # as transformers' Trainer does
+                    dist.all_reduce(parameter.grad)
+                    parameter.grad /= size
+                note(f"gradient of {name}", whole_tensor(parameter.grad, factor), wanted[name].grad)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        for name, parameter, factor in found:
+            note(f"weight of {name}", whole_tensor(parameter.detach(), factor), wanted[name].data)
+    return errors
+
+
 def engine(folder: Path, model: str, stage: int, **_: Any) -> Any:
     """Losses and gradients of five steps of DeepSpeed's engine against the whole model; the worst relative errors."""
     import deepspeed

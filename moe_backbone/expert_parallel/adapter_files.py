@@ -70,7 +70,7 @@ def open_states(folder: str | Path, names: Iterable[str]) -> SavedStates:
     if saved != wanted:
         raise ValueError(
             f"`resume_from_checkpoint={folder.parent}` has an adapter of other tensors than this run's, such as "
-            f"{sorted(saved ^ wanted)[0].rpartition('.')[0]}. Set the options of the adapter (`lora_*`) as they were, or "
-            "start from its weights (`model_name_or_path`)."
+            f"{sorted(saved ^ wanted)[0].rpartition('.')[0]}. Set the options of the adapter (`lora_*`) as they "
+            "were, or start from its weights (`model_name_or_path`)."
         )
     return SavedStates(file, keys, torch.load(folder / _REST_FILE, weights_only=True))

@@ -175,8 +175,8 @@ def check_adapters(model: Any) -> None:
         if isinstance(inner, AuxiliaryTrainingWrapper | BaseTunerLayer):
             raise ValueError(
                 f"`lora_modules_to_save` or `lora_target_modules` names {name}.experts as a whole. Spread experts "
-                "are trained by `lora_target_parameters` (`mlp.experts.gate_up_proj`, `mlp.experts.down_proj`), or without "
-                "an adapter."
+                "are trained by `lora_target_parameters` (`mlp.experts.gate_up_proj`, `mlp.experts.down_proj`), or "
+                "without an adapter."
             )
         for tensor in TENSORS:
             weight = getattr(inner, tensor, None)

@@ -13,7 +13,15 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from .deepspeed_config import require_expert_parallelism
 from .deepspeed_patch import patch_deepspeed
-from .resume import Layout, check_adapter_checkpoint, check_layout, fit_checkpoint, restore_steps, write_layout
+from .resume import (
+    ChecksCheckpoints,
+    Layout,
+    check_adapter_checkpoint,
+    check_layout,
+    fit_checkpoint,
+    restore_steps,
+    write_layout,
+)
 
 
 @cache
@@ -30,7 +38,7 @@ def with_expert_parallelism(trainer_class: type, ep_size: int) -> type:
     return type(trainer_class.__name__, (ExpertParallelMixin, trainer_class), {"ep_size": ep_size})
 
 
-class ExpertParallelMixin:
+class ExpertParallelMixin(ChecksCheckpoints):
     """Marks the experts' parameters for the optimizer, checks the engine before it trains, saves plain checkpoints."""
 
     ep_size: int

@@ -21,7 +21,7 @@ from moe_backbone.memcpy_experts import ADAPTERS, NAME
 
 from .adapter_files import VALUE, open_states, write_states
 from .adapters import FactorA, FactorB, SpreadAdapter, check_adapters, wrappers_around
-from .resume import Layout, check_adapter_checkpoint, find_adapter_states, write_layout
+from .resume import ChecksCheckpoints, Layout, check_adapter_checkpoint, find_adapter_states, write_layout
 
 
 class _OverCopies(torch.autograd.Function):
@@ -157,7 +157,7 @@ def with_native_adapters(trainer_class: type, ep_size: int) -> type:
     return type(trainer_class.__name__, (NativeAdapterMixin, trainer_class), {"ep_size": ep_size})
 
 
-class NativeAdapterMixin:
+class NativeAdapterMixin(ChecksCheckpoints):
     """Spreads an adapter's factors once the trainer has put it on the model, and saves a plain PEFT adapter."""
 
     ep_size: int

@@ -30,6 +30,14 @@ class Layout(NamedTuple):
     zero_stage: int
 
 
+class ChecksCheckpoints:
+    """A trainer that says of a checkpoint whether it can resume it with all that it holds."""
+
+    def check_checkpoint(self, checkpoint: str | Path) -> None:
+        """Raises a `ValueError` where `train` could not; the message says what to set."""
+        raise NotImplementedError
+
+
 def write_layout(folder: Path, layout: Layout) -> None:
     """Writes a run's layout into a checkpoint's folder, beside the weights."""
     (folder / LAYOUT_FILE).write_text(json.dumps(layout._asdict()) + "\n", encoding="utf-8")

@@ -71,19 +71,31 @@ def assert_plain_adapter(folder: Path, found, model: str):
         torch.testing.assert_close(merged(ids).logits.flatten()[:50], want, rtol=1e-4, atol=1e-5)
 
 
+def assert_same_steps(cases, found):
+    for (name, *_, kind), errors in zip(cases, found, strict=True):
+        # two layers and an MTP layer, if there is one; 4 tensors of attention and 2 of experts, 2 factors of each
+        tensors = {"attention": 4, "experts": 2, "all": 6}[kind] * 2 * (3 if "compass" in name else 2)
+        assert sum(part.startswith("gradient") for part in errors) == tensors
+        assert sum(part.startswith("weight") for part in errors) == tensors
+        assert {"loss", "reference"} <= errors.keys()
+        assert max(errors.values()) < 1e-3, (name, kind, max(errors, key=errors.__getitem__))
+
+
 @pytest.mark.lengthy
 def test_five_steps_of_deepspeed_are_those_of_the_whole_model(models, tmp_path):
     """Each stage of ZeRO; adapters of attention, of experts, and of both; three architectures."""
     cases = [("compass", 1, "attention"), ("compass", 2, "all"), ("compass", 3, "all"), ("qwen3_moe", 1, "all")]
     cases += [("mixtral", 3, "experts")]
-    found = result("engines_of_adapters", tmp_path, cases=[(models[name], *rest) for name, *rest in cases])
-    for case, errors in zip(cases, found, strict=True):
-        # two layers and an MTP layer, if there is one; 4 tensors of attention and 2 of experts, 2 factors of each
-        tensors = {"attention": 4, "experts": 2, "all": 6}[case[2]] * 2 * (3 if case[0] == "compass" else 2)
-        assert sum(part.startswith("gradient") for part in errors) == tensors
-        assert sum(part.startswith("weight") for part in errors) == tensors
-        assert {"loss", "reference"} <= errors.keys()
-        assert max(errors.values()) < 1e-3, (case, max(errors, key=errors.__getitem__))
+    cases = [(models[name], *rest) for name, *rest in cases]
+    assert_same_steps(cases, result("engines_of_adapters", tmp_path, cases=cases))
+
+
+@pytest.mark.lengthy
+def test_five_steps_of_transformers_are_those_of_the_whole_model(models, tmp_path):
+    pytest.importorskip("transformers.distributed.expert_parallel", reason="transformers 5.21 or later")
+    cases = [("compass", "attention"), ("compass", "all"), ("qwen3_moe", "experts"), ("mixtral", "all")]
+    cases = [(models[name], kind) for name, kind in cases]
+    assert_same_steps(cases, result("native_adapters", tmp_path, cases=cases))
 
 
 @pytest.mark.lengthy
@@ -106,7 +118,19 @@ def test_a_trainer_saves_a_plain_adapter_and_resumes_in_another_layout(models, t
 
 
 @pytest.mark.lengthy
-@pytest.mark.parametrize("backend", ["deepspeed"])
+def test_a_trainer_of_transformers_does_too_and_resumes_by_deepspeed(models, tmp_path, alone):
+    pytest.importorskip("transformers.distributed.expert_parallel", reason="transformers 5.21 or later")
+    found = result("native", tmp_path, model=models["compass"], kind="all")
+    assert by_step(found) == pytest.approx(alone, abs=CLOSE)
+    assert_plain_adapter(tmp_path, found, models["compass"])
+    for name, options in (("native", {}), ("train", {"stage": 2})):
+        options = {**options, "resume": str(tmp_path / "checkpoint-2"), "kind": "all"}
+        resumed = result(name, tmp_path / name, model=models["compass"], **options)
+        assert by_step(resumed) == pytest.approx(alone, abs=CLOSE)
+
+
+@pytest.mark.lengthy
+@pytest.mark.parametrize("backend", ["deepspeed", "transformers"])
 def test_alignment_from_the_command_line(compass_folder, pairs_file, tmp_path, backend):
     """The reference is the model without the adapter: the first margin is zero, spread or not."""
     found, saved = {}, {}

@@ -10,11 +10,13 @@ from typing import Any
 from transformers import AutoConfig
 
 from moe_backbone.expert_parallel.deepspeed_config import expert_parallel_config
-from moe_backbone.expert_parallel.deepspeed_trainer import ExpertParallelMixin, with_expert_parallelism
-from moe_backbone.expert_parallel.resume import read_layout
+from moe_backbone.expert_parallel.deepspeed_trainer import with_expert_parallelism
+from moe_backbone.expert_parallel.resume import ChecksCheckpoints, read_layout
 from moe_backbone.expert_parallel.sizes import check_expert_parallel
+from moe_backbone.memcpy_experts import NAME
 from moe_backbone.model.saved_code import with_saved_code
 from otpo.cli.models.compass import require_own_code
+from otpo.cli.models.loading import find_origin
 from otpo.cli.options.run_options import EXPERT_PARALLEL_BACKENDS, RunArguments
 
 from .engine import requested_engines
@@ -106,7 +108,7 @@ def check_checkpoint(checkpoint: str, trainer: Any) -> None:
         checkpoint: A folder of transformers' Trainer.
         trainer: Of this run, before it trains.
     """
-    if isinstance(trainer, ExpertParallelMixin):
+    if isinstance(trainer, ChecksCheckpoints):
         return trainer.check_checkpoint(checkpoint)
     start = f"start from its weights: `model_name_or_path={checkpoint}` without `resume_from_checkpoint`."
     spread = read_layout(Path(checkpoint))
@@ -161,19 +163,35 @@ def _require_native(values: Mapping[str, Any]) -> None:
             "`expert_parallel_backend=transformers` needs transformers 5.21 or later. Install it, or set "
             "`expert_parallel_backend` to deepspeed."
         )
+    if values.get("lora_target_parameters") and values["experts_implementation"] not in ("auto", NAME):
+        raise ValueError(
+            f"`experts_implementation={values['experts_implementation']}` with `lora_target_parameters` and "
+            f"`expert_parallel_backend=transformers`: {NAME} alone adds adapters to spread experts. Set "
+            "`experts_implementation` to auto."
+        )
     if (
-        not values["save_only_model"]
+        not _trains_adapter(values)
+        and not values["save_only_model"]
         and str(getattr(values["save_strategy"], "value", values["save_strategy"])) != "no"
     ):
         raise ValueError(
             "`expert_parallel_backend=transformers` can't resume: transformers saves no optimizer's states of models "
-            "that are spread as they load. Add `--save_only_model true` or `--save_strategy no`, or use deepspeed."
+            "that are spread as they load, but of adapters (`use_peft`). Add `--save_only_model true` or "
+            "`--save_strategy no`, or use deepspeed."
         )
+
+
+def _trains_adapter(values: Mapping[str, Any]) -> bool:
+    """Whether a run puts an adapter on its model, or trains one on."""
+    name = values["model_name_or_path"]
+    return bool(values.get("use_peft")) or (name is not None and find_origin("model_name_or_path", name).adapted)
 
 
 def _model_type(values: Mapping[str, Any]) -> str:
     name = values["model_name_or_path"]
-    return "compass" if name is None else AutoConfig.from_pretrained(name).model_type
+    if name is None:
+        return "compass"
+    return AutoConfig.from_pretrained(find_origin("model_name_or_path", name).base).model_type
 
 
 def _deepspeed_options(value: Any, environ: Mapping[str, str]) -> dict[str, Any] | None:
