@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from adapted_models import adapted
 from cli_helpers import arguments, launched, python
 from compass_helpers import TINY, compass_model
 from expert_parallel_helpers import CLOSE, ENVIRONMENT, by_step, result
-from expert_parallel_worker import adapted, losses, rows
 from expert_parallel_worker import arguments as training_arguments
+from expert_parallel_worker import losses, rows
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
@@ -98,35 +99,45 @@ def test_five_steps_of_transformers_are_those_of_the_whole_model(models, tmp_pat
     assert_same_steps(cases, result("native_adapters", tmp_path, cases=cases))
 
 
+@pytest.fixture(scope="module")
+def run(models, tmp_path_factory):
+    """A run of ZeRO-1 in two processes that share the experts, with its checkpoints."""
+    folder = tmp_path_factory.mktemp("run")
+    return folder, result("train", folder, model=models["compass"], stage=1, kind="all")
+
+
+@pytest.fixture(scope="module")
+def native_run(models, tmp_path_factory):
+    """The same with experts that transformers spreads."""
+    pytest.importorskip("transformers.distributed.expert_parallel", reason="transformers 5.21 or later")
+    folder = tmp_path_factory.mktemp("native")
+    return folder, result("native", folder, model=models["compass"], kind="all")
+
+
 @pytest.mark.lengthy
-def test_a_trainer_saves_a_plain_adapter_and_resumes_in_another_layout(models, tmp_path, alone):
-    """From two processes that share the experts, with ZeRO-1, to each having all of them, with ZeRO-3."""
-    found = result("train", tmp_path, model=models["compass"], stage=1, kind="all")
+@pytest.mark.parametrize("engine", ["run", "native_run"])
+def test_a_trainer_is_that_of_one_process_and_saves_a_plain_adapter(request, models, alone, engine):
+    folder, found = request.getfixturevalue(engine)
     assert by_step(found) == pytest.approx(alone, abs=CLOSE)
-    assert_plain_adapter(tmp_path, found, models["compass"])
-    checkpoint = tmp_path / "checkpoint-2"
+    assert_plain_adapter(folder, found, models["compass"])
+    checkpoint = folder / "checkpoint-2"
     assert not list(checkpoint.glob("model*")) and not list(checkpoint.glob("global_step2/*model_states*"))
     states = load_file(checkpoint / "global_step2" / ADAPTER_STATES_FILE)
     assert sum(tensor.nbytes for tensor in states.values()) == 3 * sum(  # values and the two means of gradients
         tensor.nbytes for tensor in load_file(checkpoint / "adapter_model.safetensors").values()
     )
 
-    options = {"stage": 3, "ep_size": 1, "resume": str(checkpoint), "kind": "all"}
-    resumed = result("train", tmp_path / "resumed", model=models["compass"], **options)
-    assert by_step(resumed) == pytest.approx(alone, abs=CLOSE)
-    assert_plain_adapter(tmp_path / "resumed", resumed, models["compass"])
-
 
 @pytest.mark.lengthy
-def test_a_trainer_of_transformers_does_too_and_resumes_by_deepspeed(models, tmp_path, alone):
-    pytest.importorskip("transformers.distributed.expert_parallel", reason="transformers 5.21 or later")
-    found = result("native", tmp_path, model=models["compass"], kind="all")
+@pytest.mark.parametrize(
+    ("saved", "name", "options"),
+    [("native_run", "train", {"stage": 3, "ep_size": 1}), ("run", "train", {"stage": 2}), ("run", "native", {})],
+)
+def test_a_checkpoint_resumes_in_another_layout_and_engine(request, models, tmp_path, alone, saved, name, options):
+    checkpoint = request.getfixturevalue(saved)[0] / "checkpoint-2"
+    found = result(name, tmp_path, model=models["compass"], resume=str(checkpoint), kind="all", **options)
     assert by_step(found) == pytest.approx(alone, abs=CLOSE)
     assert_plain_adapter(tmp_path, found, models["compass"])
-    for name, options in (("native", {}), ("train", {"stage": 2})):
-        options = {**options, "resume": str(tmp_path / "checkpoint-2"), "kind": "all"}
-        resumed = result(name, tmp_path / name, model=models["compass"], **options)
-        assert by_step(resumed) == pytest.approx(alone, abs=CLOSE)
 
 
 @pytest.mark.lengthy
