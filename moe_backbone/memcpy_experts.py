@@ -22,6 +22,9 @@ from transformers.integrations.moe import (
 from otpo_kernels.memcpy import permute, route, unpermute
 
 NAME = "memcpy"
+ADAPTERS = "low_rank_adapters"
+"""Attribute of an experts module with what adds to its products: each has the name of its `tensor`, and is called with
+rows and the ends of their groups. An adapter of spread experts sets it for a forward (`expert_parallel/adapters`)."""
 
 _BIAS_ROWS = 8  # 16 bytes of bfloat16, the least stride that grouped products take
 
@@ -72,6 +75,9 @@ def _run_grouped(experts: Any, x_RD: Tensor, ends_E: Tensor) -> Tensor:
 def _linear(experts: Any, name: str, rows: Tensor, ends_E: Tensor) -> Tensor:
     """Each group's rows times its expert's weight, plus its bias."""
     product = _grouped_linear(rows, getattr(experts, name), ends_E, is_transposed=experts.is_transposed)
+    for adapter in vars(experts).get(ADAPTERS, ()):
+        if adapter.tensor == name:
+            product = product + adapter(rows, ends_E)
     if not experts.has_bias:
         return product
     # The bias is added as a product with ones. Its gradient sums each group in one pass, in a fixed order, and leaves

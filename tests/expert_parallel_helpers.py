@@ -9,7 +9,13 @@ from cli_helpers import ROOT, python
 from expert_parallel_worker import rows
 from transformers import AutoModelForCausalLM
 
+CLOSE = 1e-4
+"""Bound of the difference of losses between two processes and one."""
 ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "TRITON_INTERPRET": "0"}
+LAST: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "save_total_limit": 2}
+LAST |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": False}
+FIRST = {**LAST, "greater_is_better": True}
+"""Options of a run that saves each step and loads the best checkpoint: the one of the least or the greatest loss."""
 
 
 def start(name: str, folder: Path, processes: int = 2, **options: Any) -> tuple[Any, Any]:

@@ -19,6 +19,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 import torch.distributed as dist
+from adapted_models import adapted, engines_of_adapters, native_adapters  # noqa: F401 - started by their names
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 import moe_backbone  # noqa: F401 - makes Compass known to transformers
@@ -255,6 +256,7 @@ def train(
     changes: dict[str, Any] | None = None,
     freeze: str | None = None,
     disturb: float = 0.0,
+    kind: str | None = None,
     **_: Any,
 ) -> Any:
     """Losses of a Trainer, and the logits of what it saved, in a process of its own, against those of the engine."""
@@ -271,6 +273,9 @@ def train(
     changes = {"accelerator_config": {"use_configured_state": True}, **(changes or {})}
     args = arguments(folder, deepspeed=deepspeed, **changes)
     spread = prepared(model, freeze, disturb)
+    if kind is not None:
+        spread = adapted(spread, kind)
+        spread.config.use_cache = False
     trainer = with_expert_parallelism(Trainer, ep_size)(
         model=spread, args=args, train_dataset=rows(), eval_dataset=rows()[:4]
     )
@@ -325,6 +330,7 @@ def native(
     changes: dict[str, Any] | None = None,
     disturb: float = 0.0,
     die_saving: bool = False,
+    kind: str | None = None,
     **_: Any,
 ) -> Any:
     """The same with experts that transformers spreads."""
@@ -337,6 +343,8 @@ def native(
     args = arguments(folder, **(changes or {}))
     spread = prepared(model, disturb=disturb, **native_expert_parallel_options(ep_size, args.world_size))
     running = require_native_expert_parallelism(spread, ep_size) if ep_size > 1 else ""
+    if kind is not None:
+        spread = adapted(spread, kind)
     trainer = with_native_checkpoints(Trainer)(model=spread, args=args, train_dataset=rows(), eval_dataset=rows()[:4])
     if die_saving and args.process_index == 1:
         save = trainer._save_rng_state

@@ -7,8 +7,9 @@ DeepSpeed replaces the experts alone. Router, its losses, its biases and shared 
 trip through the layer is that of `exchange`, or of `gather`.
 """
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from deepspeed.checkpoint.autoep_affine import (
     autoep_experts_for_rank,
@@ -32,6 +33,11 @@ from transformers.integrations.moe import _grouped_linear
 from .exchange import ExpertGroup, run_by_expert, run_spread_experts
 from .gather import Gathering, remember_group, run_gathered_experts
 
+if TYPE_CHECKING:  # PEFT is needed where there are adapters alone
+    from .adapters import LowRank
+
+GATE_UP, DOWN = "gate_up_proj", "down_proj"
+"""transformers' names of gate and up projections `(E, 2F, D)` and of down projections `(E, D, F)`."""
 WEIGHTS = ("w1", "w2", "w3")
 """DeepSpeed's names of gate `(e, F, D)`, down `(e, D, F)` and up projections `(e, F, D)`, in memory and on disk."""
 
@@ -55,18 +61,28 @@ class LocalExperts(nn.Module):
             setattr(self, name, nn.Parameter(weight.contiguous(), requires_grad=train))
         self.act_fn = act_fn
 
-    def forward(self, x_ND: Tensor, ends_e: Tensor) -> Tensor:
+    def forward(self, x_ND: Tensor, ends_e: Tensor, adapters: Sequence["LowRank"] = ()) -> Tensor:
         """Each group of rows through its expert.
 
         Args:
             x_ND: Rows grouped by expert `(N, D)`.
             ends_e: The row after each group's last `(e,)` int32.
+            adapters: What adds to the products, under the names that transformers gives the tensors.
 
         Returns:
             `(N, D)`.
         """
         gate_NF, up_NF = _grouped_linear(x_ND, self.w1, ends_e), _grouped_linear(x_ND, self.w3, ends_e)
-        return _grouped_linear(self.act_fn(gate_NF) * up_NF, self.w2, ends_e)
+        for adapter in adapters:
+            if adapter.tensor == GATE_UP:
+                more_gate_NF, more_up_NF = adapter(x_ND, ends_e).chunk(2, dim=-1)
+                gate_NF, up_NF = gate_NF + more_gate_NF, up_NF + more_up_NF
+        h_NF = self.act_fn(gate_NF) * up_NF
+        y_ND = _grouped_linear(h_NF, self.w2, ends_e)
+        for adapter in adapters:
+            if adapter.tensor == DOWN:
+                y_ND = y_ND + adapter(h_NF, ends_e)
+        return y_ND
 
 
 class ParallelExperts(AutoEPMoELayer):
@@ -99,13 +115,17 @@ class ParallelExperts(AutoEPMoELayer):
         trained = repack_expert_requires_grad_flags(experts, spec, ep_rank, ep_size)
         self.experts = LocalExperts(weights, trained, experts.act_fn)  # pyright: ignore[reportArgumentType]
         for parameter in self.experts.parameters():
-            self._mark(parameter)
+            self.mark(parameter)
+            self._tell_placement(parameter)
 
-    def _mark(self, parameter: Any) -> None:
+    def mark(self, parameter: Any) -> None:
         """Marks a parameter as DeepSpeed wants those marked that differ between the processes of a group."""
         parameter.allreduce = False
         parameter.group_name = parameter.ds_zero_partition_group_name = self.ep_group_name
         parameter.ds_zero_placement_family = "autoep_expert"
+
+    def _tell_placement(self, parameter: Any) -> None:
+        """Says of one of [`WEIGHTS`] which experts it holds, for DeepSpeed's checkpoints."""
         logical_shape = [self.num_experts, *parameter.shape[1:]]
         placement = self.expert_placement_descriptor
         meta = {
@@ -127,24 +147,33 @@ class ParallelExperts(AutoEPMoELayer):
         name = remember_group(self.ep_group)
         self.gathering = Gathering(name, self.ep_size, self.ep_rank, self.num_local_experts, capacity)
 
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    def forward(
+        self,
+        hidden_states: Tensor,
+        top_k_index: Tensor,
+        top_k_weights: Tensor,
+        adapters: Sequence["LowRank"] = (),
+    ) -> Tensor:
         """Weighted sum over a token's experts, wherever they are.
 
         Args:
             hidden_states: `(T, D)`; T may differ between processes, and be zero.
             top_k_index: Experts of each token `(T, K)`, in `[0, E)`.
             top_k_weights: `(T, K)`.
+            adapters: Of the experts of this process, which PEFT's wrappers around the layer pass on.
         """
         experts = ExpertGroup(self.ep_group, self.ep_size, self.num_local_experts)
         x_TD = hidden_states.to(self.experts.w1.dtype)
+        run_sorted = partial(self.experts, adapters=adapters)
         if self.training and self.gathering is not None:
-            y_TD = run_gathered_experts(x_TD, top_k_index, top_k_weights, self.gathering, self.experts)
+            y_TD = run_gathered_experts(x_TD, top_k_index, top_k_weights, self.gathering, run_sorted)
             return y_TD.to(hidden_states.dtype)
-        y_TD = run_spread_experts(x_TD, top_k_index, top_k_weights, experts, self._run_arrived)
-        return y_TD.to(hidden_states.dtype)
 
-    def _run_arrived(self, x_ND: Tensor, arrived_We: Tensor) -> Tensor:
-        return run_by_expert(x_ND, arrived_We, self.experts)
+        def run_arrived(x_ND: Tensor, arrived_We: Tensor) -> Tensor:
+            return run_by_expert(x_ND, arrived_We, run_sorted)
+
+        y_TD = run_spread_experts(x_TD, top_k_index, top_k_weights, experts, run_arrived)
+        return y_TD.to(hidden_states.dtype)
 
 
 def parallel_experts(model: nn.Module) -> Iterator[tuple[str, ParallelExperts]]:

@@ -8,14 +8,15 @@ output recorders of transformers 5.23. DeepSpeed has no option for another layer
 | --- | --- |
 | `auto_ep_presets.registry.PRESET_MODELS` gets a preset for each of our model types | a configuration names it |
 | `AutoEP._replace_moe_layer_without_retarget` | with our presets the block stays, its experts alone are replaced |
-| `AutoEP.ep_parser` | TRL makes two engines of one model, and the second finds the experts spread already |
-| `DeepSpeedEngine._configure_bf16_optimizer` | an engine that trains nothing is asked for groups of experts |
+| `AutoEP.ep_parser` | TRL makes two engines of one model, and the second finds experts spread; PEFT wraps them |
+| `DeepSpeedEngine._configure_bf16_optimizer`, `_configure_zero_optimizer` | they want experts' groups even untrained |
 | `DeepSpeedEngine._save_moe_checkpoint` | with ZeRO-3 it refuses frozen experts, which it does save |
+| `DeepSpeedEngine.save_checkpoint`, `load_checkpoint` | that of an adapter saves its states alone (`adapter_states`) |
 
-Other engines of the process run as before; the last two changes spare one that has MoE layers and no optimizer, or
-frozen experts, an error.
+Other engines of the process run as before. One that has MoE layers and trains none of them, as that of a reference or
+of an adapter of attention, and one with frozen experts are spared an error.
 The patch knows the releases in [`KNOWN_VERSIONS`] and refuses others, in which these names may be gone or mean
-something else. To admit a release, read the five places above in it, run `tests/moe_backbone/test_expert_parallel.py`
+something else. To admit a release, read the places above in it, run `tests/moe_backbone/test_expert_parallel.py`
 against it with OTPO_UNTESTED_DEEPSPEED=1 in the environment, as `make test-latest` does, and move the bound here and
 in `pyproject.toml`.
 """
@@ -25,12 +26,16 @@ import importlib.util
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import wraps
+from pathlib import Path
 from typing import Any
 
 from packaging.specifiers import SpecifierSet
+from torch import nn
 
 from .presets import PRESETS, deepspeed_presets
+from .resume import find_adapter_states, has_adapter
 
 KNOWN_VERSIONS = ">=0.19.8,<0.20"
 """DeepSpeed's releases that the patch was tested on, as pip takes them."""
@@ -69,14 +74,20 @@ def patch_deepspeed() -> None:
 
     # What stands in the methods' places is made first: if a name is gone from DeepSpeed, nothing is patched.
     replace_block = _replace_experts_alone(AutoEP._replace_moe_layer_without_retarget)
-    parse = _spread_once(AutoEP.ep_parser)
-    configure = _without_optimizer(DeepSpeedEngine._configure_bf16_optimizer)
-    save = _with_frozen_experts(DeepSpeedEngine._save_moe_checkpoint)
+    parse = _parse_plain(AutoEP.ep_parser)
+    configure_bf16 = _without_trained_experts(DeepSpeedEngine._configure_bf16_optimizer)
+    configure_zero = _without_trained_experts(DeepSpeedEngine._configure_zero_optimizer)
+    save_experts = _with_frozen_experts(DeepSpeedEngine._save_moe_checkpoint)
+    save = _save_adapter(DeepSpeedEngine.save_checkpoint)
+    load = _load_adapter(DeepSpeedEngine.load_checkpoint)
     presets = deepspeed_presets()
     AutoEP._replace_moe_layer_without_retarget = replace_block
     AutoEP.ep_parser = parse
-    DeepSpeedEngine._configure_bf16_optimizer = configure
-    DeepSpeedEngine._save_moe_checkpoint = save
+    DeepSpeedEngine._configure_bf16_optimizer = configure_bf16
+    DeepSpeedEngine._configure_zero_optimizer = configure_zero
+    DeepSpeedEngine._save_moe_checkpoint = save_experts
+    DeepSpeedEngine.save_checkpoint = save
+    DeepSpeedEngine.load_checkpoint = load
     registry.PRESET_MODELS.update(presets)
 
 
@@ -91,43 +102,90 @@ def _replace_experts_alone(replace_block: Any) -> Any:
         if spec.model_family not in PRESETS.values():
             return replace_block(self, spec, ep_size, ep_rank, collect_sources)
         block = self.model.get_submodule(spec.moe_module_name)
-        experts = getattr(block, spec.experts_name)
+        outermost = getattr(block, spec.experts_name)
+        parent, name = innermost(block, spec.experts_name)
+        experts = getattr(parent, name)
         layer = ParallelExperts(experts, spec, ep_size, ep_rank)
         sources = ReplacementSourceMap()
         if collect_sources:  # tells an optimizer made beforehand which parameters took the place of which
             sources.discarded = {id(parameter) for parameter in experts.parameters()}
             of_weights = repack_expert_source_params(experts, spec, ep_rank, ep_size)
-            for name, parameters in zip(WEIGHTS, of_weights, strict=True):
-                sources.sources[id(getattr(layer.experts, name))] = list(parameters)
-        setattr(block, spec.experts_name, layer)
+            for weight, parameters in zip(WEIGHTS, of_weights, strict=True):
+                sources.sources[id(getattr(layer.experts, weight))] = list(parameters)
+        setattr(parent, name, layer)
+        if parent is not block:
+            from .adapters import spread_adapters
+
+            for factor in spread_adapters(outermost, ep_size, ep_rank):
+                layer.mark(factor)
         return layer, sources
 
     return replace_layer
 
 
-def _spread_once(parse: Any) -> Any:
+def innermost(block: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """What holds the experts themselves, and as what: the block, or the innermost of PEFT's wrappers around them."""
+    parent = block
+    while hasattr(child := getattr(parent, name), "base_layer"):
+        parent, name = child, "base_layer"
+    return parent, name
+
+
+def _parse_plain(parse: Any) -> Any:
     from .deepspeed_layer import parallel_experts
 
     @wraps(parse)
     def ep_parser(self: Any) -> list[Any]:
         # TRL makes an engine of the policy to precompute a reference, and another one to train it.
-        return [] if next(parallel_experts(self.model), None) else parse(self)
+        if next(parallel_experts(self.model), None):
+            return []
+        # The parser knows blocks by their names in a model without an adapter, and experts by their tensors.
+        adapted = self.model
+        if not has_adapter(adapted):
+            return parse(self)
+        plain = adapted.get_base_model()
+        prefix = next(name for name, module in adapted.named_modules() if module is plain)
+        self.model = plain
+        with _bare_experts(plain):
+            specs = parse(self)
+        self.model = adapted
+        return [replace(spec, moe_module_name=f"{prefix}.{spec.moe_module_name}") for spec in specs]
 
     return ep_parser
 
 
-def _without_optimizer(configure: Any) -> Any:
+@contextmanager
+def _bare_experts(model: nn.Module) -> Iterator[None]:
+    """Takes PEFT's wrappers from around the experts for a while."""
+    wrapped = [
+        (block, block.experts) for block in model.modules() if hasattr(getattr(block, "experts", None), "base_layer")
+    ]
+    for block, _ in wrapped:
+        parent, name = innermost(block, "experts")
+        block.experts = getattr(parent, name)
+    try:
+        yield
+    finally:
+        for block, outermost in wrapped:
+            block.experts = outermost
+
+
+def _without_trained_experts(configure: Any) -> Any:
     @wraps(configure)
-    def configure_bf16_optimizer(self: Any, optimizer: Any) -> Any:
-        # A bfloat16 engine that trains nothing, as a reference's, is asked for groups of experts all the same.
+    def configure_optimizer(self: Any, optimizer: Any) -> Any:
+        # An engine that has spread experts and trains none is asked for groups of experts all the same. With ZeRO-3
+        # it is not, and what it asks for decides where the experts' weights are.
         spread = self.has_moe_layers
-        self.has_moe_layers = spread and optimizer is not None
+        if self.zero_optimization_partition_weights():
+            return configure(self, optimizer)
+        groups = [] if optimizer is None else optimizer.param_groups
+        self.has_moe_layers = spread and any(group.get("moe", False) for group in groups)
         try:
             return configure(self, optimizer)
         finally:
             self.has_moe_layers = spread
 
-    return configure_bf16_optimizer
+    return configure_optimizer
 
 
 def _with_frozen_experts(save: Any) -> Any:
@@ -181,3 +239,40 @@ def _requiring_grad(parameters: Iterable[Any], required: bool) -> Iterator[None]
     finally:
         for parameter, was in before:
             parameter.requires_grad_(was)
+
+
+def _trains_adapter(engine: Any) -> bool:
+    """Whether an engine has spread experts and PEFT around its model."""
+    from .deepspeed_layer import parallel_experts
+
+    return has_adapter(engine.module) and next(parallel_experts(engine.module), None) is not None
+
+
+def _save_adapter(save: Any) -> Any:
+    @wraps(save)
+    def save_checkpoint(self: Any, save_dir: str, tag: str | None = None, **options: Any) -> Any:
+        if not _trains_adapter(self):
+            return save(self, save_dir, tag, **options)
+        from .adapter_states import save_states
+
+        tag = tag or f"global_step{self.global_steps}"
+        save_states(self, Path(save_dir) / tag)
+        return True
+
+    return save_checkpoint
+
+
+def _load_adapter(load: Any) -> Any:
+    @wraps(load)
+    def load_checkpoint(self: Any, load_dir: str, tag: str | None = None, **options: Any) -> Any:
+        if not _trains_adapter(self):
+            return load(self, load_dir, tag, **options)
+        from .adapter_states import load_states
+
+        folder = find_adapter_states(load_dir)
+        if folder is None:
+            return None, {}
+        load_states(self, folder)
+        return str(folder), {}
+
+    return load_checkpoint

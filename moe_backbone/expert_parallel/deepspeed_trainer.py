@@ -14,7 +14,17 @@ from transformers.trainer_utils import get_last_checkpoint
 from .deepspeed_config import require_expert_parallelism
 from .deepspeed_patch import patch_deepspeed
 from .gather import gather_pays
-from .resume import Layout, StateLast, check_layout, fit_checkpoint, restore_steps, restore_untrained, write_layout
+from .resume import (
+    Layout,
+    StateLast,
+    check_adapter_checkpoint,
+    check_layout,
+    fit_checkpoint,
+    has_adapter,
+    restore_steps,
+    restore_untrained,
+    write_layout,
+)
 
 EXCHANGES = ("auto", "gather", "all_to_all")
 """How rows reach spread experts. `auto` gathers where batches have one size and it moves no more bytes."""
@@ -58,6 +68,10 @@ class ExpertParallelMixin(StateLast):
         patch_deepspeed()  # before TRL's trainers make the engine of a reference, which they do in their `__init__`
         super().__init__(*args, **kwargs)
         trainer: Any = self
+        if has_adapter(trainer.model):
+            from .adapters import check_adapters
+
+            check_adapters(trainer.model)
         trainer.add_callback(_RequireExpertParallelism(trainer))
 
     @property
@@ -80,7 +94,9 @@ class ExpertParallelMixin(StateLast):
         trainer: Any = self
         if resume_from_checkpoint is True:
             resume_from_checkpoint = get_last_checkpoint(trainer.args.output_dir)
-        if resume_from_checkpoint:
+        if resume_from_checkpoint and has_adapter(trainer.model):
+            self.check_checkpoint(str(resume_from_checkpoint))
+        elif resume_from_checkpoint:
             config = trainer.accelerator.state.deepspeed_plugin.deepspeed_config
             frozen = self._has_frozen_experts()
             checkpoint = Path(str(resume_from_checkpoint))
@@ -92,7 +108,9 @@ class ExpertParallelMixin(StateLast):
         """Loads the best checkpoint in the format that it has: one of another layout is converted, if it was not."""
         trainer: Any = self
         best = trainer.state.best_model_checkpoint
-        universal = fit_checkpoint(best, self._layout(), {}, self._has_frozen_experts())
+        universal = False
+        if not has_adapter(trainer.model):  # whose states load into any layout as they are
+            universal = fit_checkpoint(best, self._layout(), {}, self._has_frozen_experts())
         # The engine was told at its start in which format the checkpoint was that it resumed.
         trainer.model_wrapped._config.load_universal_checkpoint = universal
         super()._load_best_model()  # pyright: ignore[reportAttributeAccessIssue]
@@ -101,11 +119,16 @@ class ExpertParallelMixin(StateLast):
 
     def check_checkpoint(self, checkpoint: str | Path) -> None:
         """Raises a `ValueError` where `train` could not resume a checkpoint with all that it holds."""
-        check_layout(checkpoint, self._layout(), self._has_frozen_experts())
+        trainer: Any = self
+        if has_adapter(trainer.model):
+            check_adapter_checkpoint(checkpoint)
+        else:
+            check_layout(checkpoint, self._layout(), self._has_frozen_experts())
 
     def _has_frozen_experts(self) -> bool:
+        """Whether DeepSpeed's checkpoints would have some; those of adapters hold no experts."""
         model = self.model  # pyright: ignore[reportAttributeAccessIssue]
-        return not all(parameter.requires_grad for parameter in _expert_parameters(model))
+        return not has_adapter(model) and not all(parameter.requires_grad for parameter in _expert_parameters(model))
 
     def _layout(self) -> Layout:
         accelerator = self.accelerator  # pyright: ignore[reportAttributeAccessIssue]
@@ -121,7 +144,12 @@ class ExpertParallelMixin(StateLast):
         if next(parallel_experts(model), None) is None:  # before training
             return super().save_model(output_dir, _internal_call)  # pyright: ignore[reportAttributeAccessIssue]
         folder = Path(output_dir or trainer.args.output_dir)
-        save_plain_model(model, folder)
+        if has_adapter(model):
+            from .adapter_states import save_plain_adapter
+
+            save_plain_adapter(model, folder)
+        else:
+            save_plain_model(model, folder)
         if trainer.args.should_save:
             if trainer.processing_class is not None:
                 trainer.processing_class.save_pretrained(folder)
@@ -159,7 +187,7 @@ def gather_tokens(model: nn.Module, capacity: int) -> None:
 
 def _expert_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
     for name, module in model.named_modules():
-        if name.endswith(".experts") and (hasattr(module, "gate_up_proj") or hasattr(module, "w1")):
+        if name.endswith(".experts") and any(hasattr(module, part) for part in ("gate_up_proj", "w1", "base_layer")):
             yield from module.parameters()
 
 

@@ -3,7 +3,8 @@
 transformers 5.23 refuses to save an optimizer's states of such models, and can't load weights into them either. It has
 the functions for the first, on torch's distributed checkpoints: each process writes its parts, and reads those that it
 needs, so that another `ep_size` or number of processes resumes too. The weights of a checkpoint stay plain, with all
-experts; `from_pretrained` spreads them once more, and each process copies its parts.
+experts; `from_pretrained` spreads them once more, and each process copies its parts. Where the model has an adapter, a
+checkpoint has that one and its states alone (`native_adapters`); the trainer chooses between the two by `has_adapter`.
 """
 
 from functools import cache
@@ -11,14 +12,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import TrainingArguments
 from transformers.distributed.checkpoint import load_optimizer_distributed, save_optimizer_distributed
-from transformers.trainer import SCHEDULER_NAME
+from transformers.trainer import SCHEDULER_NAME, TRAINING_ARGS_NAME, Trainer
 
-from .resume import OPTIMIZER_FOLDER, StateLast, has_native_states
+from .resume import (
+    OPTIMIZER_FOLDER,
+    Layout,
+    StateLast,
+    check_adapter_checkpoint,
+    has_adapter,
+    has_native_states,
+    write_layout,
+)
 
 
 @cache
@@ -27,13 +37,14 @@ def with_native_checkpoints(trainer_class: type) -> type:
 
     Args:
         trainer_class: transformers' Trainer or a subclass. Its model comes from `from_pretrained` with
-            [`moe_backbone.expert_parallel.native.native_expert_parallel_options`].
+            [`moe_backbone.expert_parallel.native.native_expert_parallel_options`]; PEFT's adapter may be around it, or
+            be put there by the trainer as it is made.
     """
     return type(trainer_class.__name__, (NativeExpertParallelMixin, trainer_class), {})
 
 
 class NativeExpertParallelMixin(StateLast):
-    """Saves the optimizer's states of a spread model, and loads them and the weights."""
+    """Saves the optimizer's states of a spread model or of an adapter on one, and loads them and the weights."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         # The constructor refuses to save anything but weights, and reads this option for nothing else.
@@ -46,19 +57,49 @@ class NativeExpertParallelMixin(StateLast):
         finally:
             for options, only in zip(given, wanted, strict=True):
                 options.save_only_model = only
+        model: Any = self.model  # pyright: ignore[reportAttributeAccessIssue]
+        if has_adapter(model):
+            from .native_adapters import spread_native_adapters
+
+            spread_native_adapters(model)
 
     def check_checkpoint(self, checkpoint: str | Path) -> None:
         """Raises a `ValueError` where `train` could not resume a checkpoint with all that it holds."""
-        if not has_native_states(checkpoint):
+        if has_adapter(self.model):  # pyright: ignore[reportAttributeAccessIssue]
+            check_adapter_checkpoint(checkpoint)
+        elif not has_native_states(checkpoint):
             raise ValueError(
                 f"`resume_from_checkpoint={checkpoint}` has no optimizer's states of experts that transformers spread "
                 f"(a folder `{OPTIMIZER_FOLDER}`). Run as the checkpoint was saved, or start from its weights: "
                 f"`model_name_or_path={checkpoint}` without `resume_from_checkpoint`."
             )
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Writes the model as the parent class does, or a plain PEFT adapter with the factors of all experts."""
+        trainer: Any = self
+        if not has_adapter(trainer.model):
+            return super().save_model(output_dir, _internal_call)  # pyright: ignore[reportAttributeAccessIssue]
+        from .native_adapters import save_native_adapter
+
+        folder = Path(output_dir or trainer.args.output_dir)
+        save_native_adapter(trainer.model, folder)
+        if trainer.args.should_save:
+            if trainer.processing_class is not None:
+                trainer.processing_class.save_pretrained(folder)
+            torch.save(trainer.args, folder / TRAINING_ARGS_NAME)
+            ep_size = trainer.model.get_base_model().config.distributed_config.ep_size
+            write_layout(folder, Layout(ep_size, trainer.args.world_size, 0))
+        dist.barrier()
+
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         trainer: Any = self
-        save_optimizer_distributed(trainer.model, _plain(trainer.optimizer), f"{output_dir}/{OPTIMIZER_FOLDER}")
+        optimizer = _plain(trainer.optimizer)
+        if has_adapter(trainer.model):
+            from .native_adapters import save_native_states
+
+            save_native_states(trainer.model, optimizer, f"{output_dir}/global_step{trainer.state.global_step}")
+        else:
+            save_optimizer_distributed(trainer.model, optimizer, f"{output_dir}/{OPTIMIZER_FOLDER}")
         if trainer.args.should_save:
             torch.save(trainer.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
@@ -67,16 +108,40 @@ class NativeExpertParallelMixin(StateLast):
         if checkpoint is None:
             return
         self.check_checkpoint(checkpoint)
-        load_optimizer_distributed(trainer.model, _plain(trainer.optimizer), f"{checkpoint}/{OPTIMIZER_FOLDER}")
+        if has_adapter(trainer.model):
+            _load_adapter(trainer, checkpoint)
+        else:
+            load_optimizer_distributed(trainer.model, _plain(trainer.optimizer), f"{checkpoint}/{OPTIMIZER_FOLDER}")
         schedule = torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True)
         trainer.lr_scheduler.load_state_dict(_of_groups(schedule, len(trainer.optimizer.param_groups)))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        load_spread_weights(model or self.model, resume_from_checkpoint)  # pyright: ignore[reportAttributeAccessIssue]
+        model = model or self.model  # pyright: ignore[reportAttributeAccessIssue]
+        if not has_adapter(model):  # whose values stand beside its optimizer's states, which are loaded later
+            load_spread_weights(model, resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         trainer: Any = self
-        load_spread_weights(trainer.model, trainer.state.best_model_checkpoint)
+        best = trainer.state.best_model_checkpoint
+        if has_adapter(trainer.model):
+            _load_adapter(trainer, best)
+        else:
+            load_spread_weights(trainer.model, best)
+
+
+# The Trainer's methods that the mixin has in their places: one that is gone from transformers ends in an error here.
+_REPLACED = (
+    Trainer._save_optimizer_and_scheduler,
+    Trainer._load_from_checkpoint,
+    Trainer._load_optimizer_and_scheduler,
+    Trainer._load_best_model,
+)
+
+
+def _load_adapter(trainer: Any, checkpoint: str) -> None:
+    from .native_adapters import load_native_states
+
+    load_native_states(trainer.model, _plain(trainer.optimizer), checkpoint)
 
 
 @torch.no_grad()

@@ -19,10 +19,13 @@ import torch.distributed as dist
 from safetensors import safe_open
 
 LAYOUT_FILE = "expert_parallel.json"
-"""In a checkpoint of experts that DeepSpeed spread."""
+"""In a checkpoint of experts that DeepSpeed spread, or of an adapter on spread experts."""
 
 OPTIMIZER_FOLDER = "optimizer"
 """In a checkpoint of experts that transformers spread: torch's distributed checkpoint of the optimizer's states."""
+
+ADAPTER_STATES_FILE = "adapter_states.safetensors"
+"""Float32 values and optimizer's states of a checkpoint's adapter, whatever spread the experts."""
 
 _LATEST, _LATEST_UNIVERSAL = "latest", "latest_universal"
 
@@ -43,6 +46,11 @@ class StateLast:
         dist.barrier()  # it is the last thing that a process other than the first writes
 
 
+def has_adapter(model: Any) -> bool:
+    """Whether PEFT is around a model, whose checkpoints are then those of its adapter."""
+    return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
+
+
 def write_layout(folder: Path, layout: Layout) -> None:
     """Writes a run's layout into a checkpoint's folder, beside the weights."""
     (folder / LAYOUT_FILE).write_text(json.dumps(layout._asdict()) + "\n", encoding="utf-8")
@@ -57,6 +65,22 @@ def read_layout(checkpoint: Path) -> Layout | None:
 def has_native_states(checkpoint: str | Path) -> bool:
     """Whether a checkpoint has the optimizer's states of experts that transformers spread."""
     return (Path(checkpoint) / OPTIMIZER_FOLDER / ".metadata").is_file()
+
+
+def find_adapter_states(checkpoint: str | Path) -> Path | None:
+    """The folder in a checkpoint of the Trainer's that has an adapter's states; None where there is none."""
+    found = sorted(Path(checkpoint).glob(f"global_step*/{ADAPTER_STATES_FILE}"))
+    return found[-1].parent if found else None
+
+
+def check_adapter_checkpoint(checkpoint: str | Path) -> None:
+    """Raises a `ValueError` where a run with an adapter could not resume a checkpoint; any layout will do."""
+    if find_adapter_states(checkpoint) is None:
+        raise ValueError(
+            f"`resume_from_checkpoint={checkpoint}` has no {ADAPTER_STATES_FILE}: it was not saved by a run with an "
+            "adapter and expert parallelism. Leave the options of the adapter as they were, or start from its weights "
+            "(`model_name_or_path`)."
+        )
 
 
 def check_layout(checkpoint: str | Path, layout: Layout, frozen: bool) -> bool:
@@ -75,6 +99,12 @@ def check_layout(checkpoint: str | Path, layout: Layout, frozen: bool) -> bool:
         raise ValueError(
             f"`resume_from_checkpoint={checkpoint}` has no {LAYOUT_FILE}: it was not saved by a run with expert "
             "parallelism. Start from its weights (`model_name_or_path`) in place of resuming it."
+        )
+    if find_adapter_states(checkpoint) is not None:
+        raise ValueError(
+            f"`resume_from_checkpoint={checkpoint}` has the states of an adapter, and this run trains the whole "
+            "model. Set the options of the adapter (`use_peft`, `lora_*`) as they were, or start from its weights "
+            "(`model_name_or_path`)."
         )
     if saved == layout:
         return False

@@ -35,6 +35,7 @@ from .models.loading import (
     load_reference,
     on_one_device,
     require_model,
+    require_no_dropout,
     require_same_vocabulary,
     with_model_options,
 )
@@ -97,6 +98,7 @@ def make_trainer(
     # What the options contradict each other in, before anything is loaded.
     origin = find_origin("model_name_or_path", require_model(model), model.model_revision)
     experts = read_request(data, args.model_init_kwargs)
+    require_no_dropout(model)
     trusted = args.trust_remote_code
     config = load_config(origin, trusted)
     reference: Any = None

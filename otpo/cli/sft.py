@@ -36,6 +36,7 @@ from .models.loading import (
     load_processor,
     on_one_device,
     require_model,
+    require_no_dropout,
     with_model_options,
 )
 from .options.run_options import RunArguments, make_grouped_parser
@@ -95,11 +96,7 @@ def make_trainer(data: SftArguments, args: SFTConfig, model: ModelConfig, mixtur
     # What the options contradict each other in, before anything is loaded.
     origin = find_origin("model_name_or_path", require_model(model), model.model_revision)
     experts = read_request(data, args.model_init_kwargs)
-    if model.use_peft and model.lora_target_parameters and model.lora_dropout:
-        raise ValueError(
-            f"`lora_dropout={model.lora_dropout}` with `lora_target_parameters`, for which PEFT has no dropout. Set "
-            "`lora_dropout` to 0."
-        )
+    require_no_dropout(model)
 
     # The rows, and the chat template that conversations among them need.
     set_seed(args.seed)  # what is drawn before the trainer is made must agree across processes

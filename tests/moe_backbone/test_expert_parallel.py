@@ -12,7 +12,7 @@ import pytest
 import torch
 from cli_helpers import arguments, launched, python, refusal
 from compass_helpers import TINY, compass_model
-from expert_parallel_helpers import ENVIRONMENT, assert_saved, by_step, result, start
+from expert_parallel_helpers import CLOSE, ENVIRONMENT, assert_saved, by_step, result, start
 from expert_parallel_worker import STEPS, losses, rows
 from expert_parallel_worker import arguments as training_arguments
 from transformers import (
@@ -41,7 +41,6 @@ from otpo.cli.running.command import find_checkpoint
 pytest.importorskip("deepspeed", reason="DeepSpeed is an extra")
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="DeepSpeed compiles its operator for the CPU")
 SIZES = {**TINY, "router_aux_loss_coef": 0.1}
-CLOSE = 1e-4
 
 
 @pytest.fixture(scope="module")
@@ -410,7 +409,11 @@ def options(**changes):
             {},
             "`expert_parallel_backend=megatron` is not known.*deepspeed,",
         ),
-        ({"use_peft": True}, {}, "adapters of spread experts are not covered"),
+        (
+            {"load_in_4bit": True},
+            {},
+            "`load_in_4bit=true`.*quantized weights can't be spread.*Leave `load_in_4bit` out",
+        ),
         ({}, {}, "needs several processes. Add `--num_processes N`, a multiple of 2"),
         ({}, {"WORLD_SIZE": "2", "ACCELERATE_USE_FSDP": "true"}, "with FSDP.*Use zero2, zero3 or ddp"),
         (

@@ -5,12 +5,13 @@ is greatest after the first step, so the first checkpoint is the best of a run t
 """
 
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 from cli_helpers import arguments, launched, python
 from compass_helpers import compass_model
-from expert_parallel_helpers import ENVIRONMENT, by_step, result, start
+from expert_parallel_helpers import ENVIRONMENT, FIRST, LAST, by_step, result, start
 from transformers import AutoModelForCausalLM
 
 from otpo.cli.running.checkpoints import find_checkpoint
@@ -22,9 +23,6 @@ pytestmark = [
 ]
 NATIVE = "moe_backbone.expert_parallel.native_trainer"  # which transformers before 5.21 has nothing for
 IDLE = r"layers\.2\..*experts"  # those of the MTP layer, which stands after the two others
-LAST = {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "save_total_limit": 2}
-LAST |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": False}
-FIRST = {**LAST, "greater_is_better": True}
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +131,7 @@ def test_checkpoints_of_other_runs_are_refused_by_transformers_own(tmp_path):
     trainer = pytest.importorskip(NATIVE).NativeExpertParallelMixin
     (tmp_path / "optimizer.pt").touch()
     with pytest.raises(ValueError, match=r"has no optimizer's states of experts that transformers spread.*Run as the"):
-        trainer.check_checkpoint(None, tmp_path)
+        trainer.check_checkpoint(SimpleNamespace(model=None), tmp_path)
 
 
 @pytest.mark.parametrize("backend", ["transformers", pytest.param("deepspeed", marks=pytest.mark.slow)])

@@ -13,8 +13,10 @@ from moe_backbone.expert_parallel.deepspeed_config import expert_parallel_config
 from moe_backbone.expert_parallel.deepspeed_trainer import with_expert_parallelism
 from moe_backbone.expert_parallel.resume import has_native_states, read_layout
 from moe_backbone.expert_parallel.sizes import check_expert_parallel
+from moe_backbone.memcpy_experts import NAME
 from moe_backbone.model.saved_code import with_saved_code
 from otpo.cli.models.compass import require_own_code
+from otpo.cli.models.loading import find_origin
 from otpo.cli.options.run_options import EXPERT_PARALLEL_BACKENDS, RunArguments
 from otpo.trl_seam import ConvertedWeights
 
@@ -41,10 +43,12 @@ def prepare(values: Mapping[str, Any], environ: MutableMapping[str, str]) -> lis
         raise ValueError(
             f"`expert_parallel_backend={backend}` is not known. Set one of: {', '.join(EXPERT_PARALLEL_BACKENDS)}."
         )
-    if values.get("use_peft"):
-        raise ValueError(
-            f"`use_peft` with `expert_parallel_size={size}`: adapters of spread experts are not covered. Remove one."
-        )
+    for option in ("load_in_4bit", "load_in_8bit"):
+        if values.get(option):
+            raise ValueError(
+                f"`{option}=true` with `expert_parallel_size={size}`: quantized weights can't be spread over "
+                f"processes. Leave `{option}` out, or set `expert_parallel_size` to 1."
+            )
     if "WORLD_SIZE" not in environ:
         raise ValueError(
             f"`expert_parallel_size={size}` needs several processes. Add `--num_processes N`, a multiple of {size}."
@@ -55,7 +59,7 @@ def prepare(values: Mapping[str, Any], environ: MutableMapping[str, str]) -> lis
         )
     # transformers spreads the experts while it loads the model, so its options need nothing here.
     if backend == "transformers":
-        _require_native()
+        _require_native(values)
         return []
 
     # DeepSpeed takes a configuration, which replaces the one that the launcher made.
@@ -113,7 +117,7 @@ def check_checkpoint(checkpoint: str, trainer: Any) -> None:
     if spread is not None:
         raise ValueError(
             f"`resume_from_checkpoint={checkpoint}` has the optimizer's states of experts spread over "
-            f"{spread.ep_size} process(es), which this run, whose experts DeepSpeed does not spread, can't load. Set "
+            f"{spread.ep_size} process(es), which this run, whose experts are not spread, can't load. Set "
             f"`expert_parallel_size` as it was or to another size above 1, or {start}"
         )
     by_deepspeed = (Path(checkpoint) / "latest").is_file()
@@ -159,7 +163,7 @@ def describe_native(options: RunArguments, model: Any) -> dict[str, str]:
     return {"parallel": require_native_expert_parallelism(model, options.expert_parallel_size)}
 
 
-def _require_native() -> None:
+def _require_native(values: Mapping[str, Any]) -> None:
     # The second one saves and loads the optimizer's states of a model that was spread as it was loaded.
     modules = ("transformers.distributed.expert_parallel", "transformers.distributed.checkpoint")
     if None in map(find_spec, modules):
@@ -167,11 +171,19 @@ def _require_native() -> None:
             "`expert_parallel_backend=transformers` needs transformers with `transformers.distributed.checkpoint`, as "
             "5.23 is. Install it, or set `expert_parallel_backend` to deepspeed."
         )
+    if values.get("lora_target_parameters") and values["experts_implementation"] not in ("auto", NAME):
+        raise ValueError(
+            f"`experts_implementation={values['experts_implementation']}` with `lora_target_parameters` and "
+            f"`expert_parallel_backend=transformers`: {NAME} alone adds adapters to spread experts. Set "
+            "`experts_implementation` to auto."
+        )
 
 
 def _model_type(values: Mapping[str, Any]) -> str:
     name = values["model_name_or_path"]
-    return "compass" if name is None else AutoConfig.from_pretrained(name).model_type
+    if name is None:
+        return "compass"
+    return AutoConfig.from_pretrained(find_origin("model_name_or_path", name).base).model_type
 
 
 def _deepspeed_options(value: Any, environ: Mapping[str, str]) -> dict[str, Any] | None:

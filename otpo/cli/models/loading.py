@@ -48,6 +48,15 @@ def require_model(model: ModelConfig) -> str:
     return name
 
 
+def require_no_dropout(model: ModelConfig) -> None:
+    """Raises a `ValueError` if an adapter of single tensors, such as those of experts, is to have dropout."""
+    if model.use_peft and model.lora_target_parameters and model.lora_dropout:
+        raise ValueError(
+            f"`lora_dropout={model.lora_dropout}` with `lora_target_parameters`, for which PEFT has no dropout. Set "
+            "`lora_dropout` to 0."
+        )
+
+
 def require_folder(option: str, name: str) -> None:
     """Raises a `ValueError` if an option's value is a file, or plainly a path where there is no folder."""
     if name.startswith(("/", ".", "~")) and not Path(name).exists():

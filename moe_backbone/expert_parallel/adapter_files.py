@@ -1,0 +1,76 @@
+"""The files from which a run with adapters and spread experts resumes, whatever spreads its experts.
+
+An adapter is small, so its optimizer's states are written whole: for each trained tensor its float32 values and the
+optimizer's means of gradients, under the tensor's name in the unspread model. They load into any number of processes,
+size of expert parallelism and engine. The model under the adapter is not written again.
+"""
+
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .resume import ADAPTER_STATES_FILE
+
+_REST_FILE = "adapter_run.bin"
+VALUE = "fp32"
+"""What a tensor's own values are called beside its states."""
+
+
+class SavedStates(NamedTuple):
+    """An adapter's states in a checkpoint.
+
+    Attributes:
+        tensors: The open file; `get_tensor(f"{name}.{key}")` reads one.
+        keys: Names of the states that each trained tensor has.
+        rest: What else was saved: steps that the optimizer has taken, and what the engine counts.
+    """
+
+    tensors: Any
+    keys: list[str]
+    rest: dict[str, Any]
+
+
+def write_states(folder: str | Path, states: Mapping[str, Tensor], rest: Mapping[str, Any]) -> None:
+    """Writes an adapter's states; one process calls it.
+
+    Args:
+        folder: `global_step*` in a checkpoint of the Trainer's.
+        states: Whole tensors by name and key.
+        rest: Numbers, strings and mappings of them.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save(dict(rest), folder / _REST_FILE)
+    unfinished = folder / f".{ADAPTER_STATES_FILE}"
+    save_file({name: value.contiguous() for name, value in states.items()}, unfinished, metadata={"format": "pt"})
+    os.replace(unfinished, folder / ADAPTER_STATES_FILE)  # a checkpoint that was killed while it was written has none
+
+
+def open_states(folder: str | Path, names: Iterable[str]) -> SavedStates:
+    """Opens what [`write_states`] wrote.
+
+    Args:
+        folder: As there.
+        names: The run's trained tensors.
+
+    Raises:
+        ValueError: The checkpoint's adapter has other tensors.
+    """
+    folder = Path(folder)
+    file = safe_open(folder / ADAPTER_STATES_FILE, "pt")
+    saved = set(file.keys())
+    keys = sorted({name.rpartition(".")[2] for name in saved} - {VALUE})
+    wanted = {f"{name}.{key}" for name in names for key in (VALUE, *keys)}
+    if saved != wanted:
+        raise ValueError(
+            f"`resume_from_checkpoint={folder.parent}` has an adapter of other tensors than this run's, such as "
+            f"{sorted(saved ^ wanted)[0].rpartition('.')[0]}. Set the options of the adapter (`lora_*`) as they "
+            "were, or start from its weights (`model_name_or_path`)."
+        )
+    return SavedStates(file, keys, torch.load(folder / _REST_FILE, weights_only=True))
