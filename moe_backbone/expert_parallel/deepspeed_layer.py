@@ -10,6 +10,7 @@ trip through the layer is that of `exchange`, or of `gather`.
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from deepspeed.checkpoint.autoep_affine import (
     autoep_experts_for_rank,
     autoep_placement_to_affine_map,
@@ -34,6 +35,10 @@ from .gather import Gathering, remember_group, run_gathered_experts
 
 WEIGHTS = ("w1", "w2", "w3")
 """DeepSpeed's names of gate `(e, F, D)`, down `(e, D, F)` and up projections `(e, F, D)`, in memory and on disk."""
+
+
+# Numbers of rows come to the host on the way, which no graph can have. So compiled layers are cut here in evaluation.
+_send_rows = torch.compiler.disable(run_spread_experts)
 
 
 class LocalExperts(nn.Module):
@@ -140,7 +145,7 @@ class ParallelExperts(AutoEPMoELayer):
         if self.training and self.gathering is not None:
             y_TD = run_gathered_experts(x_TD, top_k_index, top_k_weights, self.gathering, self.experts)
             return y_TD.to(hidden_states.dtype)
-        y_TD = run_spread_experts(x_TD, top_k_index, top_k_weights, experts, self._run_arrived)
+        y_TD = _send_rows(x_TD, top_k_index, top_k_weights, experts, self._run_arrived)
         return y_TD.to(hidden_states.dtype)
 
     def _run_arrived(self, x_ND: Tensor, arrived_We: Tensor) -> Tensor:
