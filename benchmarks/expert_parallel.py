@@ -66,8 +66,8 @@ from moe_backbone.planning.setup import TrainingSetup
 
 NOISE = 0.01
 TARGETS = (
-    *((SMALL, AUTOEP, 1.3), (SMALL, NATIVE, 1.5), (SMALL, BASE, 1.0), (SMALL, BASE_COMPILED, None)),
-    *((BLOCK, AUTOEP, None), (BLOCK, NATIVE, None), (BLOCK, BASE, 1.6), (BLOCK, BASE_COMPILED, None)),
+    *((SMALL, AUTOEP, 1.3), (SMALL, NATIVE, 1.5), (SMALL, BASE, 1.0), (SMALL, BASE_COMPILED, 1.0)),
+    *((BLOCK, AUTOEP, None), (BLOCK, NATIVE, None), (BLOCK, BASE, 1.6), (BLOCK, BASE_COMPILED, 1.6)),
 )
 """How much faster than whom ours is to be."""
 MEASURED = ("ms", "tokens_per_s", "peak_mib", "setup_peak_mib", "setup_s", "before_mib")

@@ -7,6 +7,7 @@ LLAMA_CPP is the folder of llama.cpp's sources, as in `vendor/llama.cpp` of llam
 Tiny random models are exported by `otpo export --format gguf` and read by llama.cpp on the CPU in float32. llama.cpp's
 converter knows tokenizers by a checksum of what they make of one text. The tokenizer of these models is made on the
 spot, so the script tells the converter that it is Qwen2's; tokens are handed over as numbers, and no text is compared.
+Each model is a row of `benchmarks/results/llama_cpp_answers_cpu.csv`.
 """
 
 import argparse
@@ -20,6 +21,7 @@ from helpers import make_tokenizer
 from llama_cpp import Llama, __version__  # pyright: ignore[reportMissingImports]
 from transformers import AutoModelForCausalLM
 
+from benchmarks import harness
 from otpo.cli.main import main as otpo
 
 MODELS = {
@@ -65,7 +67,9 @@ def compare(folder: Path, gguf: Path) -> tuple[float, float, int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("llama_cpp", metavar="LLAMA_CPP")
-    sources = Path(parser.parse_args().llama_cpp).resolve()
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/llama_cpp_answers_cpu.csv"))
+    args = parser.parse_args()
+    sources, rows = Path(args.llama_cpp).resolve(), []
     tokenizer = make_tokenizer()
     print(f"llama-cpp-python {__version__}, {PROMPTS} prompts of 7 to {1 + 6 * PROMPTS} tokens")
     with tempfile.TemporaryDirectory() as root:
@@ -80,10 +84,14 @@ def main() -> None:
             if otpo(["export", str(folder), str(gguf), *words]):
                 raise SystemExit(f"{name}: not exported")
             difference, spread, equal = compare(folder, gguf)
+            numbers = {"difference": f"{difference:.2g}", "spread": f"{spread:.2g}", "equal": equal}
+            rows.append({"model": name, **numbers, "tokens": PROMPTS * TOKENS, "llama-cpp-python": __version__})
             print(
                 f"{name}: logits differ by {difference:.2g} at most, their spread is {spread:.2g}; "
                 f"{equal} of {PROMPTS * TOKENS} greedy tokens are equal"
             )
+    machine = harness.describe_machine("transformers")
+    harness.write_rows(args.output, [row | machine for row in rows])
 
 
 if __name__ == "__main__":

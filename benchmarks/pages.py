@@ -63,6 +63,8 @@ def preference_steps() -> str:
             "" if trl["engine"] == "single" else {"ddp": ", DDP", "zero3": ", ZeRO-3"}[trl["engine"]]
         )
         training = "LoRA" if trl["adapter"] == "lora" else "every weight"
+        if trl["checkpointing"] == "no":
+            training += ", no checkpointing"
         speeds = [f"{float(row['ms']):,.0f} ms, {int(row['tokens_per_s']):,}/s" for row in (trl, ours)]
         times = f"{float(ours['speedup']):.2f}"
         rows.append(
@@ -168,6 +170,16 @@ def spread_experts() -> str:
     return table(("tokens/s", *contenders), rows)
 
 
+def gathered_experts() -> str:
+    """The same with layers that wait for nobody and are compiled."""
+    rows = []
+    found = {(row["contender"], row["case"]): row for row in read("expert_parallel_h200_x2.csv")}
+    for contender in dict.fromkeys(name for name, _ in found):
+        cells = [_tokens(found[contender, case]) for case in CASES if (contender, case) in found]
+        rows.append((contender, *cells))
+    return table(("tokens/s", *(CASES[case] for case in CASES if any(case == of for _, of in found))), rows)
+
+
 def _tokens(row: Row) -> str:
     return f"{int(row['tokens_per_s']):,}" if row["status"] == "ok" else row["status"]
 
@@ -193,6 +205,7 @@ def plans() -> str:
 def sentences() -> dict[str, str]:
     """Words of docs/performance.md that hold numbers, by what they are about."""
     rows = read("preference_step_h100.csv")
+    rows = [row for row in rows if row["checkpointing"] == "yes"]
     found = {(row["shape"], row["lengths"], row["adapter"], row["contender"]): row for row in rows}
     small = found["compass-small", "full", "full", "otpo-shared-prompt"]["speedup"]
     trl, ours = (found["qwen3-1.7b", "ragged", "full", name] for name in ("trl", "otpo-packed-compiled"))
@@ -234,6 +247,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "expert layers": expert_layers,
     "pretraining": pretraining,
     "spread experts": spread_experts,
+    "gathered experts": gathered_experts,
     "start-up": start_up,
     "plans": plans,
     "presets": presets,

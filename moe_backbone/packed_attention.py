@@ -68,7 +68,7 @@ def varlen_attention_forward(
         )
     if dropout:
         raise ValueError(
-            f"`attention_dropout={dropout}`: torch's attention by lengths has none. Set it to 0, or "
+            f"`attention_dropout={dropout}`: attention by lengths has none. Set it to 0, or "
             "`attn_implementation=sdpa`."
         )
     if len(query) != 1:

@@ -1,8 +1,9 @@
 """Flash attention by lengths, whichever kernels of it are the fastest here: FlashAttention-4's, or torch's own.
 
-torch brings FlashAttention-2. The package `flash-attn-4` has kernels for Hopper and later, which take half to two
-thirds of that time (one H100, heads of 64 and 128 numbers, documents of 600 tokens and rows of 4096); where it is
-installed, they run. Both give and take the logarithm of the softmax's mass, which tells parts of an attention apart.
+torch brings FlashAttention-2. The package `flash-attn-4` has kernels for Hopper, which take half to two thirds of that
+time (one H100, heads of 64 and 128 numbers, documents of 600 tokens and rows of 4096); where it is installed, they run
+for heads of such widths on GPUs of compute capability 9. Both give and take the logarithm of the softmax's mass, which
+tells parts of an attention apart.
 
 Shapes: N queries, M keys, H query heads, K key heads, D head dimension, S segments.
 """
@@ -23,7 +24,7 @@ FLASH_DTYPES = (torch.float16, torch.bfloat16)
 """What the kernels take."""
 
 OWN = "OTPO_FLASH_ATTENTION"
-"""A variable of the environment: `torch` leaves FlashAttention-4 alone where it is installed."""
+"""A variable of the environment: `torch` leaves FlashAttention-4 alone where it is installed, `auto` does not."""
 
 OLDEST = "4.0.0b36"
 """Of `flash-attn-4`, whose functions have other arguments and results before."""
@@ -87,9 +88,12 @@ def why_not_fourth(device: torch.device, head_dim: int) -> str | None:
     """
     if device.type != "cuda":
         return "there is no GPU"
-    if os.environ.get(OWN) == "torch":
+    asked = os.environ.get(OWN, "auto")
+    if asked == "torch":
         return f"{OWN}=torch"
-    if head_dim > 128 or head_dim % 8:
+    if asked != "auto":
+        raise ValueError(f"`{OWN}={asked}` is not known. Set it to torch or auto.")
+    if not 64 <= head_dim <= 128 or head_dim % 8:
         return f"heads of {head_dim} numbers were not tried with it"
     if torch.cuda.get_device_capability(device)[0] != 9:
         return "it was tried on GPUs of compute capability 9 alone"
@@ -114,16 +118,11 @@ def flash_forward(
     """
     ends_q, ends_k, longest_q, longest_k, causal, left = segments
     if why_not_fourth(query.device, query.size(-1)) is None:
-        output, log_mass, *_ = _fourth()._flash_attn_fwd(
-            query,
-            key,
-            value,
-            softmax_scale=scale,
-            return_lse=True,
-            max_seqlen_q=longest_q,
-            max_seqlen_k=longest_k,
-            **_of_fourth(segments),
-        )
+        lengths = {"max_seqlen_q": longest_q, "max_seqlen_k": longest_k, **_of_fourth(segments)}
+        with torch.cuda.device_of(query):
+            output, log_mass, *_ = _fourth()._flash_attn_fwd(
+                query, key, value, softmax_scale=scale, return_lse=True, **lengths
+            )
         return output, log_mass
     output, log_mass, *_ = _aten._flash_attention_forward(
         *(query, key, value, ends_q, ends_k, longest_q, longest_k, 0.0, causal, False),
@@ -158,14 +157,12 @@ def flash_backward(
     """
     ends_q, ends_k, longest_q, longest_k, causal, left = segments
     if why_not_fourth(query.device, query.size(-1)) is None:
-        grads = _fourth()._flash_attn_bwd(
-            *(query, key, value, output, grad, log_mass),
-            softmax_scale=scale,
-            max_seqlen_q=longest_q,
-            max_seqlen_k=longest_k,
-            deterministic=torch.are_deterministic_algorithms_enabled(),
-            **_of_fourth(segments),
-        )
+        lengths = {"max_seqlen_q": longest_q, "max_seqlen_k": longest_k, **_of_fourth(segments)}
+        exact = torch.are_deterministic_algorithms_enabled()
+        with torch.cuda.device_of(query):
+            grads = _fourth()._flash_attn_bwd(
+                query, key, value, output, grad, log_mass, softmax_scale=scale, deterministic=exact, **lengths
+            )
         return grads[0], grads[1], grads[2]
     unused = torch.zeros(2, dtype=torch.uint64, device=query.device), query.new_empty(0)  # of dropout
     grads = _aten._flash_attention_backward(
@@ -265,7 +262,7 @@ def _of_fourth(segments: Segments) -> dict[str, Any]:
         "cu_seqlens_k": segments.ends_k,
         "causal": segments.causal,
         "window_size_left": segments.left if windowed else None,
-        "window_size_right": 0 if windowed else None,
+        "window_size_right": 0 if windowed and segments.causal else None,
     }
 
 
@@ -294,7 +291,17 @@ def _broken() -> str | None:
     except Exception as error:  # whatever a package for another CUDA, driver or Python raises
         return f"flash-attn-4 {version} can't be imported: {type(error).__name__}: {error}"
     missing = [name for name in ("_flash_attn_fwd", "_flash_attn_bwd") if not hasattr(module, name)]
-    return f"flash-attn-4 {version} has no {' and no '.join(missing)}" if missing else None
+    if missing:
+        return f"flash-attn-4 {version} has no {' and no '.join(missing)}"
+    # Its kernels are compiled when they are called, which is when a driver or a CUDA that does not fit speaks up.
+    part = torch.zeros(1, 1, 64, dtype=torch.bfloat16, device="cuda")
+    ends = torch.tensor([0, 1], dtype=torch.int32, device="cuda")
+    one = _of_fourth(Segments(ends, ends, 1, 1))
+    try:
+        module._flash_attn_fwd(part, part, part, max_seqlen_q=1, max_seqlen_k=1, return_lse=True, **one)
+    except Exception as error:
+        return f"flash-attn-4 {version} does not run here: {type(error).__name__}: {error}"
+    return None
 
 
 @cache

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import torch
 from deepspeed.checkpoint.autoep_affine import (
     autoep_experts_for_rank,
     autoep_placement_to_affine_map,
@@ -40,6 +41,10 @@ GATE_UP, DOWN = "gate_up_proj", "down_proj"
 """transformers' names of gate and up projections `(E, 2F, D)` and of down projections `(E, D, F)`."""
 WEIGHTS = ("w1", "w2", "w3")
 """DeepSpeed's names of gate `(e, F, D)`, down `(e, D, F)` and up projections `(e, F, D)`, in memory and on disk."""
+
+
+# Numbers of rows come to the host on the way, which no graph can have. So compiled layers are cut here in evaluation.
+_send_rows = torch.compiler.disable(run_spread_experts)
 
 
 class LocalExperts(nn.Module):
@@ -172,7 +177,7 @@ class ParallelExperts(AutoEPMoELayer):
         def run_arrived(x_ND: Tensor, arrived_We: Tensor) -> Tensor:
             return run_by_expert(x_ND, arrived_We, run_sorted)
 
-        y_TD = run_spread_experts(x_TD, top_k_index, top_k_weights, experts, run_arrived)
+        y_TD = _send_rows(x_TD, top_k_index, top_k_weights, experts, run_arrived)
         return y_TD.to(hidden_states.dtype)
 
 

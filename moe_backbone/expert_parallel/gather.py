@@ -99,7 +99,7 @@ def run_gathered_experts(
         x_TD, weights_TK = (nn.functional.pad(part, missing) for part in (x_TD, weights_TK))
         index_TK = nn.functional.pad(index_TK, missing, value=processes * local)
 
-    x_SD, weights_SK, index_SK = (gather_rows(part, group, processes) for part in (x_TD, weights_TK, index_TK))
+    x_SD, weights_SK, index_SK = _gather_tokens(x_TD, weights_TK, index_TK, group, processes)
 
     # Slots of other processes' experts go nowhere here, so each slot is computed once.
     index_SK = index_SK - rank * local
@@ -109,22 +109,8 @@ def run_gathered_experts(
     return scatter_rows(unpermute(rows, routing, weights_SK), group, processes)[:tokens]
 
 
-def gather_rows(rows: Tensor, group: str, processes: int) -> Tensor:
-    """The rows of all processes of a group, in their order; its gradient is [`scatter_rows`].
-
-    Args:
-        rows: `(C, ...)`, C the same everywhere.
-        group: Name of the process group.
-        processes: W.
-
-    Returns:
-        `(W * C, ...)`.
-    """
-    return _gather_rows(rows, group, processes)
-
-
 def scatter_rows(rows: Tensor, group: str, processes: int) -> Tensor:
-    """Of the sum over a group's processes the rows of this one; its gradient is [`gather_rows`].
+    """Of the sum over a group's processes the rows of this one; its gradient gathers.
 
     Args:
         rows: `(W * C, ...)`.
@@ -137,14 +123,49 @@ def scatter_rows(rows: Tensor, group: str, processes: int) -> Tensor:
     return _scatter_rows(rows, group, processes)
 
 
-# Operators, so that a compiled graph takes them as they are.
+# Operators, so that a compiled graph takes them as they are. All that is gathered is one operator's, since processes
+# must call collectives in one order, and each compiles a graph of its own.
+
+
+def _all_of(rows: Tensor, group: str, processes: int) -> Tensor:
+    gathered = rows.new_empty(processes * rows.size(0), *rows.shape[1:])
+    _gather(gathered, rows.contiguous(), group=_GROUPS[group])
+    return gathered
+
+
+def _mine_of(rows: Tensor, group: str, processes: int) -> Tensor:
+    mine = rows.new_empty(rows.size(0) // processes, *rows.shape[1:])
+    _scatter(mine, rows.contiguous(), group=_GROUPS[group])
+    return mine
+
+
+@torch.library.custom_op("otpo::gather_tokens", mutates_args=())
+def _gather_tokens(
+    x: Tensor, weights: Tensor, index: Tensor, group: str, processes: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _all_of(x, group, processes), _all_of(weights, group, processes), _all_of(index, group, processes)
+
+
+@_gather_tokens.register_fake
+def _(x: Tensor, weights: Tensor, index: Tensor, group: str, processes: int) -> tuple[Tensor, Tensor, Tensor]:
+    sizes = [(processes * part.size(0), *part.shape[1:]) for part in (x, weights, index)]
+    return x.new_empty(sizes[0]), weights.new_empty(sizes[1]), index.new_empty(sizes[2])
+
+
+@torch.library.custom_op("otpo::scatter_gradients", mutates_args=())
+def _scatter_gradients(x: Tensor, weights: Tensor, group: str, processes: int) -> tuple[Tensor, Tensor]:
+    return _mine_of(x, group, processes), _mine_of(weights, group, processes)
+
+
+@_scatter_gradients.register_fake
+def _(x: Tensor, weights: Tensor, group: str, processes: int) -> tuple[Tensor, Tensor]:
+    sizes = [(part.size(0) // processes, *part.shape[1:]) for part in (x, weights)]
+    return x.new_empty(sizes[0]), weights.new_empty(sizes[1])
 
 
 @torch.library.custom_op("otpo::gather_rows", mutates_args=())
 def _gather_rows(rows: Tensor, group: str, processes: int) -> Tensor:
-    gathered = rows.new_empty(processes * rows.size(0), *rows.shape[1:])
-    _gather(gathered, rows.contiguous(), group=_GROUPS[group])
-    return gathered
+    return _all_of(rows, group, processes)
 
 
 @_gather_rows.register_fake
@@ -154,9 +175,7 @@ def _(rows: Tensor, group: str, processes: int) -> Tensor:
 
 @torch.library.custom_op("otpo::scatter_rows", mutates_args=())
 def _scatter_rows(rows: Tensor, group: str, processes: int) -> Tensor:
-    mine = rows.new_empty(rows.size(0) // processes, *rows.shape[1:])
-    _scatter(mine, rows.contiguous(), group=_GROUPS[group])
-    return mine
+    return _mine_of(rows, group, processes)
 
 
 @_scatter_rows.register_fake
@@ -164,13 +183,17 @@ def _(rows: Tensor, group: str, processes: int) -> Tensor:
     return rows.new_empty(rows.size(0) // processes, *rows.shape[1:])
 
 
-def _keep_group(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, *ctx.group = inputs
+def _keep_group(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    *_, ctx.group, ctx.processes = inputs
 
 
-_gather_rows.register_autograd(
-    lambda ctx, grad: (_scatter_rows(grad, *ctx.group), None, None), setup_context=_keep_group
-)
-_scatter_rows.register_autograd(
-    lambda ctx, grad: (_gather_rows(grad, *ctx.group), None, None), setup_context=_keep_group
-)
+def _gradients_of_tokens(ctx: Any, x: Tensor, weights: Tensor, _index: Any) -> tuple[Tensor | None, ...]:
+    return *_scatter_gradients(x, weights, ctx.group, ctx.processes), None, None, None
+
+
+def _gradients_of_rows(ctx: Any, rows: Tensor) -> tuple[Tensor | None, ...]:
+    return _gather_rows(rows, ctx.group, ctx.processes), None, None
+
+
+_gather_tokens.register_autograd(_gradients_of_tokens, setup_context=_keep_group)
+_scatter_rows.register_autograd(_gradients_of_rows, setup_context=_keep_group)

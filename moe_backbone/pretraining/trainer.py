@@ -173,7 +173,9 @@ class PretrainingTrainer(Trainer):
     @property
     def tokens_in_batch(self) -> int:
         """The most tokens of a micro-batch of training, in any process."""
-        return self.args.per_device_train_batch_size * self.args.sequence_length
+        rows = self._train_batch_size  # which a search for the largest batch changes, and not the option
+        processes = self.accelerator.num_processes if self.accelerator.split_batches else 1
+        return rows // processes * self.args.sequence_length
 
     def is_cut(self, dataset: Any) -> bool:
         """Whether one process reads a dataset for all and cuts what it read into equal parts, as accelerate does.

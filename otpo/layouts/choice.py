@@ -1,6 +1,6 @@
 """Which layout of rows a run takes: the fastest that model, attention and options allow, and why not more.
 
-Three ways tell rows without padding apart. By lengths, in torch's flash kernels: for what is shared too, in half
+Three ways tell rows without padding apart. By lengths, in flash kernels: for what is shared too, in half
 precision on a GPU. By lengths in transformers' flash attention, where a model was loaded with it: nothing is shared.
 By a mask over all tokens, for any attention that takes one: its cost grows with the square of the batch's tokens, so
 it is taken only where it is asked for.

@@ -82,6 +82,14 @@ def test_what_is_said_of_spread_experts_was_measured():
         assert all(f"{ratio} times" in page for ratio in said)
 
 
+def test_what_is_said_of_llama_cpp_was_measured():
+    rows = read_rows(RESULTS / "llama_cpp_answers_cpu.csv")
+    page = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+    assert f"logits within {max(float(row['difference']) for row in rows)} of" in page
+    assert f"(spread {min(float(row['spread']) for row in rows)} or more)" in page
+    assert f"{sum(int(row['equal']) for row in rows)} of {sum(int(row['tokens']) for row in rows)} greedy" in page
+
+
 def test_what_is_said_of_the_cost_of_weightings_was_measured():
     page = (RESULTS.parent / "README.md").read_text()
     timed = [row for row in read_rows(RESULTS / "weighting_cost_h200.csv") if row["status"] == "ok"]

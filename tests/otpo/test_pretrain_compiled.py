@@ -13,12 +13,16 @@ from otpo.cli.pretraining.compiling import compile_for_run
 
 def run_of(engine: DistributedType = DistributedType.NO, **changes: Any) -> Any:
     """What of a trainer is read before a run, around a tiny model whose experts are grouped."""
+    stage = changes.pop("stage", 3)
     model = CompassForCausalLM(preset("compass-tiny", vocab_size=64, num_mtp_layers=1))
     model.set_experts_implementation(changes.pop("experts", "grouped_mm"))
     return SimpleNamespace(
         model=model,
         args=SimpleNamespace(**{"torch_compile": False, "device": torch.device("cpu"), **changes}),
-        accelerator=SimpleNamespace(distributed_type=engine),
+        accelerator=SimpleNamespace(
+            distributed_type=engine,
+            state=SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=stage)),
+        ),
     )
 
 
@@ -38,6 +42,7 @@ def is_compiled(trainer: Any) -> bool:
         (None, {"device": torch.device("cuda")}, "each layer"),
         (True, {"engine": DistributedType.FSDP}, "FSDP gathers parameters while a layer runs"),
         (True, {"engine": DistributedType.DEEPSPEED}, "DEEPSPEED gathers parameters"),
+        (True, {"engine": DistributedType.DEEPSPEED, "stage": 2}, "each layer"),
         (True, {"experts": "eager"}, "set grouped_mm or memcpy"),
         (True, {"torch_compile": True}, "the whole model, as `torch_compile` says"),
     ],

@@ -70,8 +70,8 @@ class RunArguments:
         metadata={
             "help": "How rows reach experts that DeepSpeed spreads, in training: all_to_all sends each row to its "
             "expert, and waits for the device in each layer; gather gives every process all tokens, without a wait, "
-            "and needs batches of one size, as those of pretrain. auto gathers in pretrain where no more processes "
-            "share the experts than a token has, else all_to_all.",
+            "and needs batches of one size, as those of pretrain, and more memory for the experts' rows. auto "
+            "gathers in pretrain where no more processes share the experts than a token has, else all_to_all.",
             "choices": list(EXPERT_EXCHANGES),
         },
     )

@@ -227,6 +227,12 @@ def _prepare(
             "`save_code=true` with `use_peft`: an adapter is saved without its model, and so without code. Leave "
             "`save_code` out, and save the model with it."
         )
+    spreads = values["expert_parallel_size"] != 1 and values["expert_parallel_backend"] == "deepspeed"
+    if values["expert_exchange"] != "auto" and not spreads:
+        raise ValueError(
+            f"`expert_exchange={values['expert_exchange']}` is of experts that DeepSpeed spreads, and nothing spreads "
+            "them so. Set `expert_parallel_size`, or leave it out."
+        )
     engines = requested_engines(values["deepspeed"], values["fsdp"], os.environ)
     if values["expert_parallel_size"] != 1:
         from otpo.cli.launching.expert_parallel import prepare
