@@ -44,7 +44,7 @@ WEIGHTS = ("w1", "w2", "w3")
 
 
 # Numbers of rows come to the host on the way, which no graph can have. So compiled layers are cut here in evaluation.
-_send_rows = torch.compiler.disable(run_spread_experts)
+_send_rows: Any = torch.compiler.disable(run_spread_experts)
 
 
 class LocalExperts(nn.Module):
