@@ -10,10 +10,11 @@ import pytest
 import torch
 from transformers import Trainer
 
-from moe_backbone.expert_parallel.deepspeed_trainer import ExpertParallelMixin, with_expert_parallelism
+from moe_backbone.expert_parallel.deepspeed_trainer import EXCHANGES, ExpertParallelMixin, with_expert_parallelism
 from moe_backbone.expert_parallel.gather import Gathering, gather_pays, run_gathered_experts
 from moe_backbone.pretraining.trainer import PretrainingTrainer
 from otpo.cli import pretrain
+from otpo.cli.options.run_options import EXPERT_EXCHANGES
 
 
 def test_a_batch_that_is_larger_than_what_is_reserved():
@@ -93,3 +94,7 @@ def test_a_command_trains_and_evaluates_the_same(tokenizer, tmp_path):
         found[exchange] = [float(loss) for loss in re.findall(r"'(?:eval_)?loss': '?([\d.]+)", done.stdout)]
     assert len(found["gather"]) == 4
     assert found["gather"] == pytest.approx(found["all_to_all"], rel=2e-4)
+
+
+def test_the_command_offers_what_there_is():
+    assert EXPERT_EXCHANGES == EXCHANGES
