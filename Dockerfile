@@ -29,7 +29,7 @@ ENTRYPOINT ["otpo"]
 CMD ["--help"]
 
 FROM base AS cuda
-# `--build-arg EXTRAS=deepspeed,triton` adds ZeRO. What DeepSpeed compiles of its own, such as its fused and offloaded
+# `--build-arg EXTRAS=eval,plots,triton,wandb,deepspeed` adds ZeRO. What DeepSpeed compiles of its own, such as its fused and offloaded
 # optimizers, needs CUDA's compiler, which this image does not have; the bundled configurations use torch's optimizers.
 ARG EXTRAS=eval,plots,triton,wandb
 # PyPI's torch brings CUDA's libraries, the machine brings the driver (nvidia-container-toolkit).

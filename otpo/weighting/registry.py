@@ -94,7 +94,9 @@ WEIGHTINGS: dict[str, WeightingKind] = {
         bundle=TransportOptions.of,
     ),
     "uniform": WeightingKind(
-        "otpo.weighting.methods:uniform", help="1, which is DPO, to the last bit", source="arXiv 2305.18290"
+        "otpo.weighting.methods:uniform",
+        help="1, which is DPO, with padded rows to the last bit",
+        source="arXiv 2305.18290",
     ),
     "budget": WeightingKind(
         "otpo.weighting.methods:budget",

@@ -62,7 +62,7 @@ class RunArguments:
         default="deepspeed",
         metadata={
             "help": "What spreads the experts: deepspeed (ZeRO-1, 2 or 3 beside it) or transformers (FSDP2 beside it, "
-            "transformers 5.21 or later)."
+            "transformers 5.23 or later)."
         },
     )
     expert_exchange: str = field(
