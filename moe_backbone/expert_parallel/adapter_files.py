@@ -22,6 +22,35 @@ VALUE = "fp32"
 """What a tensor's own values are called beside its states."""
 
 
+_BY_NUMBER = ("adamw_torch", "adamw_torch_fused", "sgd")
+
+
+def check_optimizer(optim: Any) -> None:
+    """Raises a `ValueError` for an optimizer whose states do not have a number for each number of a tensor.
+
+    Args:
+        optim: The training option of that name.
+    """
+    name = getattr(optim, "value", optim)
+    if name not in _BY_NUMBER:
+        raise ValueError(
+            f"`optim={name}` with an adapter and spread experts: its states could not be resumed. Set one of: "
+            f"{', '.join(_BY_NUMBER)}."
+        )
+
+
+def count_of_steps(optimizer: Any, steps: int, parameter: Tensor) -> Tensor:
+    """An optimizer's own count, where it keeps it: beside the parameter if its step is fused, else on the CPU.
+
+    Args:
+        optimizer: torch's.
+        steps: That it has taken.
+        parameter: One of its parameters.
+    """
+    beside = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
+    return torch.tensor(float(steps), device=parameter.device if beside else "cpu")
+
+
 class SavedStates(NamedTuple):
     """An adapter's states in a checkpoint.
 
@@ -46,6 +75,7 @@ def write_states(folder: str | Path, states: Mapping[str, Tensor], rest: Mapping
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / ADAPTER_STATES_FILE).unlink(missing_ok=True)  # of a run before, whose states are not of this step
     torch.save(dict(rest), folder / _REST_FILE)
     unfinished = folder / f".{ADAPTER_STATES_FILE}"
     save_file({name: value.contiguous() for name, value in states.items()}, unfinished, metadata={"format": "pt"})

@@ -18,7 +18,7 @@ from deepspeed.utils import (
 )
 from torch import Tensor, nn
 
-from .adapter_files import VALUE, open_states, write_states
+from .adapter_files import VALUE, count_of_steps, open_states, write_states
 from .adapters import FactorA, FactorB
 from .deepspeed_layer import ParallelExperts, parallel_experts
 
@@ -176,7 +176,7 @@ def _make_states(optimizer: Any, keys: list[str], steps: int) -> None:
     """Gives an optimizer that has not stepped the states that it has after its first step, of zeros."""
     for flat in _flat(optimizer):
         state = optimizer.optimizer.state[flat]
-        state["step"] = torch.tensor(float(steps))
+        state["step"] = count_of_steps(optimizer.optimizer, steps, flat)
         for key in keys:
             state[key] = torch.zeros_like(flat)
     _link_states(optimizer)

@@ -146,9 +146,11 @@ def _parse_plain(parse: Any) -> Any:
         plain = adapted.get_base_model()
         prefix = next(name for name, module in adapted.named_modules() if module is plain)
         self.model = plain
-        with _bare_experts(plain):
-            specs = parse(self)
-        self.model = adapted
+        try:
+            with _bare_experts(plain):
+                specs = parse(self)
+        finally:
+            self.model = adapted
         return [replace(spec, moe_module_name=f"{prefix}.{spec.moe_module_name}") for spec in specs]
 
     return ep_parser

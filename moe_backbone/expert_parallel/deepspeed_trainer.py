@@ -11,6 +11,7 @@ from transformers import TrainerCallback
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
+from .adapter_files import check_optimizer
 from .deepspeed_config import require_expert_parallelism
 from .deepspeed_patch import patch_deepspeed
 from .gather import gather_pays
@@ -72,6 +73,7 @@ class ExpertParallelMixin(StateLast):
             from .adapters import check_adapters
 
             check_adapters(trainer.model)
+            check_optimizer(trainer.args.optim)
         trainer.add_callback(_RequireExpertParallelism(trainer))
 
     @property
@@ -94,6 +96,11 @@ class ExpertParallelMixin(StateLast):
         trainer: Any = self
         if resume_from_checkpoint is True:
             resume_from_checkpoint = get_last_checkpoint(trainer.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise ValueError(
+                    f"`resume_from_checkpoint=True`: `output_dir={trainer.args.output_dir}` has no checkpoint. Name "
+                    "one, or leave the option out."
+                )
         if resume_from_checkpoint and has_adapter(trainer.model):
             self.check_checkpoint(str(resume_from_checkpoint))
         elif resume_from_checkpoint:

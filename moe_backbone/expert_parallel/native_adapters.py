@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from moe_backbone.memcpy_experts import ADAPTERS, NAME
 
-from .adapter_files import VALUE, open_states, write_states
+from .adapter_files import VALUE, count_of_steps, open_states, write_states
 from .adapters import FactorA, FactorB, SpreadAdapter, check_adapters, wrappers_around
 from .resume import check_adapter_checkpoint, find_adapter_states
 
@@ -197,7 +197,7 @@ def load_native_states(model: Any, optimizer: Any, checkpoint: str | Path) -> No
     saved = open_states(folder, [name for name, *_ in trained])
     for name, parameter, factor in trained:
         state = optimizer.state[parameter]
-        state["step"] = torch.tensor(float(saved.rest["steps"]))
+        state["step"] = count_of_steps(optimizer, saved.rest["steps"], parameter)
         for key in saved.keys:
             state[key] = _like(parameter, saved.tensors.get_tensor(f"{name}.{key}"), factor)
         parameter.copy_(_like(parameter, saved.tensors.get_tensor(f"{name}.{VALUE}"), factor))

@@ -20,6 +20,7 @@ from transformers import TrainingArguments
 from transformers.distributed.checkpoint import load_optimizer_distributed, save_optimizer_distributed
 from transformers.trainer import SCHEDULER_NAME, TRAINING_ARGS_NAME, Trainer
 
+from .adapter_files import check_optimizer
 from .resume import (
     OPTIMIZER_FOLDER,
     Layout,
@@ -57,11 +58,20 @@ class NativeExpertParallelMixin(StateLast):
         finally:
             for options, only in zip(given, wanted, strict=True):
                 options.save_only_model = only
-        model: Any = self.model  # pyright: ignore[reportAttributeAccessIssue]
+        trainer: Any = self
+        if wanted:  # some trainers make options of their own from those that they were given
+            trainer.args.save_only_model = wanted[0]
+        model: Any = trainer.model
         if has_adapter(model):
             from .native_adapters import spread_native_adapters
 
             spread_native_adapters(model)
+            check_optimizer(trainer.args.optim)
+            if trainer.args.save_only_model and trainer.args.load_best_model_at_end:
+                raise ValueError(
+                    "`load_best_model_at_end` with `save_only_model`: an adapter on spread experts is loaded from its "
+                    "optimizer's states. Leave one of them out."
+                )
 
     def check_checkpoint(self, checkpoint: str | Path) -> None:
         """Raises a `ValueError` where `train` could not resume a checkpoint with all that it holds."""

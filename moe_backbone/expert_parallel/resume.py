@@ -69,8 +69,8 @@ def has_native_states(checkpoint: str | Path) -> bool:
 
 def find_adapter_states(checkpoint: str | Path) -> Path | None:
     """The folder in a checkpoint of the Trainer's that has an adapter's states; None where there is none."""
-    found = sorted(Path(checkpoint).glob(f"global_step*/{ADAPTER_STATES_FILE}"))
-    return found[-1].parent if found else None
+    found = [path.parent for path in Path(checkpoint).glob(f"global_step*/{ADAPTER_STATES_FILE}")]
+    return max(found, key=lambda folder: int(folder.name.removeprefix("global_step")), default=None)
 
 
 def check_adapter_checkpoint(checkpoint: str | Path) -> None:

@@ -53,6 +53,13 @@ def prepare(values: Mapping[str, Any], environ: MutableMapping[str, str]) -> lis
         raise ValueError(
             f"`expert_parallel_size={size}` needs several processes. Add `--num_processes N`, a multiple of {size}."
         )
+    if backend == "transformers":
+        named = requested_engines(values.get("deepspeed"), values.get("fsdp"), environ)
+        if named:
+            raise ValueError(
+                f"`expert_parallel_backend=transformers` beside {' and '.join(named.values())}: transformers sets up "
+                "FSDP2 itself. Leave that out, or set `expert_parallel_backend` to deepspeed."
+            )
     if "FSDP" in requested_engines(environ=environ):
         raise ValueError(
             f"`expert_parallel_size={size}` with FSDP of the accelerate configuration. Use zero2, zero3 or ddp."
@@ -89,7 +96,13 @@ def trainer_class(plain: type, options: RunArguments, config: Any) -> Any:
     if not issubclass(plain, ConvertedWeights):
         of_class = type(plain.__name__, (ConvertedWeights, plain), {})
     if size != 1:
-        experts = getattr(config, "num_experts", None) or config.num_local_experts
+        text = config.get_text_config()
+        experts = getattr(text, "num_experts", None) or getattr(text, "num_local_experts", None)
+        if experts is None:
+            raise ValueError(
+                f"`expert_parallel_size={size}`: a model of type {config.model_type} has no experts to spread. Leave "
+                "the option out."
+            )
         check_expert_parallel(size, experts, int(os.environ["WORLD_SIZE"]))
         if options.expert_parallel_backend == "deepspeed":
             of_class = with_expert_parallelism(of_class, size, options.expert_exchange)

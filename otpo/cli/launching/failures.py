@@ -114,9 +114,11 @@ def outcome(failures: list[Failure], code: int, failed: int | None) -> tuple[str
         code: Exit code of the process that the launcher took for the first one to fail, below 0 for a signal.
         failed: Its rank; None where there is one process.
     """
+    # The signals of whoever ended the processes; torch's watchdog aborts those that wait for one that has failed.
     told = (-signal.SIGINT, -signal.SIGTERM)
+    waited = code == -signal.SIGABRT and failures
     own = [failure for failure in failures if failure.rank == (failed or 0)]
-    if code < 0 and code not in told and not own:  # what others noted came of it
+    if code < 0 and code not in told and not own and not waited:  # what others noted came of it
         cause = ", as the system does where memory runs out" if -code == signal.SIGKILL else ""
         return f"the process{_of(failed)} was ended by {signal.Signals(-code).name}{cause}", code
     if failures:  # the launcher may have ended their processes before they did so themselves
