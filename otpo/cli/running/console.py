@@ -13,7 +13,7 @@ from typing import Any
 from datasets import disable_progress_bars
 from rich.console import Console
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
-from transformers.utils.logging import disable_progress_bar
+from transformers.utils import logging as transformers_logging
 
 SHOWN = (
     ("loss", "loss", ".4f"),
@@ -126,7 +126,7 @@ def be_quiet() -> None:
     """Leaves out what is no news: deprecated names that TRL still calls, bars of weights that are read and written."""
     for message in _QUIET:
         warnings.filterwarnings("ignore", message=message, category=FutureWarning)
-    disable_progress_bar()
+    transformers_logging.disable_progress_bar()
     logger = logging.getLogger("DeepSpeed")
     if _is_news not in logger.filters:
         logger.addFilter(_is_news)
