@@ -8,8 +8,8 @@ tells parts of an attention apart.
 Shapes: N queries, M keys, H query heads, K key heads, D head dimension, S segments.
 """
 
+import importlib
 import importlib.metadata
-import importlib.util
 import math
 import os
 import warnings
@@ -116,7 +116,7 @@ def flash_forward(
         The output `[N, H, D]`, and the logarithm of the softmax's mass `[H, N]` in float32: -inf, and an output of
         zeros, for a query that sees no key.
     """
-    ends_q, ends_k, longest_q, longest_k, causal, left = segments
+    ends_q, ends_k, longest_q, longest_k, causal, _ = segments
     if why_not_fourth(query.device, query.size(-1)) is None:
         lengths = {"max_seqlen_q": longest_q, "max_seqlen_k": longest_k, **_of_fourth(segments)}
         with torch.cuda.device_of(query):
@@ -127,8 +127,7 @@ def flash_forward(
     output, log_mass, *_ = _aten._flash_attention_forward(
         *(query, key, value, ends_q, ends_k, longest_q, longest_k, 0.0, causal, False),
         scale=scale,
-        window_size_left=left,
-        window_size_right=0 if causal else -1,
+        **_window(segments),
     )
     return output, log_mass.masked_fill(log_mass == math.inf, -math.inf)  # torch's word for no mass is +inf
 
@@ -155,7 +154,7 @@ def flash_backward(
         segments: Who sees whom.
         scale: See there.
     """
-    ends_q, ends_k, longest_q, longest_k, causal, left = segments
+    ends_q, ends_k, longest_q, longest_k, causal, _ = segments
     if why_not_fourth(query.device, query.size(-1)) is None:
         lengths = {"max_seqlen_q": longest_q, "max_seqlen_k": longest_k, **_of_fourth(segments)}
         exact = torch.are_deterministic_algorithms_enabled()
@@ -168,10 +167,14 @@ def flash_backward(
     grads = _aten._flash_attention_backward(
         *(grad, query, key, value, output, log_mass, ends_q, ends_k, longest_q, longest_k, 0.0, causal, *unused),
         scale=scale,
-        window_size_left=left,
-        window_size_right=0 if causal else -1,
+        **_window(segments),
     )
     return grads[0], grads[1], grads[2]
+
+
+def _window(segments: Segments) -> dict[str, int]:
+    """Which keys a query sees, as torch's kernels are told; without a mask they are told nothing."""
+    return {"window_size_left": segments.left, "window_size_right": 0} if segments.causal else {}
 
 
 def attend_within(

@@ -49,8 +49,8 @@ class LowRank(NamedTuple):
         return (self.up(self.down(x_NI, ends_e), ends_e) * self.scaling).to(x_NI.dtype)
 
 
-class FactorA(nn.Module):
-    """Factor A of the experts of this process, `weight` `(e * r, I)`; a module so that ZeRO-3 fetches it as it runs.
+class _Factor(nn.Module):
+    """A factor of the experts of this process; a module so that ZeRO-3 fetches it as it runs.
 
     Args:
         weight: Of those experts.
@@ -64,6 +64,10 @@ class FactorA(nn.Module):
     def local_weight(self) -> Tensor:
         """The factor of the experts of this process."""
         return self.weight
+
+
+class FactorA(_Factor):
+    """Factor A, `weight` `(e * r, I)`."""
 
     @staticmethod
     def part(whole: Tensor, ep_size: int, ep_rank: int, experts: int) -> Tensor:
@@ -83,21 +87,8 @@ class FactorA(nn.Module):
         return _grouped_linear(x_NI.to(weight.dtype), a_erI, ends_e)
 
 
-class FactorB(nn.Module):
-    """Factor B of the experts of this process, `weight` `(O, r * e)`.
-
-    Args:
-        weight: Of those experts.
-        experts: e.
-    """
-
-    def __init__(self, weight: nn.Parameter, experts: int):
-        super().__init__()
-        self.weight, self.experts = weight, experts
-
-    def local_weight(self) -> Tensor:
-        """The factor of the experts of this process."""
-        return self.weight
+class FactorB(_Factor):
+    """Factor B, `weight` `(O, r * e)`."""
 
     @staticmethod
     def part(whole: Tensor, ep_size: int, ep_rank: int, experts: int) -> Tensor:

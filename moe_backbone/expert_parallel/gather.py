@@ -106,21 +106,7 @@ def run_gathered_experts(
     index_SK = torch.where((index_SK >= 0) & (index_SK < local), index_SK, local)
     routing = route(index_SK, local)
     rows = run_sorted(permute(x_SD, routing), routing.offsets)
-    return scatter_rows(unpermute(rows, routing, weights_SK), group, processes)[:tokens]
-
-
-def scatter_rows(rows: Tensor, group: str, processes: int) -> Tensor:
-    """Of the sum over a group's processes the rows of this one; its gradient gathers.
-
-    Args:
-        rows: `(W * C, ...)`.
-        group: Name of the process group.
-        processes: W.
-
-    Returns:
-        `(C, ...)`.
-    """
-    return _scatter_rows(rows, group, processes)
+    return _scatter_rows(unpermute(rows, routing, weights_SK), group, processes)[:tokens]
 
 
 # Operators, so that a compiled graph takes them as they are. All that is gathered is one operator's, since processes
