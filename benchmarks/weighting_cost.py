@@ -37,7 +37,7 @@ NAMED: dict[str, dict[str, Any]] = {name: {"weighting": name} for name in WEIGHT
 NAMED["ld"] |= {"ld_alpha": 0.5}
 NAMED |= {
     "otpo-reg0.1": {"weighting": "otpo", "ot_reg": 0.1},
-    "contrast-reg0.1": {"weighting": "contrast", "ot_reg": 0.1},
+    "contrast-reg0.1": {"weighting": "contrast", "ot_cost": "euclidean", "ot_reg": 0.1},
     "contrast-cosine-reg0.1": {"weighting": "contrast", "ot_reg": 0.1, "ot_cost": "cosine"},
     "contrast-half": {"weighting": "contrast", "contrast_mix": 0.5},
     "otpo*diff": {"weighting": "otpo*diff"},

@@ -1,5 +1,6 @@
 """The options of OTPO on top of TRL's `DPOConfig`."""
 
+import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +14,7 @@ from .weighting.registry import (
     check_weighting,
     describe_weighting,
     registered_option,
+    set_defaults,
     weighting_names,
     weightings_help,
 )
@@ -23,7 +25,9 @@ class OTPOConfig(DPOConfig):
     r"""Options of [`OTPOTrainer`]: every option of [`trl.DPOConfig`], and those of the token weights.
 
     The defaults are the official OTPO release's for its 8B models (`ot_reg` 1, `ot_reg_m` 0.2); its 3B recipes
-    set `ot_reg` to 0.1. `beta` keeps TRL's default of 0.1; the release takes 0.01 for 8B and 0.1 for 3B.
+    set `ot_reg` to 0.1. `weighting="contrast"` has defaults of its own, `ot_cost="cosine"`, `ot_reg=0.1` and
+    `hidden_layer=0.8`; an option that is None is set to its weighting's default. `beta` keeps TRL's default of
+    0.1; the release takes 0.01 for 8B and 0.1 for 3B.
 
     Parameters:
         weighting: Name of the token weighting, a key of `otpo.weighting.WEIGHTINGS`, whose entries say what each does,
@@ -43,7 +47,7 @@ class OTPOConfig(DPOConfig):
         diff_base: Of `weighting="diff"`.
         hidden_layer: Hidden states that the weights are made of, as transformers numbers them: 0 for the embeddings,
             `l` for the output of the l-th layer, negative from the end. -1: the last ones, after the final norm, as
-            in the paper.
+            in the paper. Between 0 and 1: that share of the model's depth, 0.8 being layer 24 of 30.
         row_layout: How the rows of a micro-batch are laid out for the model, see [`otpo.layouts.choice`]: `"padded"`
             to the longest, `"packed"` without padding, or `"shared_prompt"`, packed with the tokens that both rows of
             a pair begin with run once. `"auto"` takes the fastest that model, attention and options allow; the
@@ -81,7 +85,7 @@ class OTPOConfig(DPOConfig):
     d2po_gamma: float = registered_option("d2po_gamma")
     contrast_mix: float = registered_option("contrast_mix")
     diff_base: float = registered_option("diff_base")
-    hidden_layer: int = registered_option("hidden_layer")
+    hidden_layer: float = registered_option("hidden_layer")
     row_layout: RowLayout = field(
         default="auto",
         metadata={
@@ -137,12 +141,27 @@ class OTPOConfig(DPOConfig):
         if not is_set and not read_from_file and self.dataloader_pin_memory and self.device.type != "mps":
             resolved: Any = self.accelerator_config
             resolved.non_blocking = True
+        self._unset = set_defaults(self)
         check_weighting(self)
         check_budget_options(self)
 
     def transport_options(self) -> TransportOptions:
         """The options of the transport problem and its solution."""
         return TransportOptions.of(self)
+
+    def with_weighting(self, weighting: str) -> "OTPOConfig":
+        """A copy for another weighting; options that were not set have that weighting's defaults.
+
+        Raises:
+            ValueError: There is no such weighting, or it needs an option that is not set.
+        """
+        other = copy.copy(self)
+        other.weighting = weighting
+        for name in self._unset:
+            setattr(other, name, None)
+        set_defaults(other)
+        check_weighting(other)
+        return other
 
     def describe_weighting(self) -> str:
         """The weighting and those of its options that matter, in one line."""

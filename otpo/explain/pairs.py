@@ -3,7 +3,6 @@
 Shapes: M tokens of the chosen response, N tokens of the rejected one, T scored positions.
 """
 
-import copy
 import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,7 +23,7 @@ from otpo.training.metrics import pair_similarity, weight_metrics
 from otpo.training.scoring import Scored, rewarded_loss_type
 from otpo.transport.solve import solve_plan
 from otpo.weighting import TokenWeights, ld
-from otpo.weighting.registry import check_weighting, make_weighting, values_of
+from otpo.weighting.registry import make_weighting, values_of
 
 from .pieces import Piece, split_pieces
 
@@ -159,7 +158,8 @@ def explain_rows(
         split: `"train"`, `"eval"`, or a name of an `eval_dataset` that is a dictionary; `"eval_train"` where that
             name is "train".
         reference: Whether the trainer's reference is asked; without it, pairs have log-probabilities alone.
-        beside: Names of other weightings whose weights are made of the same passes, with the trainer's options.
+        beside: Names of other weightings, with the options that the trainer was given and, for others, defaults of
+            their own. Their weights are made of the same passes, where they look at the same layer.
 
     Raises:
         ValueError: There is no such split or row, or the trainer has dropped the row; the message says which. Or there
@@ -229,18 +229,18 @@ def _explain(
     prompt = split_pieces(tokenizer, inputs["input_ids"][0][prompt_mask].tolist())
     text = "".join(piece.text for piece in prompt)
     similarity = float(pair_similarity(scored.batch.hidden_states, scored.mask))
-    others = {other: _weights_by(other, trainer, example, scored) for other in beside}
+    others = {other: _weights_by(other, trainer, example, scored, reference) for other in beside}
     told = trainer.describe_weighting()
     return ExplainedPair(name, text, sides[0], sides[1], plan, agrees, told, similarity, others)
 
 
 def _weights_by(
-    weighting: str, trainer: ScoringTrainer, example: dict[str, Any], scored: Scored
+    weighting: str, trainer: ScoringTrainer, example: dict[str, Any], scored: Scored, reference: bool
 ) -> tuple[Tensor, Tensor]:
     """What another weighting, with the trainer's options, makes of the same scores."""
-    args = copy.copy(trainer.args)
-    args.weighting = weighting
-    check_weighting(args)
+    args = trainer.args.with_weighting(weighting)
+    if args.hidden_layer != trainer.args.hidden_layer:
+        scored = _look(trainer, trainer.collate([example]), reference, args.hidden_layer)
     mask, rule = scored.mask, PairRule(args.max_length, args.truncation_mode, drop_identical=True)
     if "prompt_ids" not in example:  # as with images: what is scored, behind one token of a prompt
         ids = [row[own].tolist() for row, own in zip(scored.batch.token_ids, mask, strict=True)]
@@ -258,14 +258,22 @@ def _weights_by(
     return _on_cpu(weights[0][mask[0]]), _on_cpu(weights[1][mask[1]])
 
 
-def _look(trainer: ScoringTrainer, inputs: dict[str, Any], reference: bool) -> Scored:
-    """The trainer's scores of a batch, without dropout, gradients, or a trace in the random generators."""
+def _look(trainer: ScoringTrainer, inputs: dict[str, Any], reference: bool, layer: float | None = None) -> Scored:
+    """The trainer's scores of a batch, without dropout, gradients, or a trace in the random generators.
+
+    With a `layer`, the hidden states are of that one in place of the trainer's.
+    """
     model: Any = trainer.model_wrapped
     if isinstance(model, DistributedDataParallel):  # whose own forward exchanges buffers with the other processes
         model = model.module
     device = trainer.accelerator.device
     with torch.no_grad(), evaluating(model), _same_generators(device), trainer.accelerator.autocast():
-        return trainer.score_batch(model, inputs, reference=reference)
+        own = trainer.args.hidden_layer
+        trainer.args.hidden_layer = own if layer is None else layer
+        try:
+            return trainer.score_batch(model, inputs, reference=reference)
+        finally:
+            trainer.args.hidden_layer = own
 
 
 @contextmanager

@@ -26,13 +26,12 @@ _ANOTHER_WAY = "triton.mix_order_reduction"
 _WHOLE_LAYERS = {DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU}
 
 
-def why_not_compile(causal_lm: Any, engine: DistributedType, *, hidden_layer: int) -> str | None:
+def why_not_compile(causal_lm: Any, engine: DistributedType) -> str | None:
     """What keeps the layers from being compiled; None if nothing does.
 
     Args:
         causal_lm: The policy.
         engine: Of the run.
-        hidden_layer: The layer that hidden states are taken before, by a hook that a graph would leave out.
     """
     if decoder_layers(without_adapter(causal_lm).base_model) is None:
         return f"{type(causal_lm).__name__} has no list called `layers`"
@@ -51,8 +50,6 @@ def why_not_compile(causal_lm: Any, engine: DistributedType, *, hidden_layer: in
                 "`experts_implementation=eager` asks the device which experts were chosen, which no graph can; set "
                 "grouped_mm or memcpy"
             )
-    if hidden_layer != -1:
-        return f"`hidden_layer={hidden_layer}` looks into a layer"
     return None
 
 
@@ -74,15 +71,19 @@ def compile_by_default(causal_lm: Any, device: torch.device, micro_batches: int)
     return device.type == "cuda" and micro_batches >= _ENOUGH_BATCHES and not has_experts(causal_lm)
 
 
-def compile_layers(causal_lm: Any, *, dynamic: bool | None = True, **options: Any) -> None:
+def compile_layers(
+    causal_lm: Any, *, dynamic: bool | None = True, but: nn.Module | None = None, **options: Any
+) -> None:
     """Compiles the decoder layers in place, at their next call.
 
     Args:
         causal_lm: The model, or a PEFT model around it.
         dynamic: Whether one graph serves any number of tokens. None: that of the first call, until another comes.
+        but: A layer that is left as it is, since a hook looks at what enters it, and a graph leaves hooks out.
         **options: Of `torch.compile`.
     """
     if not {"backend", "mode"} & options.keys() and _ANOTHER_WAY in torch._inductor.list_options():
         options["options"] = {_ANOTHER_WAY: False, **options.get("options", {})}
     for layer in decoder_layers(without_adapter(causal_lm).base_model) or ():
-        layer.compile(dynamic=dynamic, **options)
+        if layer is not but:
+            layer.compile(dynamic=dynamic, **options)

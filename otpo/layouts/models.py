@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers.utils import logging
 
 from otpo import trl_seam
-from otpo.training.hidden_states import captured_states, evaluating
+from otpo.training.hidden_states import captured_states, entered_layer, evaluating
 from otpo.training.lent import writes_to
 
 from .attention import attend_as_before, attend_by_lengths
@@ -200,13 +200,13 @@ class LaidOutModels:
         if not wanted or args.torch_compile:
             return
         engine = self._accelerator.distributed_type
-        reasons = [why_not_compile(model, engine, hidden_layer=args.hidden_layer) for model in self._models()]
+        reasons = [why_not_compile(model, engine) for model in self._models()]
         reason = next((each for each in reasons if each), None)
         if reason is not None:
             logger.warning(f"The decoder layers are not compiled, since {reason}.")
             return
         for model in self._models():
-            compile_layers(model)
+            compile_layers(model, but=entered_layer(model, args.hidden_layer))
         logger.warning(
             "The decoder layers are compiled at the first steps, which takes a minute or two once and seconds when "
             "torch's cache has them. Set `compile_layers=False` to go without."

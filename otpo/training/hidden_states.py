@@ -16,7 +16,7 @@ from otpo.plain_model import decoder_layers, without_adapter
 
 
 @contextmanager
-def captured_states(causal_lm: Any, layer: int = -1) -> Iterator[list[Tensor]]:
+def captured_states(causal_lm: Any, layer: float = -1) -> Iterator[list[Tensor]]:
     """Collects the hidden states `(R, T, D)` of each forward pass inside the block, detached.
 
     Adapters bypass the causal LM's hooks, never its backbone's, so that is where the hooks go.
@@ -28,16 +28,14 @@ def captured_states(causal_lm: Any, layer: int = -1) -> Iterator[list[Tensor]]:
     backbone = without_adapter(causal_lm).base_model
     captured: list[Tensor] = []
     # Hooks are left out of compiled graphs: a graph would go on filling the list of the step it was traced in.
-    if layer in (-1, _count(backbone)):
+    entered: Any = entered_layer(causal_lm, layer)
+    if entered is None:
         handle = backbone.register_forward_hook(
             torch.compiler.disable(lambda _module, _args, output: captured.append(output.last_hidden_state.detach()))
         )
     else:
-        layers, count = decoder_layers(backbone), _count(backbone)
-        assert layers is not None and count is not None
-        index = layer % (count + 1)
         # What leaves a layer enters the next, whatever else layers return. This also holds for the embeddings' output.
-        handle = layers[index].register_forward_pre_hook(
+        handle = entered.register_forward_pre_hook(
             torch.compiler.disable(lambda _module, args, kwargs: captured.append(_states(args, kwargs).detach())),
             with_kwargs=True,
         )
@@ -47,13 +45,34 @@ def captured_states(causal_lm: Any, layer: int = -1) -> Iterator[list[Tensor]]:
         handle.remove()
 
 
-def check_hidden_layer(causal_lm: Any, layer: int) -> None:
+def entered_layer(causal_lm: Any, layer: float) -> nn.Module | None:
+    """The decoder layer that hidden states enter; None for the last ones, which enter none.
+
+    Args:
+        causal_lm: The model, or a PEFT model around it.
+        layer: See [`check_hidden_layer`].
+    """
+    backbone = without_adapter(causal_lm).base_model
+    layers, count = decoder_layers(backbone), _count(backbone)
+    if layer == -1 or layers is None or count is None:
+        return None
+    index = layer_number(layer, count)
+    return None if index == count else layers[index]
+
+
+def layer_number(layer: float, count: int) -> int:
+    """The number, from 0 to `count`, of a layer that is named by its number or by its share of the depth."""
+    return round(layer * count) if 0 < layer < 1 else int(layer) % (count + 1)
+
+
+def check_hidden_layer(causal_lm: Any, layer: float) -> None:
     """Raises a `ValueError` that names the option unless the model has hidden states of that number.
 
     Args:
         causal_lm: The model, or a PEFT model around it.
         layer: -1 for the last, after the final norm, which every model has; 0 to L, or from -(L + 1) on, as an index
             of transformers' `hidden_states`, for models whose backbone has its L layers in a list called `layers`.
+            Between 0 and 1, that share of L, rounded.
     """
     if layer == -1:
         return
@@ -61,18 +80,19 @@ def check_hidden_layer(causal_lm: Any, layer: int) -> None:
     count = _count(causal_lm.base_model)
     if count is None:
         raise ValueError(
-            f"`hidden_layer={layer}` needs a model whose layers are in a list called `layers`, and "
+            f"`hidden_layer={layer:g}` needs a model whose layers are in a list called `layers`, and "
             f"{type(causal_lm).__name__} has none. Set `hidden_layer=-1`."
         )
     check_layer_number(count, layer, type(causal_lm).__name__)
 
 
-def check_layer_number(count: int, layer: int, model: str) -> None:
+def check_layer_number(count: int, layer: float, model: str) -> None:
     """Raises a `ValueError` that names the option unless a `model` of `count` layers has hidden states `layer`."""
-    if not -count - 1 <= layer <= count:
+    share = 0 < layer < 1
+    if not share and (layer != int(layer) or not -count - 1 <= layer <= count):
         raise ValueError(
-            f"`hidden_layer` must be within [{-count - 1}, {count}] for {model}, which has {count} layers, got "
-            f"{layer}."
+            f"`hidden_layer` must be a whole number within [{-count - 1}, {count}] for {model}, which has {count} "
+            f"layers, or a share of its depth between 0 and 1, got {layer:g}."
         )
 
 

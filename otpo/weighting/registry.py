@@ -18,7 +18,7 @@ from otpo.transport.options import TRANSPORT_OPTIONS, TransportOptions
 from .token_values import GIVEN, UNMATCHED, TokenValues
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
     from .batch import Weighting
 
@@ -37,6 +37,7 @@ class WeightingKind(Registered):
         values: Numbers of tokens that it looks at and that are made of the data before training.
         needs_reference: Whether it looks at the reference's log-probabilities.
         looks: What it looks at, in plain words, where its help does not say so.
+        defaults: Its own defaults of options that others share, by the field of `OTPOConfig`.
     """
 
     options: tuple[Option, ...] = ()
@@ -44,6 +45,7 @@ class WeightingKind(Registered):
     values: tuple[TokenValues, ...] = ()
     needs_reference: bool = False
     looks: str = ""
+    defaults: "Mapping[str, Any]" = field(default_factory=dict, hash=False)
 
     def __call__(self, args: Any) -> "Weighting":
         """The weighting with its options set from an `OTPOConfig`."""
@@ -56,10 +58,10 @@ class WeightingKind(Registered):
 
 _HIDDEN_LAYER = Option(
     "hidden_layer",
-    int,
+    float,
     -1,
     "Hidden states that the weights are made of: 0 for the embeddings, l for the output of the l-th layer, negative "
-    "from the end; -1 for the last, after the final norm.",
+    "from the end; -1 for the last, after the final norm; between 0 and 1, that share of the model's depth.",
     shown=lambda args: args.hidden_layer != -1,
     shared=True,  # a weighting of the user's own gets these states too
 )
@@ -92,6 +94,8 @@ WEIGHTINGS: dict[str, WeightingKind] = {
             _HIDDEN_LAYER,
         ),
         bundle=TransportOptions.of,
+        # One setting for all models, chosen on one half of the pairs and reported on the other: docs/ablations.md.
+        defaults={"ot_cost": "cosine", "ot_reg": 0.1, "hidden_layer": 0.8},
     ),
     "uniform": WeightingKind(
         "otpo.weighting.methods:uniform",
@@ -244,7 +248,34 @@ def registered_option(name: str) -> Any:
         KeyError: No entry has such an option.
     """
     option = registered_options()[name]
-    return field(default=option.default, metadata={"help": option.help})
+    default = None if own_defaults(name) else option.default
+    return field(default=default, metadata={"help": f"{option.help}{default_note(option)}"})
+
+
+def own_defaults(option: str) -> dict[str, Any]:
+    """The defaults of an option that weightings have of their own, by the weighting."""
+    return {name: kind.defaults[option] for name, kind in WEIGHTINGS.items() if option in kind.defaults}
+
+
+def default_note(option: Option) -> str:
+    """What `--help` says of a default that depends on the weighting; empty where it does not."""
+    own = own_defaults(option.field)
+    others = "".join(f", {value} for '{name}'" for name, value in own.items())
+    return f" Unset: {option.default}{others}." if own else ""
+
+
+def set_defaults(args: Any) -> tuple[str, ...]:
+    """Sets the options of an `OTPOConfig` that are None to the default of its weighting, and returns their names.
+
+    Where a weighting is a product, the first of its factors that has a default of its own says.
+    """
+    kinds = [WEIGHTINGS[name] for name in split(str(args.weighting)) if name in WEIGHTINGS]
+    options = [option for option in registered_options().values() if own_defaults(option.field)]
+    unset = [option for option in options if getattr(args, option.field) is None]
+    for option in unset:
+        defaults = [kind.defaults[option.field] for kind in kinds if option.field in kind.defaults]
+        setattr(args, option.field, [*defaults, option.default][0])
+    return tuple(option.field for option in unset)
 
 
 def check_weighting(args: Any) -> None:

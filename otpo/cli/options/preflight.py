@@ -15,6 +15,7 @@ from transformers.integrations.integration_utils import (
 
 from otpo.cli.models.experts import require_known
 from otpo.cli.models.loading import find_origin, load_config
+from otpo.training.hidden_states import check_layer_number
 
 from .writing import require_writable_file, require_writable_folder
 
@@ -124,18 +125,15 @@ def check_model_options(values: Mapping[str, Any]) -> None:
                 f"`model_name_or_path={name}` is an adapter, and pretraining trains whole models. Merge it into its "
                 "model first."
             )
-    if values.get("hidden_layer", -1) != -1:
+    if values.get("hidden_layer", -1) not in (None, -1):
         require_layer(values["hidden_layer"], load_config(origin, values.get("trust_remote_code", False)))
 
 
-def require_layer(layer: int, config: Any) -> None:
+def require_layer(layer: float, config: Any) -> None:
     """Raises a `ValueError` unless a model of that configuration has hidden states of that number.
 
     The trainer looks again, at the model: some have no layers in a list.
     """
     count = getattr(config.get_text_config(), "num_hidden_layers", None)
-    if layer != -1 and count is not None and not -count - 1 <= layer <= count:
-        raise ValueError(
-            f"`hidden_layer` must be within [{-count - 1}, {count}] for this model, which has {count} layers, got "
-            f"{layer}."
-        )
+    if layer != -1 and count is not None:
+        check_layer_number(count, layer, "this model")

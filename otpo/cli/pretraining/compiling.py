@@ -23,7 +23,7 @@ def compile_for_run(trainer: Any, *, asked: bool | None) -> str:
         return "no (`compile_layers`)"
     if asked is None and trainer.args.device.type != "cuda":
         return "no, since there is no GPU (`compile_layers`)"
-    reason = why_not_compile(trainer.model, _engine(trainer), hidden_layer=-1)
+    reason = why_not_compile(trainer.model, _engine(trainer))
     if reason is None and getattr(trainer, "gathers", None) is False:
         reason = "rows are sent to spread experts by numbers that a graph would wait for (`expert_exchange`)"
     if reason is not None:
