@@ -25,8 +25,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import transformers
-from packaging.version import Version
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -37,7 +35,18 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 from benchmarks import harness
 from benchmarks.figures import close_empty, grouped_bars, legend, machine_line, number, save
 from benchmarks.harness import name_of_gpu
-from benchmarks.moe_cases import random_routing, row_error, unmasked_experts_forward
+from benchmarks.moe_cases import random_routing, row_error
+from benchmarks.moe_contenders import (
+    BASE,
+    BATCHED,
+    CONTENDERS,
+    DECODING,
+    ONE_BY_ONE,
+    OURS,
+    TRAINING,
+    UNMASKED,
+    by_name,
+)
 from moe_backbone import CompassConfig
 from moe_backbone.model.moe_block import CompassExperts
 
@@ -63,7 +72,7 @@ class Layer(NamedTuple):
 
     @property
     def contenders(self) -> tuple[str, ...]:
-        return TRAINING if self.backward else DECODING
+        return (*TRAINING, *ONE_BY_ONE) if self.backward else DECODING
 
     @property
     def gathered_bytes(self) -> int:
@@ -84,56 +93,10 @@ FINE = LAYERS[:2]
 ROUTER_DTYPES = {"qwen3": torch.bfloat16, "compass": torch.bfloat16, "mixtral": torch.float32}  # as they return them
 GATE = 0.1  # bfloat16 leaves 0.02, its atomic sums 0.06, and a wrong row is off by about 1
 OVER_GROUPED, NOISE = 1.25, 0.01
-OURS = "memcpy"
-BASE, UNMASKED, BATCHED = "grouped_mm", "grouped_mm unmasked", "batched_mm"
-STAND_IN = (UNMASKED,) if Version(transformers.__version__) < Version("5.18") else ()
-TRAINING = (OURS, BASE, *STAND_IN, BATCHED, "eager", "liger", "sonic")
-DECODING = (OURS, BASE, *STAND_IN, BATCHED)
 KINDS = {"forward": 1, "forward_backward": 3}  # and their products, in those of a forward
 COLUMNS = ("shape", *Layer._fields[2:7], "routing", "contender", "status", "errors", "forward_ms", "host_ms")
 COLUMNS += ("forward_backward_ms", "forward_tflops", "forward_backward_tflops", "forward_peak_mib")
 COLUMNS += ("forward_backward_peak_mib", "forward_speedup", "forward_backward_speedup")
-Forward = Callable[[Any, Tensor, Tensor, Tensor], Tensor]
-
-
-def by_name(name: str) -> Forward:
-    """The forward that the module's own dispatch finds under this name."""
-
-    def forward(experts: Any, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        experts.config._experts_implementation = name
-        return experts(x, index, weights)
-
-    return forward
-
-
-def liger(experts: Any, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-    """Liger-Kernel's function on the same parameters; it wants indices in int32."""
-    from liger_kernel.ops.fused_moe import LigerFusedMoEFunction  # pyright: ignore[reportMissingImports]
-
-    return LigerFusedMoEFunction.apply(x, experts.gate_up_proj, experts.down_proj, index.int(), weights)
-
-
-def sonic(experts: Any, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-    """SonicMoE's function on the same parameters (arXiv 2512.14080), of PyPI's `sonic-moe`."""
-    from sonicmoe.enums import ActivationType  # pyright: ignore[reportMissingImports]
-    from sonicmoe.functional import moe_general_routing_inputs  # pyright: ignore[reportMissingImports]
-
-    tokens = torch.arange(len(index), device=x.device, dtype=torch.int32).repeat_interleave(index.size(1))
-    stream, infers = torch.cuda.current_stream().cuda_stream, not torch.is_grad_enabled()
-    up, down = (weight.permute(1, 2, 0) for weight in (experts.gate_up_proj, experts.down_proj))
-    ways = (weights.flatten(), tokens, index.flatten().int(), up, None, down, None, experts.num_experts, stream)
-    return moe_general_routing_inputs(x, *ways, ActivationType.SWIGLU, infers, concat_layout=True)[0]
-
-
-CONTENDERS: dict[str, Forward] = {
-    OURS: by_name("memcpy"),
-    BASE: by_name("grouped_mm"),
-    UNMASKED: unmasked_experts_forward,
-    BATCHED: by_name("batched_mm"),
-    "eager": by_name("eager"),
-    "liger": liger,
-    "sonic": sonic,
-}
 
 
 class Inputs(NamedTuple):
@@ -171,7 +134,9 @@ def make_inputs(layer: Layer, device: str = "cuda") -> Inputs:
     return Inputs(both[0], *routing, both[1])
 
 
-def step(forward: Forward, experts: nn.Module, inputs: Inputs, backward: bool) -> Callable[[], dict[str, Tensor]]:
+def step(
+    forward: Callable[..., Tensor], experts: nn.Module, inputs: Inputs, backward: bool
+) -> Callable[[], dict[str, Tensor]]:
     """A call that gives the output, and with `backward` the gradients, by name."""
     leaves = {"x": inputs.x, "router": inputs.weights}
     leaves = {name: leaf.detach().requires_grad_(backward) for name, leaf in leaves.items()}
@@ -322,8 +287,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = [layer.name for layer in LAYERS]
     parser.add_argument("--shapes", nargs="+", default=names, choices=names, metavar="NAME")
-    contenders = [name for name in CONTENDERS if name in TRAINING]
-    parser.add_argument("--contenders", nargs="+", default=contenders, choices=contenders, metavar="NAME")
+    everyone = (*TRAINING, *ONE_BY_ONE)
+    parser.add_argument("--contenders", nargs="+", default=TRAINING, choices=everyone, metavar="NAME")
     parser.add_argument("--tune_liger", action="store_true", help="let Liger-Kernel try all its tiles; takes minutes")
     parser.add_argument("--minutes", type=float, default=4.0, help="start no further contender after this time")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"), help="folder")

@@ -1,0 +1,302 @@
+"""A layer of gated experts around grouped products, with moves, SwiGLU and its gradient in as few passes as pay.
+
+Shapes: T tokens, K slots of a token, R rows in the order of experts, E experts, D hidden size, F the experts' width.
+
+    routing = route(top_k_index, num_experts)
+    output = gated_experts(hidden_states, gate_up, down, routing, top_k_weights)  # (T, D)
+
+For token t and its slots k, with h = x_t W1_e and a = silu(gate) * up of the halves of h:
+
+    output_t = sum_k w_tk a_tk W2_e
+
+The backward goes SonicMoE's way (arXiv 2512.14080). What it keeps is x, h and the routing, T D + 2 R F numbers:
+neither gathered rows, nor a, nor the experts' outputs. With g_t the output's gradient and v_tk = g_t W2_e^T,
+
+    dw_tk = a_tk . v_tk     dh_tk = w_tk dSwiGLU(h_tk, v_tk)     dx_t = sum_k dh_tk W1_e^T
+    dW2_e = sum of (w_tk a_tk)^T g_t     dW1_e = sum of x_t^T dh_tk
+
+so that the weights' gradient needs no output of an expert, and the weighted sum's backward is a plain gather.
+
+A [`Fusions`] says which products run in our kernels for Hopper (`grouped_product_kernels`), which gather rows as they
+load them and compute SwiGLU or its gradient as they store; the others are torch's grouped products with a move or an
+elementwise kernel of its own. What a fusion saves, 2 bytes a number: `up` writes R D and reads R D - T D + 2 R F
+fewer; `down_gradient` and `down` together write and read R D + R F fewer; `gate_up` writes and reads R D fewer.
+Gradients of gradients are not covered.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .backend import runs_in_triton
+from .memcpy import permute, unpermute
+from .routing import Routing
+
+
+class Fusions(NamedTuple):
+    """Which products our kernels for Hopper run.
+
+    Attributes:
+        up: The up projection, of rows gathered as they are loaded, with SwiGLU.
+        down_gradient: The gradient back through the down projection, of gathered rows, with that of SwiGLU.
+        gate_up: The gradient of the up projection's weights, of gathered rows.
+        down: The gradient of the down projection's weights, of gathered rows.
+    """
+
+    up: bool = False
+    down_gradient: bool = False
+    gate_up: bool = False
+    down: bool = False
+
+
+NONE = Fusions()
+ALL = Fusions(True, True, True, True)
+
+
+def gated_experts(
+    x: Tensor, gate_up: Tensor, down: Tensor, routing: Routing, weights: Tensor, fusions: Fusions = NONE
+) -> Tensor:
+    """Weighted sum of each token's gated experts.
+
+    Args:
+        x: `(T, D)`, bfloat16; float32 too where `fusions` names none and there is no GPU.
+        gate_up: `(E, 2 F, D)` in the dtype of `x`, the gate's rows first.
+        down: `(E, D, F)` in the dtype of `x`.
+        routing: Of the same tokens, without alignment.
+        weights: `(T, K)`, any floating dtype. Their gradient is zero at dropped slots.
+        fusions: The products that our kernels run; they need Triton and a GPU of compute capability 9.
+
+    Returns:
+        `(T, D)` in the dtype of `x`.
+
+    Raises:
+        ValueError: A shape does not fit the others, or `routing` is padded.
+        TypeError: Dtypes differ.
+    """
+    tokens, slots = routing.destinations.shape
+    experts, doubled, hidden = gate_up.shape
+    wanted = ((tokens, hidden), (experts, hidden, doubled // 2), (tokens, slots), (experts,))
+    got = tuple(map(tuple, (x.shape, down.shape, weights.shape, routing.offsets.shape)))
+    if doubled % 2 or got != wanted:
+        raise ValueError(
+            f"`gate_up` of shape {tuple(gate_up.shape)} and a routing of {tokens} tokens with {slots} slots ask for "
+            f"x, down, weights and offsets of shapes {wanted}, got {got}."
+        )
+    if routing.rows != tokens * slots:
+        raise ValueError(f"`routing` has {routing.rows} rows for {tokens * slots} slots; route with alignment=1.")
+    if not x.dtype == gate_up.dtype == down.dtype:
+        raise TypeError(f"x, gate_up and down must share a dtype, got {x.dtype}, {gate_up.dtype} and {down.dtype}.")
+    where = (routing.destinations, routing.offsets, routing.counts)
+    return _gated_experts(x, gate_up, down, weights, *where, list(fusions))[0]
+
+
+def swiglu_reference(h: Tensor) -> Tensor:
+    """`silu(gate) * up` of the halves of rows: `(R, 2 F)` to `(R, F)`, computed in float32 at least."""
+    gate, up = h.to(torch.promote_types(h.dtype, torch.float32)).chunk(2, dim=-1)
+    return (torch.nn.functional.silu(gate) * up).to(h.dtype)
+
+
+def swiglu_backward_reference(
+    grad: Tensor, h: Tensor, weights: Tensor, sources: Tensor, ends: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What the kernel computes, in plain torch.
+
+    Args:
+        grad: v, `(R, F)`.
+        h: `(R, 2 F)`.
+        weights: `(T, K)`.
+        sources: `(R,)`, each row's slot; -1 for none.
+        ends: `(E,)`, the row after each group's last.
+
+    Returns:
+        `dh (R, 2 F)`, `w a (R, F)`, both zero in rows after the last group, and `a . v (R,)`.
+    """
+    accumulate = torch.promote_types(h.dtype, torch.float32)
+    taken = (torch.arange(len(h), device=h.device) < ends[-1])[:, None]
+    gate, up = h.to(accumulate).where(taken, 0.0).chunk(2, dim=-1)
+    grad = grad.to(accumulate).where(taken, 0.0)
+    weight = weights.flatten()[sources.clamp(min=0)].to(accumulate)[:, None].where(taken, 0.0)
+    chance = gate.sigmoid()
+    silu = gate * chance
+    grad_h = torch.cat([grad * up * (chance + silu * (1 - chance)), grad * silu], 1)
+    return (weight * grad_h).to(h.dtype), (weight * silu * up).to(h.dtype), (silu * up * grad).sum(1)
+
+
+def sources_of_rows(destinations: Tensor, rows: int) -> Tensor:
+    """The slot that each row of a routing comes from: `(R,)` int32, -1 for a row that comes from none."""
+    if runs_in_triton(destinations):
+        from . import swiglu_kernels
+
+        return swiglu_kernels.sources_of_rows(destinations, rows)
+    sources = torch.full((rows + 1,), -1, dtype=torch.int32, device=destinations.device)
+    of_slot = destinations.flatten().long()
+    places = torch.arange(len(of_slot), dtype=torch.int32, device=destinations.device)
+    return sources.scatter_(0, of_slot.where(of_slot >= 0, rows), places)[:-1].clone()
+
+
+def _swiglu(h: Tensor, ends: Tensor) -> Tensor:
+    if not runs_in_triton(h):
+        return swiglu_reference(h)
+    from . import swiglu_kernels
+
+    return swiglu_kernels.swiglu(h, ends)
+
+
+def _swiglu_backward(
+    grad: Tensor, h: Tensor, weights: Tensor, sources: Tensor, ends: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    if not runs_in_triton(h):
+        return swiglu_backward_reference(grad, h, weights, sources, ends)
+    from . import swiglu_kernels
+
+    return swiglu_kernels.swiglu_backward(grad, h, weights, sources, ends)
+
+
+@torch.library.custom_op("otpo::gated_experts", mutates_args=())
+def _gated_experts(
+    x: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    weights: Tensor,
+    destinations: Tensor,
+    offsets: Tensor,
+    counts: Tensor,
+    fusions: list[bool],
+) -> tuple[Tensor, Tensor]:
+    """The output, and `h`."""
+    routing = Routing(destinations, offsets, counts, destinations.numel())
+    if not routing.rows:
+        return torch.zeros_like(x), x.new_empty(0, gate_up.size(1))
+    if Fusions(*fusions).up:
+        from . import grouped_product_kernels
+
+        x = x if x.stride(1) == 1 else x.contiguous()
+        sources = sources_of_rows(destinations, routing.rows)
+        h, a = grouped_product_kernels.up(x, sources, destinations.size(1), gate_up.contiguous(), offsets)
+    else:
+        h = torch.nn.functional.grouped_mm(permute(x, routing), gate_up.transpose(1, 2), offs=offsets)
+        a = _swiglu(h, offsets)
+    y = torch.nn.functional.grouped_mm(a, down.transpose(1, 2), offs=offsets)
+    return unpermute(y, routing, weights), h
+
+
+@_gated_experts.register_fake
+def _(
+    x: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    weights: Tensor,
+    destinations: Tensor,
+    offsets: Tensor,
+    counts: Tensor,
+    fusions: list[bool],
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(destinations.numel(), gate_up.size(1))
+
+
+@torch.library.custom_op("otpo::gated_experts_backward", mutates_args=())
+def _gated_experts_backward(
+    grad: Tensor,
+    x: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    weights: Tensor,
+    h: Tensor,
+    destinations: Tensor,
+    offsets: Tensor,
+    counts: Tensor,
+    fusions: list[bool],
+    learns: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of `x`, `gate_up`, `down` and `weights`; empty where `learns` says of the second or third no."""
+    fused = Fusions(*fusions)
+    routing = Routing(destinations, offsets, counts, destinations.numel())
+    if not routing.rows:
+        nothing = [torch.zeros_like(w) for w in (x, gate_up, down, weights)]
+        return nothing[0], nothing[1], nothing[2], nothing[3]
+    slots, (learns_gate_up, learns_down) = destinations.size(1), learns
+    sources = sources_of_rows(destinations, routing.rows)
+    x, grad = (rows if rows.stride(1) == 1 else rows.contiguous() for rows in (x, grad))
+    grouped_mm = torch.nn.functional.grouped_mm
+
+    # Down to `dh`. The gradient's rows are written out only if a product wants them so.
+    wants_rows = not fused.down_gradient or (learns_down and not fused.down)
+    grad_rows = permute(grad, routing) if wants_rows else None
+    if fused.down_gradient:
+        from . import grouped_gradient_kernels
+
+        rest = (h, weights.contiguous(), offsets)
+        grad_h, weighted, dots = grouped_gradient_kernels.down_gradient(grad, sources, slots, down.contiguous(), *rest)
+    else:
+        assert grad_rows is not None
+        grad_a = grouped_mm(grad_rows, down, offs=offsets)
+        grad_h, weighted, dots = _swiglu_backward(grad_a, h, weights.contiguous(), sources, offsets)
+        del grad_a
+    of_slots = dots[destinations.clamp(min=0).long()]
+    grad_weights = of_slots.where(destinations >= 0, 0.0).to(weights.dtype)
+
+    grad_down = down.new_empty(0)
+    if learns_down and fused.down:
+        from . import grouped_gradient_kernels
+
+        grad_down = grouped_gradient_kernels.weight_gradient(
+            grad, weighted, sources, slots, offsets, gathered_left=True
+        )
+    elif learns_down:
+        assert grad_rows is not None
+        grad_down = grouped_mm(grad_rows.t(), weighted, offs=offsets)
+    del grad_rows, weighted
+
+    grad_gate_up = gate_up.new_empty(0)
+    if learns_gate_up and fused.gate_up:
+        from . import grouped_gradient_kernels
+
+        grad_gate_up = grouped_gradient_kernels.weight_gradient(
+            x, grad_h, sources, slots, offsets, gathered_left=False
+        )
+    elif learns_gate_up:
+        grad_gate_up = grouped_mm(grad_h.t(), permute(x, routing), offs=offsets)
+    grad_x = unpermute(grouped_mm(grad_h, gate_up, offs=offsets), routing)
+    return grad_x, grad_gate_up, grad_down, grad_weights
+
+
+@_gated_experts_backward.register_fake
+def _(
+    grad: Tensor,
+    x: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    weights: Tensor,
+    h: Tensor,
+    destinations: Tensor,
+    offsets: Tensor,
+    counts: Tensor,
+    fusions: list[bool],
+    learns: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grad_gate_up, grad_down = (
+        w.new_empty(w.shape if needed else 0) for w, needed in zip((gate_up, down), learns, strict=True)
+    )
+    return x.new_empty(x.shape), grad_gate_up, grad_down, weights.new_empty(weights.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, gate_up, down, weights, *routing, fusions = inputs
+    ctx.fusions = fusions
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, gate_up, down, weights, output[1], *routing)
+
+
+def _gradients(ctx: Any, grad: Tensor | None, grad_h: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 8
+    if grad_h is not None:
+        raise RuntimeError("`h` of otpo::gated_experts is kept for its backward alone and has no gradient.")
+    learns = [ctx.needs_input_grad[1], ctx.needs_input_grad[2]]
+    grad_x, *learned, grad_weights = _gated_experts_backward(grad, *ctx.saved_tensors, ctx.fusions, learns)
+    of_experts = (found if needed else None for found, needed in zip(learned, learns, strict=True))
+    return grad_x, *of_experts, grad_weights, None, None, None, None
+
+
+_gated_experts.register_autograd(_gradients, setup_context=_save)

@@ -1,0 +1,150 @@
+"""SwiGLU of rows grouped by expert, its gradients, and the slot that each row came from, in Triton.
+
+Shapes: R rows in the order of experts, F the experts' width, N slots. `[gate, up]` stand side by side in rows of 2 F,
+as transformers' `gate_up_proj` makes them.
+
+Bytes, in rows of F: `swiglu` 2 + 1, `swiglu_backward` 1 + 2 + 3. Eager torch moves 5 and 13 for the same.
+"""
+
+# Triton's language is typed as Python, not as what `jit` makes of it.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportOperatorIssue=false
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .distance import INTERPRETED
+
+_SLOTS = 64 if INTERPRETED else 1024  # that a program inverts
+
+
+@triton.jit
+def swiglu_of(gate, up):
+    """In float32."""
+    return gate * tl.sigmoid(gate) * up
+
+
+@triton.jit
+def swiglu_gradient(grad, gate, up):
+    """SwiGLU, and what `grad` makes of the gate and of the up projection, in float32."""
+    chance = tl.sigmoid(gate)
+    activated = gate * chance
+    return activated * up, grad * up * (chance + activated * (1.0 - chance)), grad * activated
+
+
+@triton.jit(do_not_specialize=["slots"])
+def _sources_kernel(destinations_ptr, sources_ptr, slots, BLOCK: tl.constexpr):
+    slot = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.load(destinations_ptr + slot, mask=slot < slots, other=-1)
+    tl.store(sources_ptr + row, slot, mask=row >= 0)
+
+
+@triton.jit
+def _swiglu_kernel(h_ptr, a_ptr, ends_ptr, experts, width, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    blocks = tl.cdiv(width, BLOCK)
+    row = tl.program_id(0) // blocks * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)[None, :]
+    last = tl.load(ends_ptr + experts - 1)
+    inside = (row < last)[:, None] & (column < width)
+    at = row[:, None].to(tl.int64) * width
+    gate = tl.load(h_ptr + 2 * at + column, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(h_ptr + 2 * at + width + column, mask=inside, other=0.0).to(tl.float32)
+    tl.store(a_ptr + at + column, swiglu_of(gate, up).to(a_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _swiglu_backward_kernel(
+    grad_ptr,
+    h_ptr,
+    weights_ptr,
+    sources_ptr,
+    ends_ptr,
+    grad_h_ptr,
+    weighted_ptr,
+    dots_ptr,
+    rows,
+    experts,
+    width,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    taken = row < tl.load(ends_ptr + experts - 1)
+    here = row < rows
+    source = tl.load(sources_ptr + row, mask=taken, other=0)
+    weight = tl.load(weights_ptr + source, mask=taken, other=0.0).to(tl.float32)[:, None]
+    begin = row[:, None].to(tl.int64) * width
+    dot = tl.zeros([ROWS], tl.float32)
+    for first in range(0, width, BLOCK):
+        column = first + tl.arange(0, BLOCK)[None, :]
+        # Rows after the last group count as zeros and are stored as such: products of a later pass meet them.
+        inside = taken[:, None] & (column < width)
+        stored = here[:, None] & (column < width)
+        at = begin + column
+        of_gate = 2 * begin + column
+        grad = tl.load(grad_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        gate = tl.load(h_ptr + of_gate, mask=inside, other=0.0).to(tl.float32)
+        up = tl.load(h_ptr + of_gate + width, mask=inside, other=0.0).to(tl.float32)
+        activated, grad_gate, grad_up = swiglu_gradient(grad, gate, up)
+        dot += tl.sum(activated * grad, 1)
+        tl.store(grad_h_ptr + of_gate, (weight * grad_gate).to(grad_h_ptr.dtype.element_ty), mask=stored)
+        tl.store(grad_h_ptr + of_gate + width, (weight * grad_up).to(grad_h_ptr.dtype.element_ty), mask=stored)
+        tl.store(weighted_ptr + at, (weight * activated).to(weighted_ptr.dtype.element_ty), mask=stored)
+    tl.store(dots_ptr + row, dot, mask=taken)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _zero_tail_kernel(out_ptr, ends_ptr, rows, experts, columns, PROGRAMS: tl.constexpr, BLOCK: tl.constexpr):
+    lanes = tl.arange(0, BLOCK)
+    for row in range((tl.load(ends_ptr + experts - 1) + tl.program_id(0)).to(tl.int64), rows, PROGRAMS):
+        for first in range(0, columns, BLOCK):
+            column = first + lanes
+            zeros = tl.zeros([BLOCK], out_ptr.dtype.element_ty)
+            tl.store(out_ptr + row * columns + column, zeros, mask=column < columns)
+
+
+def zero_tail(out: Tensor, ends: Tensor) -> None:
+    """Zeroes the rows after the last group's end, which are none where this process holds every expert."""
+    programs = 2 if INTERPRETED else 128
+    with torch.cuda.device_of(out):
+        _zero_tail_kernel[(programs,)](out, ends, len(out), len(ends), out.size(1), PROGRAMS=programs, BLOCK=256)
+
+
+def sources_of_rows(destinations: Tensor, rows: int) -> Tensor:
+    """`grouped_product.sources_of_rows` on tensors."""
+    sources = torch.full((rows,), -1, dtype=torch.int32, device=destinations.device)
+    slots = destinations.numel()
+    if slots:
+        with torch.cuda.device_of(destinations):
+            _sources_kernel[(triton.cdiv(slots, _SLOTS),)](destinations, sources, slots, BLOCK=_SLOTS)
+    return sources
+
+
+def swiglu(h: Tensor, ends: Tensor) -> Tensor:
+    """`grouped_product.swiglu_reference` of the rows before the last group's end; others are not written."""
+    rows, width = len(h), h.size(1) // 2
+    a = torch.empty(rows, width, dtype=h.dtype, device=h.device)
+    if a.numel():
+        tile = {"ROWS": 4, "BLOCK": 16} if INTERPRETED else {"ROWS": 8, "BLOCK": 256, "num_warps": 4}
+        grid = (triton.cdiv(rows, tile["ROWS"]) * triton.cdiv(width, tile["BLOCK"]),)
+        with torch.cuda.device_of(h):
+            _swiglu_kernel[grid](h, a, ends, len(ends), width, **tile)
+    return a
+
+
+def swiglu_backward(
+    grad: Tensor, h: Tensor, weights: Tensor, sources: Tensor, ends: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`grouped_product.swiglu_backward_reference`: rows after the last group's end are zero, their products aside."""
+    rows, width = grad.shape
+    grad_h, weighted = torch.empty_like(h), torch.empty_like(grad)
+    dots = torch.empty(rows, dtype=torch.float32, device=h.device)
+    if grad.numel():
+        tile = {"ROWS": 4, "BLOCK": 16} if INTERPRETED else {"ROWS": 8, "BLOCK": 256, "num_warps": 4}
+        grid = (triton.cdiv(rows, tile["ROWS"]),)
+        with torch.cuda.device_of(h):
+            _swiglu_backward_kernel[grid](
+                grad, h, weights, sources, ends, grad_h, weighted, dots, rows, len(ends), width, **tile
+            )
+    return grad_h, weighted, dots
