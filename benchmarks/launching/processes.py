@@ -7,6 +7,7 @@ import subprocess
 import time
 import uuid
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -151,3 +152,9 @@ def last_line(log: Path, command: str) -> str:
     lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     own = [line for line in lines if line.startswith(f"otpo {command}: error: ")]
     return (own or lines or ["no output"])[-1].removeprefix(f"otpo {command}: error: ")
+
+
+def side_by_side(function: Callable[[Any], Any], jobs: Sequence[Any], parallel: int) -> list[Any]:
+    """What a function that starts processes and waits for them returns of each job, so many at a time, in order."""
+    with ThreadPoolExecutor(max_workers=parallel) as pool:
+        return list(pool.map(function, jobs))

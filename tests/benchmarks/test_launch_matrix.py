@@ -74,7 +74,7 @@ def test_wrong_losses_refusals_and_failures_are_told(tmp_path, stand_in, monkeyp
     right = [0.7, 0.6, 0.5, 0.4]
     started = stand_in(
         {
-            **{SINGLE: right, "ddp": [0.7, 0.6, 0.5, 0.40005], "zero1": [0.7, 0.6001, 0.5, 0.4], "zero2": 2},
+            **{SINGLE: right, "ddp": [0.7, 0.6, 0.5, 0.40005], "zero1": [0.7, 0.6002, 0.5, 0.4], "zero2": 2},
             **{"zero3": 1, "fsdp2": [0.7, float("nan"), 0.5, 0.4], "device-map": [0.7]},
         }
     )
@@ -87,7 +87,7 @@ def test_wrong_losses_refusals_and_failures_are_told(tmp_path, stand_in, monkeyp
     assert rows["zero2"]["reason"] == "`fsdp` can't do this. Leave it out."
     assert rows["zero3"]["reason"] == "exit code 1: `fsdp` can't do this. Leave it out."
     assert rows["device-map"]["reason"] == "it logged 1 losses in 4 steps"
-    assert float(rows["zero1"]["difference"]) == 1e-4 and rows["fsdp2"]["difference"] == "nan"
+    assert float(rows["zero1"]["difference"]) == 2e-4 and rows["fsdp2"]["difference"] == "nan"
     assert (tmp_path / "m" / "align_qwen3_full_zero3.log").is_file()
     assert "differs  align/qwen3/full/zero1" in capsys.readouterr().out
 
@@ -137,25 +137,25 @@ def test_the_table_has_each_engine_with_each_kind_of_model():
     assert "align/qwen3/full/experts-zero1" not in names  # nothing to spread
 
 
-@pytest.mark.parametrize("row", all_rows(), ids=lambda row: row.name)
-def test_each_row_is_a_command_line_that_its_parser_and_the_launcher_read(row, tmp_path):
+def test_each_row_is_a_command_line_that_its_parser_and_the_launcher_read(tmp_path):
     from otpo.cli import align, pretrain, sft
     from otpo.cli.launching.launch import check_options
     from otpo.cli.options.run_options import read_command_line
 
     setting = Setting(tmp_path, on_gpus=True, bf16=False, steps=4, save_steps=4)
-    words = command_line(row, setting, tmp_path / "out", port=29_511)
-    options = words[words.index("-m", words.index("-m") + 1) + 2 :] if "launch" in words[2] else words[4:]
-    command = {"align": align, "sft": sft, "pretrain": pretrain}[row.case.command]
-    given = read_command_line(command.make_parser(), options)
-    check_options(given.launcher, row.case.command)
-    assert given.values["max_steps"] == 4 and given.values["bf16"] is False
-    assert (given.values["expert_parallel_size"] == 2) == row.engine.startswith("experts-")
-    accumulated = given.values["gradient_accumulation_steps"]
-    assert accumulated == (2 if ENGINES[row.engine].processes == 1 else 1)
-    if row.engine.startswith("experts-zero"):
-        stage = row.engine[-1]
-        assert f"zero{stage}" in words or words[words.index("--zero_stage") + 1] == stage
+    parsers = {"align": align.make_parser(), "sft": sft.make_parser(), "pretrain": pretrain.make_parser()}
+    for row in all_rows():
+        words = command_line(row, setting, tmp_path / "out", port=29_511)
+        own = words[words.index("-m", words.index("-m") + 1) + 2 :] if "accelerate" in words[2] else words[4:]
+        given = read_command_line(parsers[row.case.command], own)
+        check_options(given.launcher, row.case.command)
+        values = given.values
+        assert values["max_steps"] == 4 and values["bf16"] is False, row.name
+        assert (values["expert_parallel_size"] == 2) == row.engine.startswith("experts-"), row.name
+        assert values["gradient_accumulation_steps"] == (2 if ENGINES[row.engine].processes == 1 else 1), row.name
+        if row.engine.startswith("experts-zero"):
+            stage = row.engine[-1]
+            assert f"zero{stage}" in words or words[words.index("--zero_stage") + 1] == stage
 
 
 def test_the_last_line_is_the_commands_own(tmp_path):
