@@ -716,7 +716,23 @@ def before_sharding(change: Callable[[Any], Any]) -> Iterator[None]:
         yield
 
 
-class ConvertedWeights:
+class NoStepTooMany:
+    """A trainer that takes no further step where a checkpoint of its last one is resumed.
+
+    A run that is killed while it saves its model leaves such a checkpoint. `Trainer._run_epoch` looks at `max_steps`
+    after a step alone (transformers 5.23), so a resumed run would take one more, unless an epoch ends there.
+    `tests/otpo/test_resuming_experts.py` fails once it does not; this class can go then.
+    """
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        trainer: Any = self
+        if trainer.state.global_step >= trainer.state.max_steps:
+            trainer.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+class ConvertedWeights(NoStepTooMany):
     """A trainer that loads checkpoints whose weights have other names on disk than in the model; see below."""
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:

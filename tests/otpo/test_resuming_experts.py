@@ -36,6 +36,7 @@ CONFIGS = {
         **{"qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8, "first_k_dense_replace": 1},
     ),
 }
+DENSE = Qwen3Config(**{name: size for name, size in TINY.items() if name != "num_experts_per_tok"})
 
 
 class Resuming(ConvertedWeights, Trainer):
@@ -106,9 +107,23 @@ def test_transformers_own_trainer_does_not_load_experts_yet(tmp_path):
         assert torch.equal(after[name], before[name] if ".experts." in name else saved[name]), mended
 
 
+@pytest.mark.parametrize("of_class", [Resuming, Trainer])
+def test_a_finished_run_takes_no_further_step(of_class, tmp_path):
+    """As of one that was killed while it saved its model; an epoch has 32 steps here."""
+    config = CONFIGS["mixtral"] if of_class is Resuming else DENSE
+    whole = trained(tmp_path / "whole", config, of_class)
+    last = str(tmp_path / "whole" / "checkpoint-4")
+    resumed = trained(tmp_path / "again", config, of_class, resume=last)
+    if of_class is Trainer:
+        mended = "transformers' Trainer stops at the last step now: remove `otpo.trl_seam.NoStepTooMany`"
+        assert resumed.state.global_step == 5, mended
+    else:
+        assert resumed.state.global_step == 4 and losses(resumed) == losses(whole)
+        assert_same_parameters(parameters(resumed.model), parameters(whole.model))
+
+
 def test_what_the_trainer_can_load_is_left_to_it(tmp_path):
-    config = Qwen3Config(**{name: size for name, size in TINY.items() if name != "num_experts_per_tok"})
-    trainer = trained(tmp_path, config)
+    trainer = trained(tmp_path, DENSE)
     assert not load_converted_weights(trainer, str(tmp_path / "checkpoint-4"))
 
 
