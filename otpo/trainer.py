@@ -59,7 +59,7 @@ from .training.token_batches import SHARE, BatchShare, make_budget, make_loader,
 from .training.watching import TrainerWatcher
 from .training.whole_layers import gather_whole_layers, require_trained_leaves
 from .transport.solve import warn_unsolved
-from .trl_seam import REFERENCE_COLUMNS, TOKEN_VALUES, ConvertedWeights
+from .trl_seam import REFERENCE_COLUMNS, TOKEN_VALUES, ConvertedWeights, FullySharded
 from .weighting import PairBatch, TokenWeights, Weighting
 from .weighting.registry import make_weighting, split, values_of
 
@@ -68,7 +68,7 @@ if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig
 
 
-class OTPOTrainer(ConvertedWeights, DPOTrainer):
+class OTPOTrainer(FullySharded, ConvertedWeights, DPOTrainer):
     """Direct preference optimisation whose tokens are weighted by optimal transport (arXiv 2505.18720).
 
     Takes the arguments of [`trl.DPOTrainer`], and everything that it can do: its loss types and divergences,
@@ -222,11 +222,6 @@ class OTPOTrainer(ConvertedWeights, DPOTrainer):
 
         It does nothing here: a model runs as whoever loaded it said, its attention and its experts too.
         """
-
-    def create_accelerator_and_postprocess(self) -> None:
-        """As in transformers; under FSDP2 the models' outputs keep their precision."""
-        super().create_accelerator_and_postprocess()
-        trl_seam.keep_outputs_as_they_are(self.accelerator)
 
     # How the rows are laid out
 

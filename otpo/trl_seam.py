@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from accelerate import DistributedType
+from accelerate import accelerator as accelerate_accelerator
 from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import parse_flag_from_env
 from safetensors import safe_open
@@ -72,6 +73,7 @@ OVERRIDDEN = {
     "get_batch_samples": ("epoch_iterator", "num_batches", "device"),
     "_load_from_checkpoint": ("resume_from_checkpoint", "model"),
     "_load_best_model": (),
+    "_prepare_for_training": ("max_steps", "train_dataloader", "resume_from_checkpoint"),
 }
 """Methods of `DPOTrainer` that [`otpo.OTPOTrainer`] overrides or calls, with their parameters after `self`."""
 
@@ -818,6 +820,55 @@ def keep_outputs_as_they_are(accelerator: Any) -> None:
     plugin = accelerator.state.fsdp_plugin
     if plugin.fsdp_version == 2 and plugin.mixed_precision_policy is not None:
         plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=None)
+
+
+class FullySharded:
+    """A trainer whose models FSDP2 shards with all that they save and return; see the two functions below."""
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """As in transformers; under FSDP2 the models' outputs keep their precision."""
+        super().create_accelerator_and_postprocess()  # pyright: ignore[reportAttributeAccessIssue]
+        trainer: Any = self
+        keep_outputs_as_they_are(trainer.accelerator)
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
+        with keeps_buffers():
+            return super()._prepare_for_training(  # pyright: ignore[reportAttributeAccessIssue]
+                max_steps, train_dataloader, resume_from_checkpoint
+            )
+
+
+@contextmanager
+def keeps_buffers() -> Iterator[None]:
+    """Lets FSDP2 shard models that save buffers, such as the biases of a router, inside the block.
+
+    With `fsdp_cpu_ram_efficient_loading` the first process sends each entry of a model's state to the others, and
+    `accelerate.utils.fsdp_utils.fsdp2_load_full_state_dict` asks each for a mesh, which a buffer has none of. It puts
+    buffers that are not saved back as they were, so those that are saved pass for such ones meanwhile, and are sent
+    here. `Accelerator._prepare_fsdp2` looks the function up in its module.
+    """
+    shard = accelerate_accelerator.fsdp2_prepare_model
+
+    def prepare(accelerator: Any, model: Any) -> Any:
+        saved = [
+            (module, name)
+            for module in model.modules()
+            for name, buffer in module.named_buffers(recurse=False)
+            if buffer is not None and name not in module._non_persistent_buffers_set
+        ]
+        for module, name in saved:
+            module._non_persistent_buffers_set.add(name)
+        try:
+            model = shard(accelerator, model)
+        finally:
+            for module, name in saved:
+                module._non_persistent_buffers_set.discard(name)
+        for module, name in saved:
+            torch.distributed.broadcast(getattr(module, name), 0)
+        return model
+
+    with _replaced(accelerate_accelerator, fsdp2_prepare_model=prepare):
+        yield
 
 
 def use_one_gpu(args: Any) -> None:

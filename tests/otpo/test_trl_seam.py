@@ -19,6 +19,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.data_loader import DataLoaderShard, prepare_data_loader
 from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin
+from accelerate.utils.fsdp_utils import fsdp2_load_full_state_dict
 from helpers import make_pairs, options
 from peft import PeftModel
 from torch.nn.parallel import DistributedDataParallel
@@ -185,6 +186,10 @@ READ_BY: dict[str, tuple[Callable, list[str]]] = {
             'dtype_args["output_dtype"] = dtype',
             "self.mixed_precision_policy =",
         ],
+    ),
+    "keeps_buffers": (
+        fsdp2_load_full_state_dict,
+        ["meta_sharded_sd.items()", "device_mesh = sharded_param.device_mesh"],
     ),
     "autocast_dtype": (Accelerator.mixed_precision.fget, ["self.state.mixed_precision"]),
     "require_rows_of_tokens": (DPOTrainer.__init__, ["self._is_vision_dataset"]),

@@ -18,7 +18,7 @@ from moe_backbone.model.saved_code import with_saved_code
 from otpo.cli.models.compass import require_own_code
 from otpo.cli.models.loading import find_origin
 from otpo.cli.options.run_options import EXPERT_PARALLEL_BACKENDS, RunArguments
-from otpo.trl_seam import ConvertedWeights
+from otpo.trl_seam import ConvertedWeights, FullySharded
 
 from .engine import requested_engines
 
@@ -93,8 +93,8 @@ def trainer_class(plain: type, options: RunArguments, config: Any) -> Any:
         ValueError: The experts cannot be spread so, or the model has no code of ours; the message says what to set.
     """
     size, of_class = options.expert_parallel_size, plain
-    if not issubclass(plain, ConvertedWeights):
-        of_class = type(plain.__name__, (ConvertedWeights, plain), {})
+    if not issubclass(plain, FullySharded):
+        of_class = type(plain.__name__, (FullySharded, ConvertedWeights, plain), {})
     if size != 1:
         text = config.get_text_config()
         experts = getattr(text, "num_experts", None) or getattr(text, "num_local_experts", None)

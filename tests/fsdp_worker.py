@@ -1,0 +1,63 @@
+"""One of several processes that run commands under FSDP2 on the CPU, as `accelerate launch` starts them.
+
+accelerate leaves FSDP out on the CPU. Here the state says that there are several GPUs, whose device is the CPU, and
+all else is accelerate's own: its launcher, the bundled configuration, its plugin and its checkpoints.
+
+accelerate launch --config_file fsdp2.yaml fsdp_worker.py CASES.json
+"""
+
+import json
+import os
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+from accelerate import PartialState
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
+from torch.distributed.tensor import DTensor
+from transformers import TrainerCallback, trainer
+
+CONFIGURED = ["--accelerator_config", '{"use_configured_state": true}']
+
+
+class Record(TrainerCallback):
+    """Writes each step's gradients, whole and by name, and ends the process after the step that it is told."""
+
+    die_at: int | None = None
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        found = {name: whole(each.grad) for name, each in model.named_parameters() if each.grad is not None}
+        if args.process_index == 0:
+            torch.save(found, Path(args.output_dir) / f"gradients-{state.global_step}.pt")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.die_at:
+            os._exit(17)
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+
+
+def main(cases: list[dict[str, Any]]) -> None:
+    state = PartialState(cpu=True, backend="gloo")
+    end = state.destroy_process_group
+    PartialState.destroy_process_group = lambda *_, **__: None  # at the end of a command, where the next one goes on
+    for case in cases:
+        AcceleratorState._reset_state()
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        Record.die_at = case.get("die_at")
+        code = import_module(f"otpo.cli.{case['command']}").main([*case["argv"], *CONFIGURED])
+        assert code == case.get("code", 0), (code, case)
+        state.wait_for_everyone()
+    end()
+
+
+if __name__ == "__main__":
+    trainer.DEFAULT_CALLBACKS.append(Record)
+    main(json.loads(Path(sys.argv[1]).read_text()))
