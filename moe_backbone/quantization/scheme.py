@@ -172,5 +172,5 @@ def require_full_precision(config: Any) -> None:
     if found is not None:
         method = found.get("quant_method") if isinstance(found, Mapping) else getattr(found, "quant_method", found)
         raise ValueError(
-            f"`quantization_config` of the model is {method}: it is quantized already. Name it in full precision."
+            f"`quantization_config` of the model is {getattr(method, 'value', method)}: it is quantized already. Name it in full precision."
         )
