@@ -171,6 +171,7 @@ def require_full_precision(config: Any) -> None:
     found = getattr(config, "quantization_config", None)
     if found is not None:
         method = found.get("quant_method") if isinstance(found, Mapping) else getattr(found, "quant_method", found)
+        name = getattr(method, "value", method)
         raise ValueError(
-            f"`quantization_config` of the model is {getattr(method, 'value', method)}: it is quantized already. Name it in full precision."
+            f"`quantization_config` of the model is {name}: it is quantized already. Name it in full precision."
         )
