@@ -77,7 +77,9 @@ class Answers:
         if tokenizer is None:
             raise ValueError(f"`--prompts {options.prompts}`: the model has no tokenizer beside its weights.")
         self.options, self.tokenizer = options, tokenizer
-        self.tasks: list[Any] = list(judged_tasks([options.prompts], options.judge, options.max_new_tokens))
+        self.tasks: list[Any] = list(
+            judged_tasks([options.prompts], options.judge, options.max_new_tokens, "--prompts")
+        )
         self.manager = harness.find_tasks([])[1]
 
     def ask(self, model: Any) -> dict[str, Any]:

@@ -80,6 +80,8 @@ def opened(options: argparse.Namespace) -> Iterator[Opened]:
 def _loaded(options: argparse.Namespace, folder: Path, dtype: torch.dtype | None, kind: str | None) -> Opened:
     device = options.device or default_device()
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto", device_map={"": device})
+    # The routers' loss only teaches, and transformers 5.23 can't compute it while a model answers a padded batch.
+    model.config.output_router_logits = False
     places = find_places(model.eval(), is_ignored)
     tensors = split_experts(read_tensors(folder), places.num_experts)
     if dtype is not None:
