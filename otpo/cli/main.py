@@ -28,6 +28,9 @@ COMMANDS = {
     "chat": Command("Chat with a model in the terminal, or with two side by side.", "otpo.cli.chat"),
     "eval": Command("Score a model, or two side by side, by tasks of lm-eval, with intervals.", "otpo.cli.eval"),
     "export": Command("Write a Compass model as Qwen3-MoE, or as llama.cpp's file, to be served.", "otpo.cli.export"),
+    "quantize": Command(
+        "Write a Mixture-of-Experts model in FP8 for vLLM, calibrated for rare experts too.", "otpo.cli.quantize"
+    ),
     "import": Command("Write a Qwen3-MoE or Mixtral model as a Compass one.", "otpo.cli.import_model"),
     "env": Command("Print versions, devices and folders, to be pasted into an issue.", "otpo.cli.env"),
     "plan": Command("Plan a training run: parameters, memory of a GPU, communication, time.", "otpo.cli.plan"),

@@ -56,13 +56,18 @@ def write(
         out,
         side_folders=source.folders,
         dtype=None if options.dtype is None else getattr(torch, options.dtype),
-        max_shard_size=_size(options.max_shard_size),
+        max_shard_size=parse_size(options.max_shard_size),
         check=check if options.verify else None,
     )
     return written, lines
 
 
-def _size(text: str) -> int:
+def parse_size(text: str) -> int:
+    """The bytes that `--max_shard_size` names.
+
+    Raises:
+        ValueError: It names none.
+    """
     from huggingface_hub.serialization._base import parse_size_to_int
 
     try:

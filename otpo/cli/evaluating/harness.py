@@ -84,7 +84,6 @@ def evaluate(
     """
     origin = find_origin(option, name)
     own_tokenizer = (Path(name) / "tokenizer_config.json").is_file()
-    seed = options.pop("seed")
     model = _extra("lm_eval.models.huggingface").HFLM(
         pretrained=origin.base,
         revision=origin.revision,
@@ -95,10 +94,45 @@ def evaluate(
         dtype=options.pop("dtype"),
         batch_size=options["batch_size"],
     )
+    return run(model, tasks, manager, name, **options)
+
+
+def wrap(model: Any, tokenizer: Any, batch_size: int) -> Any:
+    """A model that is loaded, as lm-eval takes one.
+
+    Args:
+        model: Of transformers.
+        tokenizer: Of the model.
+        batch_size: Questions of a forward pass.
+    """
+    return _extra("lm_eval.models.huggingface").HFLM(
+        pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size
+    )
+
+
+def run(
+    model: Any, tasks: list[str | dict[str, Any]], manager: Any, name: str = "the model", **options: Any
+) -> dict[str, Any]:
+    """Evaluates a model of lm-eval's.
+
+    Args:
+        model: Of [`wrap`], or another one of lm-eval's.
+        tasks: Names, from [`find_tasks`], and configurations of tasks.
+        manager: From it too.
+        name: What messages call the model.
+        options: `batch_size`, `limit`, `num_fewshot`, `apply_chat_template`, `seed`.
+
+    Returns:
+        lm-eval's results.
+
+    Raises:
+        ValueError: A chat template is asked for, and there is none.
+    """
     if options["apply_chat_template"] and not getattr(model.tokenizer, "chat_template", None):
         raise ValueError(
             f"`--apply_chat_template`: the tokenizer of {name} has no chat template. Leave the option out."
         )
+    seed = options.pop("seed")
     results = _extra("lm_eval").simple_evaluate(
         model=model,
         tasks=tasks,
