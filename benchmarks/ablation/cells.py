@@ -33,6 +33,7 @@ NAMED: dict[str, dict[str, Any]] = {
     "otpo-pairwise-reg0.02": {**_PAIRWISE, "ot_reg": 0.02},
     "otpo-cosine": {**_COSINE, "ot_reg": 1.0},
     "otpo-cosine-reg0.02": {**_COSINE, "ot_reg": 0.02},
+    "contrast": {"weighting": "contrast"},
     "contrast-reg1": {"weighting": "contrast", "ot_cost": "euclidean", "ot_reg": 1.0, "hidden_layer": -1},
     "contrast-reg0.1": {"weighting": "contrast", "ot_cost": "euclidean", "ot_reg": 0.1, "hidden_layer": -1},
     "contrast-last": {"weighting": "contrast", "hidden_layer": -1},
