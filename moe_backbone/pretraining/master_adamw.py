@@ -23,11 +23,11 @@ class MasterAdamW(torch.optim.Optimizer):
     """AdamW whose moments are float32 and whose bfloat16 weights are the rounded upper halves of float32 masters.
 
     On the CPU a step gives the bits of `torch.optim.AdamW` on the float32 masters and the same gradients. A weight's
-    state has `step`, `exp_avg`, `exp_avg_sq` and, of a bfloat16 weight, the int16 `remainder`. So a checkpoint holds the
-    masters in two files: upper halves in the model's, remainders in the optimizer's.
+    state has `step`, `exp_avg`, `exp_avg_sq` and, of a bfloat16 weight, the int16 `remainder`. So a checkpoint holds
+    the masters in two files: upper halves in the model's, remainders in the optimizer's.
 
-    As in torch's fused AdamW, a scalar tensor `grad_scale` divides the gradients, and one of `found_inf` above 0 leaves
-    the step out, so that not even `step` changes. Unlike there, gradients are not written.
+    As in torch's fused AdamW, a scalar tensor `grad_scale` divides the gradients, and one of `found_inf` above 0
+    leaves the step out, so that not even `step` changes. Unlike there, gradients are not written.
 
     Attributes:
         compiled: Whether torch compiles the update. None compiles it on a GPU.
@@ -141,8 +141,8 @@ def refuse_remainders(optimizer: torch.optim.Optimizer, state_dict: dict[str, An
     if any("remainder" in state for state in state_dict["state"].values()):
         raise ValueError(
             "The checkpoint's optimizer has the lower halves of float32 masters of bfloat16 weights, and this run's "
-            f"optimizer is {type(optimizer).__name__}. Set `dtype` to bfloat16 and `optim` to adamw_torch_fused as they "
-            "were, or start from the checkpoint's weights: `model_name_or_path` without `resume_from_checkpoint`."
+            f"optimizer is {type(optimizer).__name__}. Set `dtype` to bfloat16 and `optim` to adamw_torch_fused as "
+            "they were, or start from the checkpoint's weights: `model_name_or_path` without `resume_from_checkpoint`."
         )
 
 
@@ -160,8 +160,8 @@ def _check_state(weight: Tensor, state: dict[str, Any]) -> None:
         shown = ", ".join(f"{name} ({str(dtype).removeprefix('torch.')})" for name, dtype in found.items())
         raise ValueError(
             f"The checkpoint's optimizer has other states than AdamW with float32 masters: of a weight in "
-            f"{str(weight.dtype).removeprefix('torch.')} it has {shown}. Set `dtype` and `optim` as they were, or start "
-            "from the checkpoint's weights: `model_name_or_path` without `resume_from_checkpoint`."
+            f"{str(weight.dtype).removeprefix('torch.')} it has {shown}. Set `dtype` and `optim` as they were, or "
+            "start from the checkpoint's weights: `model_name_or_path` without `resume_from_checkpoint`."
         )
 
 

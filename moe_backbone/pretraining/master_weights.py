@@ -1,9 +1,9 @@
 """AdamW of float32 master weights that are kept in two halves: a bfloat16 weight and the 16 bits that it lacks.
 
-The upper half is the weight that the model computes with, the master rounded to the nearest bfloat16. The lower half is
-the master's own low 16 bits; read as a signed number it also says whether the upper half was rounded up, so the master
-comes back bit for bit. This is the layout of NVIDIA Apex's DistributedFusedAdam (`store_param_remainders`). A tie goes
-away from zero: to even, as `Tensor.to` rounds, two masters would have the same halves.
+The upper half is the weight that the model computes with, the master rounded to the nearest bfloat16. The lower half
+is the master's own low 16 bits; read as a signed number it also says whether the upper half was rounded up, so the
+master comes back bit for bit. This is the layout of NVIDIA Apex's DistributedFusedAdam (`store_param_remainders`). A
+tie goes away from zero: to even, as `Tensor.to` rounds, two masters would have the same halves.
 """
 
 from typing import Any
