@@ -3,7 +3,6 @@
 import argparse
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from moe_backbone import PRESETS
 from otpo.cli.launching.engine import requested_engines
