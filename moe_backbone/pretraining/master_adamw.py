@@ -120,6 +120,10 @@ class MasterAdamW(torch.optim.Optimizer):
         Raises:
             ValueError: The states are not those of a `MasterAdamW` of weights of these types.
         """
+        for group in state_dict["param_groups"]:
+            if not self.defaults.keys() <= group.keys():
+                lacking = ", ".join(sorted(self.defaults.keys() - group.keys()))
+                raise _other_states(f"its groups have no {lacking}")
         saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
         own = chain.from_iterable(group["params"] for group in self.param_groups)
         states: dict[Tensor, dict[str, Any]] = {}
@@ -155,14 +159,16 @@ def _state_types(weight: Tensor) -> dict[str, torch.dtype]:
 def _check_state(weight: Tensor, state: dict[str, Any]) -> None:
     wanted = {"step": torch.float32} | _state_types(weight)
     found = {name: getattr(value, "dtype", type(value).__name__) for name, value in state.items()}
-    fits = all(value.shape == weight.shape for name, value in state.items() if name != "step") if state else True
-    if found != wanted or not fits:
+    if found != wanted or any(state[name].shape != weight.shape for name in _state_types(weight)):
         shown = ", ".join(f"{name} ({str(dtype).removeprefix('torch.')})" for name, dtype in found.items())
-        raise ValueError(
-            f"The checkpoint's optimizer has other states than AdamW with float32 masters: of a weight in "
-            f"{str(weight.dtype).removeprefix('torch.')} it has {shown}. Set `dtype` and `optim` as they were, or "
-            "start from the checkpoint's weights: `model_name_or_path` without `resume_from_checkpoint`."
-        )
+        raise _other_states(f"of a weight in {str(weight.dtype).removeprefix('torch.')} it has {shown or 'nothing'}")
+
+
+def _other_states(what: str) -> ValueError:
+    return ValueError(
+        f"The checkpoint's optimizer has other states than AdamW with float32 masters: {what}. Set `dtype` and `optim` "
+        "as they were, or start from the checkpoint's weights: `model_name_or_path` without `resume_from_checkpoint`."
+    )
 
 
 def _update(

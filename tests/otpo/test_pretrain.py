@@ -156,7 +156,7 @@ def test_the_default_type_of_weights(monkeypatch, words, devices, found):
     monkeypatch.setattr(pretraining_options, "DTYPE_ON_GPU", "on-gpu")
     given = read_command_line(pretrain.make_parser(), words)
     assert pretraining_options.default_dtype(given, devices, {}) == found
-    assert pretraining_options.default_dtype(given, devices, {"WORLD_SIZE": "1", "RANK": "0"}) == "elsewhere"
+    assert pretraining_options.default_dtype(given, devices, {"LOCAL_RANK": "0"}) == "elsewhere"
 
 
 @pytest.mark.lengthy
