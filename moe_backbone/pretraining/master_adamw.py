@@ -167,7 +167,8 @@ def _check_state(weight: Tensor, state: dict[str, Any]) -> None:
 def _other_states(what: str) -> ValueError:
     return ValueError(
         f"The checkpoint's optimizer has other states than AdamW with float32 masters: {what}. Set `dtype` and "
-        "`optim` as they were, or start from the checkpoint's weights: `model_name_or_path` without `resume_from_checkpoint`."
+        "`optim` as they were, or start from the checkpoint's weights: `model_name_or_path` without "
+        "`resume_from_checkpoint`."
     )
 
 
