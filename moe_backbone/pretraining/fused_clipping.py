@@ -12,17 +12,21 @@ from accelerate import DistributedType
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from .master_adamw import MasterAdamW
+
 _WHOLE = {DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU}
 _TINY = 1e-6  # as in torch.nn.utils.clip_grad_norm_
 
 
 def takes_scales(optimizer: Any, engine: DistributedType) -> bool:
-    """Whether an optimizer is torch's fused Adam or AdamW over whole parameters.
+    """Whether an optimizer is torch's fused Adam or AdamW over whole parameters, or [`MasterAdamW`].
 
     Args:
         optimizer: torch's, without accelerate's wrapper.
         engine: Of the run; others than plain and data-parallel training clip in ways of their own.
     """
+    if engine in _WHOLE and type(optimizer) is MasterAdamW:
+        return True
     # A subclass may have a step of its own, and a checkpoint may bring groups that are not fused.
     if engine not in _WHOLE or type(optimizer) not in (torch.optim.Adam, torch.optim.AdamW):
         return False
@@ -42,11 +46,21 @@ def clip_in_optimizer(optimizer: Any, max_norm: float) -> Tensor:
         The norm of all gradients before clipping, a scalar on their device.
     """
     gradients = [each.grad for group in optimizer.param_groups for each in group["params"] if each.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients)
+    norm = _total_norm(gradients)
     handle = optimizer.register_step_post_hook(lambda *_: _forget(optimizer, handle))
     optimizer.grad_scale = ((norm + _TINY) / max_norm).clamp(min=1.0).float()
     optimizer.found_inf = (~norm.isfinite()).float()
     return norm
+
+
+def _total_norm(gradients: list[Tensor]) -> Tensor:
+    """The norm of all gradients in float32; torch's own has the gradients' type, of bfloat16 with three digits."""
+    if all(each.dtype == torch.float32 for each in gradients):
+        return torch.nn.utils.get_total_norm(gradients)
+    norms: list[Tensor] = []
+    for dtype in {each.dtype for each in gradients}:
+        norms += torch._foreach_norm([each for each in gradients if each.dtype == dtype], 2.0, dtype=torch.float32)
+    return torch.linalg.vector_norm(torch.stack([each.to(norms[0].device, non_blocking=True) for each in norms]))
 
 
 def _forget(optimizer: Any, handle: Any) -> None:

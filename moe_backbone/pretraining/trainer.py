@@ -1,6 +1,5 @@
 """Pretraining by transformers' Trainer on packed rows; it logs the loss by part, the routers' load and the speed."""
 
-import time
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from moe_backbone.model.modeling_compass import CompassCausalLMOutput, CompassForCausalLM
+from moe_backbone.model.modeling_compass import CompassForCausalLM
 from moe_backbone.model.mtp import IGNORED
 from moe_backbone.model.router import router_health, update_router_biases
 from moe_backbone.packed_attention import NAME as TORCH_VARLEN
@@ -19,9 +18,12 @@ from moe_backbone.planning.counting import flops_per_token
 from moe_backbone.planning.hardware import recognise_gpu
 
 from .fused_clipping import clip_in_optimizer, takes_scales
+from .log_window import LogWindow
+from .master_adamw import MasterAdamW, refuse_remainders
 from .norm_check import NormCheck
 from .packing import PackedCollator
 from .token_losses import TOKEN_LOSSES, find_token_loss
+from .weight_types import choose_optimizer
 
 
 @dataclass
@@ -164,8 +166,11 @@ class PretrainingTrainer(Trainer):
             self._peak_tflops = None if gpu is None else gpu.tflops
         self._norms = NormCheck()
         self._left_out = False  # whether the optimizer leaves out the step to come if its norm is not finite
+        # What the optimizer is, as a header says it; `told_optimizer` is read by commands.
+        chosen, self.told_optimizer = choose_optimizer(self)
+        self.optimizer_cls_and_kwargs = chosen or self.optimizer_cls_and_kwargs
         self._token_loss = find_token_loss(args.token_loss, model, args.device)
-        self._window = _Window()
+        self._window = LogWindow()
         self._load_of_step: Tensor | None = None
         if model.config.router_bias_update_speed:
             self.add_callback(_RouterBiasUpdate(self))
@@ -244,6 +249,13 @@ class PretrainingTrainer(Trainer):
             logs = {**logs, **self._window_metrics()}
         super().log(logs, start_time)
 
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """Makes the optimizer as transformers does; none reads another's states of bfloat16 weights as its own."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if not isinstance(optimizer, MasterAdamW) and hasattr(optimizer, "register_load_state_dict_pre_hook"):
+            optimizer.register_load_state_dict_pre_hook(refuse_remainders)
+        return optimizer
+
     def _clip_grad_norm(self, model: Any) -> Any:
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
         scaled = self.accelerator.scaler is not None  # by fp16, whose scaler unscales gradients itself
@@ -274,7 +286,7 @@ class PretrainingTrainer(Trainer):
 
     def _window_metrics(self) -> dict[str, float]:
         """Metrics of all processes since the last entry; starts a new window."""
-        window, self._window = self._window, _Window()
+        window, self._window = self._window, LogWindow()
         steps = self.state.global_step - window.first_step
         sums: dict[str, Any] = {name: self.accelerator.reduce(value, "sum") for name, value in window.sums.items()}
         processes = self.accelerator.num_processes
@@ -314,37 +326,3 @@ class _RouterBiasUpdate(TrainerCallback):
         if load is not None:
             model: Any = self.trainer.accelerator.unwrap_model(self.trainer.model)
             update_router_biases(model.model.routers, load, model.config.router_bias_update_speed)
-
-
-class _Window:
-    """Sums over the micro-batches since the last entry of the log, on the device."""
-
-    def __init__(self):
-        self.first_step = 0
-        self.micro_batches = 0
-        self.places = 0
-        self.sums: dict[str, Tensor] = {}
-        self._began: float | None = None
-
-    def start(self, step: int) -> None:
-        if self._began is None:
-            self._began, self.first_step = time.perf_counter(), step
-
-    def seconds(self) -> float:
-        return time.perf_counter() - (self._began or time.perf_counter())
-
-    def add(self, outputs: CompassCausalLMOutput, inputs: dict[str, Any], top_k: int) -> None:
-        self.micro_batches += 1
-        tokens = inputs["router_mask"].sum()
-        values = {
-            **{name: getattr(outputs, name) for name in ("lm_loss", "mtp_loss", "aux_loss", "z_loss")},
-            "load": outputs.expert_load,
-            "tokens": tokens,
-        }
-        self.places += inputs["input_ids"].numel()
-        if outputs.expert_load is not None:
-            values["asked"] = tokens * top_k * len(outputs.expert_load)
-        for name, value in values.items():
-            if value is not None:
-                value = value.detach()
-                self.sums[name] = self.sums[name] + value if name in self.sums else value

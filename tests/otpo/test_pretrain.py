@@ -27,7 +27,9 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from moe_backbone import CompassConfig, CompassForCausalLM, preset
 from moe_backbone.model.saved_code import AUTO_MAP
 from otpo.cli import pretrain
+from otpo.cli.options.run_options import read_command_line
 from otpo.cli.pretraining import compiling
+from otpo.cli.pretraining import options as pretraining_options
 from otpo.cli.pretraining.data import find_sources, load_rows
 from otpo.cli.pretraining.model import parse_overrides
 
@@ -113,6 +115,48 @@ def test_a_new_model(tokenizer_folder, tokenizer, documents, tmp_path, capsys):
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["steps"] == 4
     assert report["metrics"]["train"]["router/dropped"] == 0
+
+
+@pytest.mark.lengthy
+def test_bfloat16_weights_are_trained_by_float32_masters(tokenizer_folder, documents, tmp_path, capsys):
+    losses = {}
+    for dtype, optim in [("float32", "adamw_torch"), ("bfloat16", "adamw_torch"), ("bfloat16", "sgd")]:
+        folder = tmp_path / f"{dtype}_{optim}"
+        options = {"dtype": dtype, "optim": optim, "report": tmp_path / "report.json", "save_strategy": "steps"}
+        argv = arguments(tokenizer_folder, folder, dataset_name=documents, save_steps=2, max_steps=2, **options)
+        assert pretrain.main(argv) == 0
+        told = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("optimizer"))
+        assert ("float32 masters" in told) == (dtype == "bfloat16" and optim != "sgd")
+        assert ("steps below a weight's rounding are lost" in told) == (optim == "sgd")
+        losses[dtype, optim] = json.loads((tmp_path / "report.json").read_text())["metrics"]["train"]["loss"]
+    adamw = losses["bfloat16", "adamw_torch"]
+    assert adamw == pytest.approx(losses["float32", "adamw_torch"], rel=0.02)
+    saved = load_file(tmp_path / "bfloat16_adamw_torch" / "model.safetensors")
+    types = {name: tensor.dtype for name, tensor in saved.items()}
+    assert {name for name, kind in types.items() if kind != torch.bfloat16} == {
+        name for name in types if name.endswith("mlp.gate.weight")
+    }
+
+    folder = tmp_path / "bfloat16_sgd"
+    argv = arguments(tokenizer_folder, folder, dataset_name=documents, dtype="bfloat16", optim="adamw_torch")
+    with pytest.raises(ValueError, match="Set `dtype` and `optim` as they were"):
+        pretrain.main([*argv, "--resume_from_checkpoint", "true"])
+
+
+@pytest.mark.parametrize(
+    ("words", "devices", "found"),
+    [
+        ([], 1, "on-gpu"), ([], 0, "elsewhere"), ([], 2, "elsewhere"), (["--use_cpu", "true"], 1, "elsewhere"),
+        (["--bf16", "false"], 1, "elsewhere"), (["--num_processes", "2"], 1, "elsewhere"),
+        (["--deepspeed", "zero.json"], 1, "elsewhere"), (["--expert_parallel_size", "2"], 1, "elsewhere"),
+    ],
+)  # fmt: skip
+def test_the_default_type_of_weights(monkeypatch, words, devices, found):
+    monkeypatch.setattr(pretraining_options, "DTYPE", "elsewhere")
+    monkeypatch.setattr(pretraining_options, "DTYPE_ON_GPU", "on-gpu")
+    given = read_command_line(pretrain.make_parser(), words)
+    assert pretraining_options.default_dtype(given, devices, {}) == found
+    assert pretraining_options.default_dtype(given, devices, {"LOCAL_RANK": "0"}) == "elsewhere"
 
 
 @pytest.mark.lengthy

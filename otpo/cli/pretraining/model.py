@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Iterator
 from difflib import get_close_matches
 from typing import Any, get_args
@@ -17,6 +18,8 @@ from moe_backbone.packed_attention import choose_attention
 from moe_backbone.planning.counting import count_parameters
 from moe_backbone.pretraining.documents import Stage
 from moe_backbone.pretraining.trainer import PretrainingConfig
+from moe_backbone.pretraining.weight_types import round_weights
+from otpo.cli.launching.engine import requested_engines
 from otpo.cli.launching.expert_parallel import model_options
 from otpo.cli.models.experts import read_request, set_experts
 from otpo.cli.models.loading import require_folder
@@ -59,6 +62,11 @@ def make_model(
         data.notes["attention"] = attention if why is None else f"{attention}, since {why}"
     options: Any = {"attn_implementation": attention, "dtype": model.dtype}
     spread = model_options(data)
+    # Made in float32 and rounded, a seed gives the model that it gives in float32, and routers lose nothing.
+    engines = requested_engines(args.deepspeed, args.fsdp, os.environ)
+    rounded = weights_dtype(model.dtype, config) == torch.bfloat16 and data.expert_parallel_size == 1 and not engines
+    if rounded:
+        options["dtype"] = "float32"
     if name is None and spread:  # transformers spreads experts as it loads a model
         name = f"{args.output_dir}/initial"
         with args.main_process_first(local=False):
@@ -78,6 +86,9 @@ def make_model(
                 f"`model_name_or_path={name}`: its weights are of other sizes than its configuration{changed}, as the "
                 "report above says. Leave the sizes as they are, or make a new model (`preset`)."
             ) from error
+    if rounded:
+        round_weights(compass)
+        compass.config.dtype = torch.bfloat16
     told = set_experts(experts, [compass], args.device.type, args.mixed_precision != "no")
     data.notes["experts"] = f"{describe_sizes(config)}, {told}"
     return compass
@@ -93,7 +104,13 @@ def computing_dtype(args: PretrainingConfig, named: str, config: CompassConfig) 
     """
     if args.mixed_precision in ("bf16", "fp16"):
         return torch.bfloat16 if args.mixed_precision == "bf16" else torch.float16
+    return weights_dtype(named, config)
+
+
+def weights_dtype(named: str, config: CompassConfig) -> torch.dtype:
+    """The type of the weights by the option `dtype`; the configuration's own for `auto`."""
     own: Any = config.dtype or torch.float32
+    own = getattr(torch, own) if isinstance(own, str) else own
     return own if named == "auto" else getattr(torch, named)
 
 

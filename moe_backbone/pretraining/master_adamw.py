@@ -1,0 +1,206 @@
+"""AdamW for bfloat16 weights that trains their float32 masters.
+
+No library that we could keep does it: FlashOptim 0.1.4 and torchao keep moments in the weights' type, and FlashOptim
+has neither a step counted on the device nor a scale of gradients. torch's fused AdamW takes weights, gradients and
+moments of one type, so whole masters beside the weights would move as many bytes as float32 weights under autocast.
+"""
+
+import functools
+from collections.abc import Callable, Iterable
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from .master_weights import step_numbers, update_halves, update_whole
+
+_LANES = 16  # elements that a GPU's thread loads and stores at once, of which rows of so many tell a compiled kernel
+
+
+class MasterAdamW(torch.optim.Optimizer):
+    """AdamW whose moments are float32 and whose bfloat16 weights are the rounded upper halves of float32 masters.
+
+    On the CPU a step gives the bits of `torch.optim.AdamW` on the float32 masters and the same gradients. A weight's
+    state has `step`, `exp_avg`, `exp_avg_sq` and, of a bfloat16 weight, the int16 `remainder`. So a checkpoint holds
+    the masters in two files: upper halves in the model's, remainders in the optimizer's.
+
+    As in torch's fused AdamW, a scalar tensor `grad_scale` divides the gradients, and one of `found_inf` above 0
+    leaves the step out, so that not even `step` changes. Unlike there, gradients are not written.
+
+    Attributes:
+        compiled: Whether torch compiles the update. None compiles it on a GPU.
+
+    Args:
+        params: Weights in bfloat16 or float32, or groups of them.
+        lr: Learning rate, a number or a scalar tensor, >= 0.
+        betas: Of both moments, each in `[0, 1)`.
+        eps: >= 0.
+        weight_decay: >= 0.
+
+    Raises:
+        ValueError: A number is out of its range, or a weight is of another type or spread over devices.
+    """
+
+    compiled: bool | None = None
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
+    _step_supports_amp_scaling = True  # what torch.amp.GradScaler looks for before it sets the two above
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+    ):
+        ranges = {"lr": lr >= 0, "betas": all(0 <= beta < 1 for beta in betas), "eps": eps >= 0}
+        for name, right in (ranges | {"weight_decay": weight_decay >= 0}).items():
+            if not right:
+                value = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}[name]
+                raise ValueError(f"`{name}={value}` is out of AdamW's range.")
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group of weights, as every optimizer does."""
+        super().add_param_group(param_group)
+        for weight in self.param_groups[-1]["params"]:
+            if weight.dtype not in (torch.bfloat16, torch.float32) or isinstance(weight, DTensor):
+                kind = "spread over devices" if isinstance(weight, DTensor) else f"in {weight.dtype}"
+                raise ValueError(f"MasterAdamW trains whole weights in bfloat16 or float32, and one is {kind}.")
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Updates the weights that have gradients.
+
+        Args:
+            closure: Computes the loss anew; what it returns is returned.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            by_device: dict[torch.device, list[Tensor]] = {}
+            for weight in group["params"]:
+                if weight.grad is not None:
+                    by_device.setdefault(weight.device, []).append(weight)
+            for device, weights in by_device.items():
+                self._step(group, device, weights)
+        return loss
+
+    def _step(self, group: dict[str, Any], device: torch.device, weights: list[Tensor]) -> None:
+        """Updates the weights of a group on one device."""
+        states = [self._state(weight) for weight in weights]
+        steps = [state["step"] for state in states]
+        told = (self.grad_scale, self.found_inf)
+        scale, found = (each if each is None else each.to(device, non_blocking=True) for each in told)
+        torch._foreach_add_(steps, 1)
+        numbers = step_numbers(torch.stack(steps), group["lr"], group["betas"], group["weight_decay"], scale, found)
+        if found is not None:
+            torch._foreach_sub_(steps, [found] * len(steps))
+        beta1, beta2 = group["betas"]
+        compiled = device.type == "cuda" if self.compiled is None else self.compiled
+        for weight, state, row in zip(weights, states, numbers.unbind(), strict=True):
+            _update(weight, state, row, (beta1, beta2), group["eps"], compiled=compiled)
+
+    def _state(self, weight: Tensor) -> dict[str, Any]:
+        state = self.state[weight]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=weight.device)
+            for name, dtype in _state_types(weight).items():
+                state[name] = torch.zeros_like(weight, dtype=dtype, memory_format=torch.preserve_format)
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads what `state_dict` gave. torch's own method would cast moments and remainders to the weights' type.
+
+        Raises:
+            ValueError: The states are not those of a `MasterAdamW` of weights of these types.
+        """
+        for group in state_dict["param_groups"]:
+            if not self.defaults.keys() <= group.keys():
+                lacking = ", ".join(sorted(self.defaults.keys() - group.keys()))
+                raise _other_states(f"its groups have no {lacking}")
+        saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+        own = chain.from_iterable(group["params"] for group in self.param_groups)
+        states: dict[Tensor, dict[str, Any]] = {}
+        for index, weight in zip(saved, own, strict=False):  # torch refuses another number of weights below
+            if index in state_dict["state"]:
+                found = state_dict["state"][index]
+                _check_state(weight, found)
+                states[weight] = {name: value.to(weight.device) for name, value in found.items()}
+        super().load_state_dict({**state_dict, "state": {}})
+        self.state.update(states)
+
+
+def refuse_remainders(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+    """A hook before an optimizer loads states: those of a [`MasterAdamW`] would be read as float32 moments.
+
+    Raises:
+        ValueError: The states have remainders of bfloat16 weights.
+    """
+    if any("remainder" in state for state in state_dict["state"].values()):
+        raise ValueError(
+            "The checkpoint's optimizer has the lower halves of float32 masters of bfloat16 weights, and this run's "
+            f"optimizer is {type(optimizer).__name__}. Set `dtype` to bfloat16 and `optim` to adamw_torch_fused as "
+            "they were, or start from the checkpoint's weights: `model_name_or_path` without `resume_from_checkpoint`."
+        )
+
+
+def _state_types(weight: Tensor) -> dict[str, torch.dtype]:
+    """Types of the states that have a weight's shape."""
+    halves = {"remainder": torch.int16} if weight.dtype == torch.bfloat16 else {}
+    return {"exp_avg": torch.float32, "exp_avg_sq": torch.float32} | halves
+
+
+def _check_state(weight: Tensor, state: dict[str, Any]) -> None:
+    wanted = {"step": torch.float32} | _state_types(weight)
+    found = {name: getattr(value, "dtype", type(value).__name__) for name, value in state.items()}
+    if found != wanted or any(state[name].shape != weight.shape for name in _state_types(weight)):
+        shown = ", ".join(f"{name} ({str(dtype).removeprefix('torch.')})" for name, dtype in found.items())
+        raise _other_states(f"of a weight in {str(weight.dtype).removeprefix('torch.')} it has {shown or 'nothing'}")
+
+
+def _other_states(what: str) -> ValueError:
+    return ValueError(
+        f"The checkpoint's optimizer has other states than AdamW with float32 masters: {what}. Set `dtype` and "
+        "`optim` as they were, or start from the checkpoint's weights: `model_name_or_path` without "
+        "`resume_from_checkpoint`."
+    )
+
+
+def _update(
+    weight: Tensor, state: dict[str, Any], numbers: Tensor, betas: tuple[float, float], eps: float, *, compiled: bool
+) -> None:
+    """Updates one weight and its states in place."""
+    grad: Any = weight.grad
+    if grad.is_sparse:
+        raise RuntimeError("MasterAdamW has no update for sparse gradients.")
+    halves = weight.dtype == torch.bfloat16
+    own = weight.detach()
+    tensors = [own.view(torch.int16), state["remainder"]] if halves else [own]
+    tensors += [grad, state["exp_avg"], state["exp_avg_sq"]]
+    update: Any = update_halves if halves else update_whole
+    # A graph of any length serves all weights but those of one row, whose length torch would write into a graph.
+    if compiled and weight.numel() >= 2 * _LANES and all(each.is_contiguous() for each in tensors):
+        width = _LANES if weight.numel() % _LANES == 0 else 1
+        tensors = [each.view(-1, width) for each in tensors]
+        kinds = (update, width, *(each.dtype for each in tensors), weight.device, betas, eps)
+        update = _compiled(update)
+        if kinds not in _SEEN:
+            _SEEN.add(kinds)
+            for each in tensors:
+                torch._dynamo.maybe_mark_dynamic(each, 0)
+    update(*tensors, numbers, betas, eps)
+
+
+_SEEN: set[Any] = set()
+"""Kinds of weights that have a graph, whose length was marked as one that changes."""
+
+
+@functools.cache
+def _compiled(update: Any) -> Any:
+    return torch.compile(update, fullgraph=True)

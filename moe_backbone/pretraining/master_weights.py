@@ -1,0 +1,139 @@
+"""AdamW of float32 master weights that are kept in two halves: a bfloat16 weight and the 16 bits that it lacks.
+
+The upper half is the weight that the model computes with, the master rounded to the nearest bfloat16. The lower half
+is the master's own low 16 bits; read as a signed number it also says whether the upper half was rounded up, so the
+master comes back bit for bit. This is the layout of NVIDIA Apex's DistributedFusedAdam (`store_param_remainders`). A
+tie goes away from zero: to even, as `Tensor.to` rounds, two masters would have the same halves.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_NAN = 0x7FC00000
+_HALF = 0x8000
+
+
+def split_master(master: Tensor) -> tuple[Tensor, Tensor]:
+    """A master's two halves.
+
+    Args:
+        master: Float32, of any shape.
+
+    Returns:
+        The rounded weight's bits, which `.view(torch.bfloat16)` reads, and the remainder; both int16, of that shape. A
+        NaN keeps none of its payload, since some would round to zero.
+    """
+    bits = torch.where(master.isnan(), _NAN, master.view(torch.int32))
+    return ((bits + _HALF) >> 16).to(torch.int16), bits.to(torch.int16)
+
+
+def join_master(upper: Tensor, remainder: Tensor) -> Tensor:
+    """The float32 master of the halves of [`split_master`], bit for bit; a NaN stays one."""
+    return ((upper.to(torch.int32) << 16) + remainder.to(torch.int32)).view(torch.float32)
+
+
+def step_numbers(
+    steps: Tensor,
+    lr: float | Tensor,
+    betas: tuple[float, float],
+    weight_decay: float,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+) -> Tensor:
+    """What a step multiplies and divides by, for each weight, on the device: nothing waits and nothing recompiles.
+
+    Args:
+        steps: `[n]`, the number of each weight's step, from 1.
+        lr: The learning rate.
+        betas: AdamW's.
+        weight_decay: AdamW's.
+        grad_scale: What gradients are divided by, a scalar; None for 1.
+        found_inf: Above 0 where the step is left out, a scalar; None for 0.
+
+    Returns:
+        `[n, 8]` in float32: what is left of the weight after decay, the step's size, the root of the second moment's
+        bias correction, the scale, whether the step is left out, and nothing thrice: a row of 32 bytes starts where
+        a compiled kernel wants it, which would copy it elsewhere otherwise.
+    """
+    steps = (
+        steps.double()
+    )  # as torch.optim computes them in Python's floats; float32 is off by 1e-6 in the first steps
+    ones = torch.ones_like(steps)
+    columns = (
+        ones * (1 - lr * weight_decay),
+        lr / (1 - betas[0] ** steps),
+        (1 - betas[1] ** steps).sqrt(),
+        ones if grad_scale is None else ones * grad_scale,
+        ones * 0 if found_inf is None else ones * found_inf,
+    )
+    return torch.stack([*columns, *[ones] * 3], dim=1).float()
+
+
+def adamw(
+    master: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, numbers: Tensor, betas: Any, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One step of AdamW (arXiv 1711.05101) by the operations of `torch.optim.AdamW`, in their order.
+
+    Args:
+        master: Float32 weight of any shape.
+        grad: Its gradient, in float32.
+        exp_avg: The first moment.
+        exp_avg_sq: The second moment.
+        numbers: `[8]`, a row of [`step_numbers`].
+        betas: Two numbers.
+        eps: Added to the root of the second moment.
+
+    Returns:
+        The new master and moments. On the CPU they are those of `torch.optim.AdamW`, bit for bit.
+    """
+    decay, size, root = numbers[0], numbers[1], numbers[2]
+    exp_avg = exp_avg.lerp(grad, 1 - betas[0])
+    exp_avg_sq = (exp_avg_sq * betas[1]).addcmul(grad, grad, value=1 - betas[1])
+    return master * decay - size * exp_avg / (exp_avg_sq.sqrt() / root + eps), exp_avg, exp_avg_sq
+
+
+def update_halves(
+    upper: Tensor,
+    remainder: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    numbers: Tensor,
+    betas: Any,
+    eps: float,
+) -> None:
+    """[`adamw`] in place, of a master in two halves.
+
+    Compiled, it reads and writes 26 bytes a weight where the gradient is bfloat16.
+
+    Args:
+        upper: Bits of the bfloat16 weight, int16, of any shape.
+        remainder: The lower half, int16.
+        grad: In any floating-point type, before it is divided by the scale; it is not written.
+        exp_avg: Float32.
+        exp_avg_sq: Float32.
+        numbers: `[8]`, a row of [`step_numbers`].
+        betas: Two numbers.
+        eps: Added to the root of the second moment.
+    """
+    master = join_master(upper, remainder)
+    new, first, second = adamw(master, grad.float() / numbers[3], exp_avg, exp_avg_sq, numbers, betas, eps)
+    left_out = numbers[4] > 0
+    new_upper, new_remainder = split_master(torch.where(left_out, master, new))
+    upper.copy_(new_upper)
+    remainder.copy_(new_remainder)
+    exp_avg.copy_(torch.where(left_out, exp_avg, first))
+    exp_avg_sq.copy_(torch.where(left_out, exp_avg_sq, second))
+
+
+def update_whole(
+    weight: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, numbers: Tensor, betas: Any, eps: float
+) -> None:
+    """The same of a float32 weight, which is its own master."""
+    new, first, second = adamw(weight, grad.float() / numbers[3], exp_avg, exp_avg_sq, numbers, betas, eps)
+    left_out = numbers[4] > 0
+    weight.copy_(torch.where(left_out, weight, new))
+    exp_avg.copy_(torch.where(left_out, exp_avg, first))
+    exp_avg_sq.copy_(torch.where(left_out, exp_avg_sq, second))
