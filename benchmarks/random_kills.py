@@ -62,13 +62,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         runs = args.uninterrupted or (2 if gpus else 1)
 
         # They compile what an engine compiles, so that no kill hits a compiler and leaves its lock behind.
-        def uninterrupted(row: Row) -> Any:
-            return run_uninterrupted(row, setting, folder / "whole", ports, runs, args.patience)
-
-        whole = dict(zip(needed, side_by_side(uninterrupted, needed, args.parallel), strict=True))
-        for row, moments in whole.items():
+        def uninterrupted(row: Row) -> Moments | str:
+            moments = run_uninterrupted(row, setting, folder / "whole", ports, runs, args.patience)
             told = moments if isinstance(moments, str) else moments.describe()
             console.print(f"uninterrupted  {row.engine}/{row.case.adapter}: {told}", soft_wrap=True)
+            return moments
+
+        whole = dict(zip(needed, side_by_side(uninterrupted, needed, args.parallel), strict=True))
 
         def killed(draw: Draw) -> None:
             moments: Moments | str = whole[draw.row]

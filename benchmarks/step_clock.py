@@ -35,6 +35,7 @@ class Clock(TrainerCallback):
         self.host_marks: list[float] = []
         self.marks: list[Any] = []
         self.profile: Any = None
+        self.kernels: list[dict[str, Any]] = []
         self.peak = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -58,8 +59,8 @@ class Clock(TrainerCallback):
         if done == warmup + steps + profiled:
             wall = self._now() - self.begun
             self.profile.__exit__(None, None, None)
-            busy = busy_time(kernels_of(self.profile, on_gpu=self.on_gpu)) / 1e6
-            self.idle_share = 1 - busy / wall
+            self.kernels = kernels_of(self.profile, on_gpu=self.on_gpu)  # a profile is read once
+            self.idle_share = 1 - busy_time(self.kernels) / 1e6 / wall
 
     def step_ms(self) -> list[float]:
         """Each timed step on the device's clock, or the host's where there is no GPU."""

@@ -18,7 +18,7 @@ from .processes import Ports, Started, end, kill, last_line, start
 
 Result = tuple[dict[int, float], dict[str, torch.Tensor]]
 """The logged loss of each step, and what was saved at the end."""
-_TRIES = 3  # moments until a run is hit before it has ended
+_TRIES = 4  # moments until a run is hit before it has ended
 _LOOK = 0.002  # seconds between two looks at a run's folder
 
 
@@ -72,7 +72,10 @@ def run_uninterrupted(
         times = [_watch(started, file, patience) for file in (output / RUN_FILE, last, None)]
         if started.process.returncode != 0:
             return f"exit code {started.process.returncode}: {last_line(started.log, row.case.command)}"
-        found.append(read_result(output, setting.steps))
+        try:
+            found.append(read_result(output, setting.steps))
+        except (OSError, ValueError) as error:
+            return f"{type(error).__name__}: {error}"
         if number == 0:
             begun, trained, ended = times
     noise = [differences(found[0], other) for other in found[1:]]
@@ -95,8 +98,8 @@ class KilledRun:
         begin = time.monotonic()
         for attempt in range(_TRIES):
             output = self.folder / str(attempt)
-            # A run that was faster than the uninterrupted one and has ended is tried again, somewhat earlier.
-            share = self.draw.share * (1 - attempt / _TRIES)
+            # A run that was faster than the uninterrupted one and has ended is tried again, at half the time.
+            share = self.draw.share * 0.5**attempt
             moment, count = self._kill(output, share)
             if count:
                 break
@@ -191,7 +194,8 @@ def differences(left: Result, right: Result) -> tuple[float, float]:
     if any(weights[name].shape != other_weights[name].shape for name in weights):
         return math.inf, math.inf
     of_losses = [abs(losses[step] - other_losses[step]) for step in losses]
-    of_weights = [float((weights[name].double() - other_weights[name].double()).abs().max()) for name in weights]
+    apart = [(weights[name].double() - other_weights[name].double()).abs() for name in weights]
+    of_weights = [float(tensor.max()) for tensor in apart if tensor.numel()]
     return _largest(of_losses), _largest(of_weights)
 
 

@@ -16,7 +16,6 @@ from transformers import AutoModelForCausalLM, PrinterCallback, set_seed
 
 from benchmarks import harness
 from benchmarks.expert_parallel_steps import shares_of
-from benchmarks.kernel_trace import kernels_of
 from benchmarks.preference_step.cases import TINY_WORDS, WORDS, make_tokenizer
 from benchmarks.step_clock import Clock, Span
 from moe_backbone.expert_parallel.deepspeed_config import expert_parallel_config
@@ -82,7 +81,7 @@ def measure(case: Case, span: Span, device: torch.device) -> dict[str, Any]:
     }
     if on_gpu:
         found |= {"made_gib": round(float(peaks[0]) / 2**30, 2), "peak_gib": round(float(peaks[1]) / 2**30, 2)}
-    found |= shares_of(kernels_of(clock.profile, on_gpu=on_gpu))
+    found |= shares_of(clock.kernels)
     wrong = not abs(losses[0] - FIRST_LOSS) < TOLERANCE or not all(map(math.isfinite, losses))
     return {**found, "status": f"wrong: the first loss is {losses[0]:.4f}, not 0.6931" if wrong else "ok"}
 

@@ -17,7 +17,7 @@ class Yardstick(NamedTuple):
         source: Who published it, and of what.
         seconds: Of a step; for a gate, what it has to be under.
         gpus: How many.
-        tokens: Of a step, both rows of a pair; None where that was not published.
+        tokens: Of a step, both rows of a pair; None where we know no number.
     """
 
     source: str
@@ -65,6 +65,8 @@ def arithmetic(rows: Sequence[dict[str, Any]]) -> list[str]:
         return [f"{last.layers} layers alone were measured; a second number of them tells what a layer takes"]
     else:
         layer, head = parts
+        if layer <= 0:
+            return [f"{last.layers} layers took no longer than {min(steps).layers}, so nothing is scaled"]
         # What is left for zero layers is the head, the weighting and the optimizer of embeddings and head.
         whole = (last.seconds - head) * LAYERS / last.layers + head
         first = min(steps)
@@ -77,7 +79,7 @@ def arithmetic(rows: Sequence[dict[str, Any]]) -> list[str]:
     for yardstick in YARDSTICKS:
         of_kind = f"{yardstick.source}: {yardstick.seconds:g} s on {yardstick.gpus} GPUs"
         if yardstick.tokens is None:
-            lines.append(f"{of_kind}; how many tokens an iteration has is not published, so it is not scaled")
+            lines.append(f"{of_kind}; its tokens an iteration are not known to us, so it is not scaled")
             continue
         share = yardstick.tokens / yardstick.gpus / (tokens / gpus)
         lines.append(

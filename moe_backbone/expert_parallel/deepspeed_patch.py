@@ -11,6 +11,7 @@ output recorders of transformers 5.23. DeepSpeed has no option for another layer
 | `AutoEP.ep_parser` | TRL makes two engines of one model, and the second finds experts spread; PEFT wraps them |
 | `DeepSpeedEngine._configure_bf16_optimizer`, `_configure_zero_optimizer` | they want experts' groups even untrained |
 | `DeepSpeedEngine._save_moe_checkpoint` | with ZeRO-3 it refuses frozen experts, which it does save |
+| `DeepSpeedEngine.load_module_state_dict` | with ZeRO-2 it gives all processes the frozen experts of the first |
 | `DeepSpeedEngine.save_checkpoint`, `load_checkpoint` | that of an adapter saves its states alone (`adapter_states`) |
 
 Other engines of the process run as before. One that has MoE layers and trains none of them, as that of a reference or
@@ -78,6 +79,7 @@ def patch_deepspeed() -> None:
     configure_bf16 = _without_trained_experts(DeepSpeedEngine._configure_bf16_optimizer)
     configure_zero = _without_trained_experts(DeepSpeedEngine._configure_zero_optimizer)
     save_experts = _with_frozen_experts(DeepSpeedEngine._save_moe_checkpoint)
+    load_weights = _with_own_experts(DeepSpeedEngine.load_module_state_dict)
     save = _save_adapter(DeepSpeedEngine.save_checkpoint)
     load = _load_adapter(DeepSpeedEngine.load_checkpoint)
     presets = deepspeed_presets()
@@ -86,6 +88,7 @@ def patch_deepspeed() -> None:
     DeepSpeedEngine._configure_bf16_optimizer = configure_bf16
     DeepSpeedEngine._configure_zero_optimizer = configure_zero
     DeepSpeedEngine._save_moe_checkpoint = save_experts
+    DeepSpeedEngine.load_module_state_dict = load_weights
     DeepSpeedEngine.save_checkpoint = save
     DeepSpeedEngine.load_checkpoint = load
     registry.PRESET_MODELS.update(presets)
@@ -229,6 +232,23 @@ def _with_frozen_experts(save: Any) -> Any:
             del self._get_zero_frozen_param_attributes
 
     return save_moe_checkpoint
+
+
+def _with_own_experts(load: Any) -> Any:
+    from deepspeed.checkpoint.constants import FROZEN_PARAM_FRAGMENTS
+
+    from .deepspeed_layer import parallel_experts
+
+    @wraps(load)
+    def load_module_state_dict(self: Any, checkpoint: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        # The first process alone writes frozen weights from ZeRO-2 on, its experts among them. Below ZeRO-3 the files
+        # of the model and of each expert have all weights, so those are enough, as they are with ZeRO-1.
+        spread = next(parallel_experts(self.module), None) is not None
+        if spread and not self.zero_optimization_partition_weights():
+            checkpoint = {name: value for name, value in checkpoint.items() if name != FROZEN_PARAM_FRAGMENTS}
+        return load(self, checkpoint, *args, **kwargs)
+
+    return load_module_state_dict
 
 
 @contextmanager

@@ -64,11 +64,12 @@ def assert_best_is_its_own(folder, found):
     assert_same(folder / f"checkpoint-{best}", folder / "final")
 
 
-def test_frozen_experts_resume_under_zero_3(compass, tmp_path):
-    """Frozen weights come back too."""
+@pytest.mark.parametrize("stage", [2, 3])
+def test_frozen_experts_resume(stage, compass, tmp_path):
+    """Frozen weights come back too, and those of each process to it."""
     whole, again = tmp_path / "whole", tmp_path / "again"
-    expected = run("train", whole, compass, stage=3, freeze=IDLE)
-    found = resumed("train", again, whole, model=compass, stage=3, freeze=IDLE)
+    expected = run("train", whole, compass, stage=stage, freeze=IDLE)
+    found = resumed("train", again, whole, model=compass, stage=stage, freeze=IDLE)
     assert by_step(found) == by_step(expected)
     assert found["evaluated"] == expected["evaluated"]
     assert_same(whole / "checkpoint-4", again / "checkpoint-4")
