@@ -6,8 +6,9 @@ document that brings most of what is still missing for a token of its length, wh
 more; what is left of the budget is drawn evenly. So both see equally much.
 
 Compass-v3's report (arXiv 2509.09121) names calibration that is oversampled towards rarely used experts, and no more
-of it: the greedy choice and its weights are ours. A row counts as one over the rows that all documents bring to its
-expert.
+of it: the greedy choice and its weights are ours. A row counts as one over the fourth root of the rows that all
+documents bring to its expert. Weights of one over the rows themselves spend a tight budget on the rarest expert, and
+equal ones leave it unseen (`benchmarks/quantization_draws.py` compares the draws).
 
 Shapes: N documents, L layers with experts, E experts.
 """
@@ -18,6 +19,8 @@ import torch
 from torch import Tensor
 
 DRAWS = ("expert_aware", "uniform")
+RARITY = 0.25
+"""How much more a row for a rare expert counts: the power of the rows that its expert gets of all documents."""
 
 
 class Unfilled(NamedTuple):
@@ -78,7 +81,7 @@ def _fill_shares(rows_NM: Tensor, tokens_N: Tensor, share: int, budget: int) -> 
         fits_N = free_N & ((tokens_N <= left) if drawn else True)
         if not open_M.any() or not fits_N.any():
             return drawn
-        gains_N = torch.minimum(rows_NM[:, open_M], missing_M[open_M]) @ (1 / totals_M[open_M])
+        gains_N = torch.minimum(rows_NM[:, open_M], missing_M[open_M]) @ totals_M[open_M] ** -RARITY
         gains_N = (gains_N / tokens_N).masked_fill(~fits_N, -1.0)
         best = int(gains_N.argmax())
         if gains_N[best] <= 0:

@@ -24,6 +24,7 @@ PACKAGES = (
     "triton",
     "deepspeed",
     "lm_eval",
+    "compressed-tensors",
     "POT",
     "wandb",
     "matplotlib",

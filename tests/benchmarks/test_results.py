@@ -90,6 +90,23 @@ def test_what_is_said_of_llama_cpp_was_measured():
     assert f"{sum(int(row['equal']) for row in rows)} of {sum(int(row['tokens']) for row in rows)} greedy" in page
 
 
+def test_what_is_said_of_draws_for_fp8_was_measured():
+    rows = read_rows(RESULTS / "quantization_draws_cpu.csv")
+    page = " ".join((ROOT / "docs" / "serving.md").read_text(encoding="utf-8").split())
+    (reachable,) = {int(row["reachable"]) for row in rows}
+    few = [row for row in rows if row["tokens"] == "500"]
+    aware, even = ([row for row in few if row["draw"] == kind] for kind in ("expert_aware", "uniform"))
+    filled = [sorted(int(row["filled"]) for row in part) for part in (aware, even)]
+    assert f"fill {filled[0][0]} experts and leave none of the {reachable} unseen" in page
+    assert all(int(row["seen"]) == reachable for row in aware)
+    unseen = sorted(reachable - int(row["seen"]) for row in even)
+    assert f"fill {filled[1][0]} to {filled[1][-1]} and leave {unseen[0]} to {unseen[-1]} unseen" in page
+    assert {filled[0][0], filled[0][-1]} == {22}
+    moved = max(abs(float(row[f"change_{name}"])) for row in few for name in ("served", "own_scales"))
+    assert f"by {moved:.4f} nats at most" in page
+    assert f"error of {max(float(row['error_served']) for row in few):.4f}" in page
+
+
 def test_what_is_said_of_the_cost_of_weightings_was_measured():
     page = (RESULTS.parent / "README.md").read_text()
     timed = [row for row in read_rows(RESULTS / "weighting_cost_h200.csv") if row["status"] == "ok"]
