@@ -837,6 +837,34 @@ class FullySharded:
                 max_steps, train_dataloader, resume_from_checkpoint
             )
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As in transformers; what is no checkpoint is whole under `SHARDED_STATE_DICT` too, and loads anywhere."""
+        trainer: Any = self
+        with whole_states(trainer.accelerator) if not _internal_call else nullcontext():
+            super().save_model(output_dir, _internal_call)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@contextmanager
+def whole_states(accelerator: Any) -> Iterator[None]:
+    """Has FSDP gather what is saved inside the block.
+
+    `Trainer.save_model` saves nothing where the plugin's `state_dict_type` is that of parts: those are written beside
+    the optimizer's states of a checkpoint. A whole state is gathered in the first process.
+
+    Args:
+        accelerator: Of the trainer.
+    """
+    plugin = accelerator.state.fsdp_plugin if accelerator.distributed_type == DistributedType.FSDP else None
+    if plugin is None or "SHARDED" not in str(plugin.state_dict_type):
+        yield
+        return
+    before = plugin.state_dict_type
+    plugin.set_state_dict_type("FULL_STATE_DICT")
+    try:
+        yield
+    finally:
+        plugin.set_state_dict_type(before.name)
+
 
 @contextmanager
 def keeps_buffers() -> Iterator[None]:

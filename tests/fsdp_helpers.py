@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from cli_helpers import ROOT, arguments, python
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 CONFIG = ROOT / "otpo" / "cli" / "accelerate_configs" / "fsdp2.yaml"
@@ -20,13 +21,17 @@ def words(model: str, data: str, folder: Path, **changes: Any) -> list[str]:
     return arguments(model, data, folder, **options)
 
 
-def start(folder: Path, cases: list[dict[str, Any]], *launcher: str, processes: int = 2) -> Any:
-    """Runs commands one after the other in processes of FSDP2."""
+FSDP2 = ("--config_file", str(CONFIG), "--mixed_precision", "no")
+PLAIN = ("--multi_gpu", "--num_machines", "1", "--mixed_precision", "no")
+"""Options of accelerate's launcher: with FSDP2, and with nothing, for experts that transformers spreads."""
+
+
+def start(folder: Path, cases: list[dict[str, Any]], launcher: Any = FSDP2, processes: int = 2) -> Any:
+    """Runs commands one after the other in the same processes."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "cases.json").write_text(json.dumps(cases))
-    launch = ["-m", "accelerate.commands.launch", "--config_file", str(CONFIG), "--num_processes", str(processes)]
+    launch = ["-m", "accelerate.commands.launch", *launcher, "--num_processes", str(processes)]
     launch += ["--main_process_port", "0", "--dynamo_backend", "no"]
-    launch += launcher or ["--mixed_precision", "no"]
     worker = [str(ROOT / "tests" / "fsdp_worker.py"), str(folder / "cases.json")]
     return python(*launch, *worker, timeout=300 * processes, TRITON_INTERPRET="0")
 
@@ -51,6 +56,11 @@ def worst_gradient(one: Path, other: Path, step: int) -> tuple[float, str]:
 def weights(folder: Path | str) -> dict[str, torch.Tensor]:
     """A saved model's weights and buffers, as any model is loaded."""
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
+
+
+def adapter(folder: Path) -> dict[str, torch.Tensor]:
+    """A saved adapter's weights."""
+    return load_file(folder / "adapter_model.safetensors")
 
 
 def farthest(one: Path | str, other: Path | str) -> float:

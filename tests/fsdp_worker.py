@@ -1,7 +1,8 @@
 """One of several processes that run commands under FSDP2 on the CPU, as `accelerate launch` starts them.
 
-accelerate leaves FSDP out on the CPU. Here the state says that there are several GPUs, whose device is the CPU, and
-all else is accelerate's own: its launcher, the bundled configuration, its plugin and its checkpoints.
+accelerate leaves FSDP out on the CPU. Where its configuration asks for FSDP, the state here says that there are
+several GPUs, whose device is the CPU. All else is accelerate's own: its launcher, the bundled configuration, its plugin
+and its checkpoints. Experts that transformers spreads, beside an FSDP2 of its own, need nothing.
 
 accelerate launch --config_file fsdp2.yaml fsdp_worker.py CASES.json
 """
@@ -50,8 +51,10 @@ def main(cases: list[dict[str, Any]]) -> None:
     PartialState.destroy_process_group = lambda *_, **__: None  # at the end of a command, where the next one goes on
     for case in cases:
         AcceleratorState._reset_state()
-        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        kind = DistributedType.MULTI_GPU if os.environ.get("ACCELERATE_USE_FSDP") else DistributedType.MULTI_CPU
+        PartialState._shared_state["distributed_type"] = kind
         Record.die_at = case.get("die_at")
+        os.environ["FSDP_STATE_DICT_TYPE"] = case.get("states", "FULL_STATE_DICT")
         code = import_module(f"otpo.cli.{case['command']}").main([*case["argv"], *CONFIGURED])
         assert code == case.get("code", 0), (code, case)
         state.wait_for_everyone()

@@ -1,21 +1,27 @@
 """FSDP2 in two processes is one process that takes the rows of both, for each command and Mixture-of-Experts model."""
 
+import shutil
 from importlib import import_module
 
 import pytest
 import torch
 import transformers
+from cli_helpers import arguments, refusal
 from datasets import Dataset
-from fsdp_helpers import STEPS, farthest, history, start, weights, words, worst_gradient
+from fsdp_helpers import FSDP2, PLAIN, STEPS, adapter, farthest, history, start, weights, words, worst_gradient
 from fsdp_worker import Record
 from helpers import make_pairs, save_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, Qwen3MoeConfig
 
 from moe_backbone import CompassConfig
+from otpo.cli import align
+from otpo.cli.launching.engine import require_whole_rows
 
 pytestmark = pytest.mark.lengthy
 CLOSE = 1e-5
 OPTIONS = {"align": {"ot_reg": 0.1}, "sft": {}, "pretrain": {"sequence_length": 32}}
+SPREAD = {"expert_parallel_size": 2, "expert_parallel_backend": "transformers"}
+SPREAD_CASES = [("align", "compass"), ("align", "qwen3_moe"), ("sft", "mixtral"), ("pretrain", "compass")]
 CASES = [
     *(("align", name) for name in ("compass", "tied", "qwen3_moe", "mixtral")),
     *(("sft", name) for name in ("compass", "qwen3_moe", "mixtral")),
@@ -67,29 +73,48 @@ def data(pairs_file, tmp_path_factory):
     return {"align": pairs_file} | {command: str(folder / f"{command}.jsonl") for command in rows}
 
 
+def ran(folder, models, data, cases, launcher=FSDP2, processes=2, **changes):
+    """The folder of runs of several commands in one launch, and what the launch said."""
+    argvs = [
+        words(models[name], data[command], folder / f"{command}-{name}", **{**OPTIONS[command], **changes})
+        for command, name in cases
+    ]
+    commands = [{"command": case[0], "argv": argv} for case, argv in zip(cases, argvs, strict=True)]
+    done = start(folder, commands, launcher, processes)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-9000:]
+    return folder, done.stdout
+
+
 @pytest.fixture(scope="module")
 def runs(models, data, tmp_path_factory):
-    """The folders of runs in two processes, one after the other in one launch."""
-    folder = tmp_path_factory.mktemp("two")
-    cases = []
-    for command, name in CASES:
-        argv = words(models[name], data[command], folder / f"{command}-{name}", **OPTIONS[command])
-        cases.append({"command": command, "argv": argv})
-    done = start(folder, cases)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-9000:]
-    assert "engine     FSDP 2, 2 processes" in done.stdout
+    folder, said = ran(tmp_path_factory.mktemp("two"), models, data, CASES)
+    assert "engine     FSDP 2, 2 processes" in said
     return folder
 
 
-@pytest.mark.usefixtures("own_process")
-@pytest.mark.parametrize(("command", "name"), CASES)
-def test_two_processes_are_one(runs, models, data, tmp_path, monkeypatch, command, name):
+@pytest.fixture(scope="module")
+def spread(models, data, tmp_path_factory):
+    """Runs whose experts transformers spreads over two processes, beside an FSDP2 of its own over all of them."""
+    made = {}
+
+    def run(processes):
+        if processes not in made:
+            folder = tmp_path_factory.mktemp("spread")
+            changes = {**SPREAD, "use_cpu": True, "per_device_train_batch_size": 4 // processes}
+            made[processes], said = ran(folder, models, data, SPREAD_CASES, PLAIN, processes, **changes)
+            assert f"over {processes} process(es), in" in said
+            assert "transformers' own, with FSDP2" in said
+        return made[processes]
+
+    return run
+
+
+def assert_same(two, models, data, tmp_path, monkeypatch, command, name, **changes):
     """Losses, every gradient of five steps by name, routers' biases, and the folder that is saved."""
     monkeypatch.setattr(transformers.trainer, "DEFAULT_CALLBACKS", [*transformers.trainer.DEFAULT_CALLBACKS, Record])
-    options = {**OPTIONS[command], "use_cpu": True, "gradient_accumulation_steps": 2}
+    options = {**OPTIONS[command], "use_cpu": True, "gradient_accumulation_steps": 2, **changes}
     main = import_module(f"otpo.cli.{command}").main
     assert main(words(models[name], data[command], tmp_path, **options)) == 0
-    two = runs / f"{command}-{name}"
     assert len(history(two)) == STEPS
     assert history(two) == pytest.approx(history(tmp_path), abs=CLOSE)
     for step in range(STEPS):
@@ -99,3 +124,99 @@ def test_two_processes_are_one(runs, models, data, tmp_path, monkeypatch, comman
     biases = [weight for key, weight in weights(two).items() if key.endswith("e_score_correction_bias")]
     assert bool(biases) == (name == "compass")
     assert any(bias.any() for bias in biases) == (command == "pretrain" and name == "compass")
+
+
+@pytest.mark.usefixtures("own_process")
+@pytest.mark.parametrize(("command", "name"), CASES)
+def test_two_processes_are_one(runs, models, data, tmp_path, monkeypatch, command, name):
+    assert_same(runs / f"{command}-{name}", models, data, tmp_path, monkeypatch, command, name)
+
+
+@pytest.mark.usefixtures("own_process")
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("command", "name"), SPREAD_CASES)
+def test_spread_experts_beside_fsdp(spread, models, data, tmp_path, monkeypatch, command, name, processes):
+    """In four processes two pairs of them share the experts, and all four share the rest."""
+    pytest.importorskip("moe_backbone.expert_parallel.native_trainer")
+    two = spread(processes) / f"{command}-{name}"
+    same = {"gradient_accumulation_steps": processes, "per_device_train_batch_size": 4 // processes}
+    assert_same(two, models, data, tmp_path, monkeypatch, command, name, **same)
+
+
+LORA = {
+    "use_peft": True,
+    "lora_r": 4,
+    "lora_dropout": 0,
+    "lora_target_modules": ["q_proj", "v_proj"],
+    "lora_target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+}
+RESUMED = {
+    "whole": ("align", "compass", {}, "FULL_STATE_DICT"),
+    "parts": ("pretrain", "compass", {}, "SHARDED_STATE_DICT"),
+    "adapter's parts": ("align", "qwen3_moe", LORA, "SHARDED_STATE_DICT"),
+    "killed": ("sft", "mixtral", {}, "SHARDED_STATE_DICT"),
+}
+
+
+def test_checkpoints_resume_in_two_processes_and_in_one(models, data, tmp_path):
+    """Those of adapters on attention and experts too, whole or in parts; the last run is killed before it ends."""
+
+    def cases(folder, **changes):
+        made = []
+        for kind, (command, name, options, states) in RESUMED.items():
+            given = {**OPTIONS[command], **options, "save_steps": 2, **changes}
+            if changes and kind != "killed":
+                given["resume_from_checkpoint"] = tmp_path / "first" / kind / "checkpoint-2"
+            elif changes:
+                given["resume_from_checkpoint"] = True
+            argv = words(models[name], data[command], tmp_path / folder / kind, **given)
+            made.append({"command": command, "argv": argv, "states": states})
+        return made
+
+    first = cases("first")
+    first.append(
+        {**first[-1], "die_at": 3, "argv": [*first[-1]["argv"], "--output_dir", str(tmp_path / "again" / "killed")]}
+    )
+    done = start(tmp_path / "first", first)
+    assert done.returncode != 0
+    assert not (tmp_path / "again" / "killed" / "checkpoint-4").exists()
+    shutil.copytree(tmp_path / "again" / "killed", tmp_path / "alone" / "killed")
+    for folder, processes in (("again", 2), ("alone", 1)):
+        changes = {"gradient_accumulation_steps": 2 // processes}
+        done = start(tmp_path / folder, cases(folder, **changes), processes=processes)
+        assert done.returncode == 0, (done.stdout + done.stderr)[-9000:]
+        for kind, (_, _, options, _) in RESUMED.items():
+            expected, found = (history(tmp_path / each / kind) for each in ("first", folder))
+            assert found == (expected if processes == 2 else pytest.approx(expected, abs=CLOSE)), (folder, kind)
+            read = adapter if options else weights
+            saved = read(tmp_path / "first" / kind)
+            for name, weight in read(tmp_path / folder / kind).items():
+                bound = 0 if processes == 2 else CLOSE
+                torch.testing.assert_close(weight, saved[name], rtol=0, atol=bound, msg=f"{folder} {kind} {name}")
+
+
+@pytest.mark.usefixtures("own_process")
+@pytest.mark.parametrize(
+    ("command", "size", "engine", "message"),
+    [
+        ("align", {"CP": "2"}, "FSDP", "cp_size=2` with `otpo align`: the preference loss .*Set it to 1"),
+        ("align", {"SP": "4"}, "DEEPSPEED", "sp_size=4` with `otpo align`"),
+        ("pretrain", {"CP": "2"}, "FSDP", "a row holds several documents"),
+        ("sft", {"CP": "2"}, "DEEPSPEED", "cp_size=2` works beside FSDP alone. Set `--accelerate_config fsdp2`"),
+        ("sft", {"SP": "2"}, "FSDP", "sp_size=2` works beside DEEPSPEED alone. Set `--accelerate_config zero3`"),
+    ],
+)
+def test_parts_of_rows_are_refused_where_a_command_needs_whole_ones(command, size, engine, message):
+    environ = {f"PARALLELISM_CONFIG_{name}_SIZE": value for name, value in size.items()}
+    require_whole_rows(command, {engine: ""}, environ)  # which accelerate reads where this is set alone
+    environ["ACCELERATE_USE_PARALLELISM_CONFIG"] = "true"
+    with pytest.raises(ValueError, match=message):
+        require_whole_rows(command, {engine: ""}, environ)
+    require_whole_rows(command, {}, dict.fromkeys(environ, "1") | {"ACCELERATE_USE_PARALLELISM_CONFIG": "true"})
+
+
+def test_the_command_refuses_it_before_it_loads_anything(capsys, monkeypatch, pairs_file, tmp_path, own_process):
+    monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
+    monkeypatch.setenv("PARALLELISM_CONFIG_CP_SIZE", "2")
+    argv = arguments("nowhere", pairs_file, tmp_path)
+    assert "`parallelism_config_cp_size=2` with `otpo align`" in refusal(align.main, capsys, argv)

@@ -191,6 +191,10 @@ READ_BY: dict[str, tuple[Callable, list[str]]] = {
         fsdp2_load_full_state_dict,
         ["meta_sharded_sd.items()", "device_mesh = sharded_param.device_mesh"],
     ),
+    "whole_states": (
+        Trainer.save_model,
+        ["self.is_fsdp_enabled", 'if "FULL_STATE_DICT" in str(self.accelerator.state.fsdp_plugin.state_dict_type):'],
+    ),
     "autocast_dtype": (Accelerator.mixed_precision.fget, ["self.state.mixed_precision"]),
     "require_rows_of_tokens": (DPOTrainer.__init__, ["self._is_vision_dataset"]),
     "layout_obstacle": (DPOTrainer.__init__, ["self._is_vision_dataset"]),

@@ -50,6 +50,43 @@ def require_accelerator(requested: Mapping[str, str], on_cpu: str | None) -> Non
         )
 
 
+def require_whole_rows(command: str, engines: Mapping[str, str], environ: Mapping[str, str]) -> None:
+    """Raises a `ValueError` when accelerate would share the tokens of a row among processes and the command can't.
+
+    accelerate's `ParallelismConfig` has two ways: context parallelism (`cp_size`) by torch beside FSDP2, and sequence
+    parallelism (`sp_size`) by DeepSpeed. Both cut a batch along its tokens, and attention alone sees whole rows. TRL's
+    SFT knows of them. `DPOTrainer` sums a response's log-probabilities within a process and takes the sigmoid of the
+    sums, and OTPO's transport takes the states of all tokens of both responses. `cp_size` drops attention masks, which
+    keep the documents of a packed row apart.
+
+    Args:
+        command: Of `otpo`.
+        engines: Engines and what asked for them, of [`requested_engines`].
+        environ: The environment that `accelerate launch` prepared.
+    """
+    if not _is_on(environ.get("ACCELERATE_USE_PARALLELISM_CONFIG")):
+        return
+    reasons = {
+        "align": "the preference loss and its token weights are of whole responses, and TRL's DPO trainer has no sum "
+        "over the processes that share one. Set it to 1; for long pairs use zero3 or fsdp2, `gradient_checkpointing`, "
+        "`row_layout` and `max_length`",
+        "pretrain": "a row holds several documents, which attention would no longer keep apart. Set it to 1",
+    }
+    needed = {"cp": "FSDP", "sp": "DEEPSPEED"}
+    for name, engine in needed.items():
+        size = environ.get(f"PARALLELISM_CONFIG_{name.upper()}_SIZE") or "1"
+        if size == "1":
+            continue
+        if command in reasons:
+            raise ValueError(f"`parallelism_config_{name}_size={size}` with `otpo {command}`: {reasons[command]}.")
+        if engine not in engines:
+            config = "fsdp2" if engine == "FSDP" else "zero3"
+            raise ValueError(
+                f"`parallelism_config_{name}_size={size}` works beside {engine} alone. Set `--accelerate_config "
+                f"{config}`, or the size to 1."
+            )
+
+
 def require_deepspeed(requested: Mapping[str, str], installed: bool) -> None:
     """Raises a `ValueError` when DeepSpeed was asked for and is not `installed`."""
     if "DEEPSPEED" in requested and not installed:

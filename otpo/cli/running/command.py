@@ -26,6 +26,7 @@ from otpo.cli.launching.engine import (
     require_accelerator,
     require_deepspeed,
     require_engine,
+    require_whole_rows,
 )
 from otpo.cli.launching.failures import FOLDER, came_later, note, rank, say_error
 from otpo.cli.launching.interrupt import interruptible, leave
@@ -234,6 +235,7 @@ def _prepare(
             "them so. Set `expert_parallel_size`, or leave it out."
         )
     engines = requested_engines(values["deepspeed"], values["fsdp"], os.environ)
+    require_whole_rows(command.name, engines, os.environ)
     if values["expert_parallel_size"] != 1:
         from otpo.cli.launching.expert_parallel import prepare
 
