@@ -16,7 +16,7 @@ from .counting import ParameterCounts, count_parameters, flops_per_token
 from .hardware import GPU
 from .memory import MemoryPlan, plan_memory
 from .setup import TrainingSetup
-from .step_time import AllToAll, Rates, StepTime, all_to_all, estimate_step
+from .step_time import Exchange, Rates, StepTime, estimate_step, exchange
 
 TIGHT = 0.9
 """Share of a GPU's memory above which a plan is tight: the allocator's gaps and uneven loads need memory too."""
@@ -56,7 +56,7 @@ class Plan:
     rates: Rates
     parameters: ParameterCounts
     memory: MemoryPlan
-    exchange: AllToAll
+    exchange: Exchange
     time: StepTime
     flops: float
 
@@ -135,7 +135,7 @@ class Plan:
                 "fit": self.fit,
                 "remedy": self.remedy,
             },
-            "all_to_all": asdict(self.exchange),
+            "exchange": asdict(self.exchange),
             "time": {**asdict(self.time), "total": self.time.total},
             "flops_per_token": self.flops,
             "tokens_per_second": self.tokens_per_second,
@@ -164,7 +164,7 @@ def make_plan(config: CompassConfig, gpu: GPU, setup: TrainingSetup, rates: Rate
         rates=rates,
         parameters=count_parameters(config),
         memory=plan_memory(config, setup),
-        exchange=all_to_all(config, setup),
+        exchange=exchange(config, setup),
         time=estimate_step(config, setup, gpu, rates),
         flops=flops_per_token(config, setup.sequence_length),
     )
