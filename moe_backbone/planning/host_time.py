@@ -39,8 +39,8 @@ _HOOKS = 152
 # DeepSpeed's bytes for a gradient on its way into buckets, and for a number of this GPU's part in its step: norms in
 # double precision 10, casts 12, unscaling 8, joining 4, checks 4, and what the norm reads 8.
 _BUCKETS, _PART = 16, 46
-# DeepSpeed's work for a parameter in hooks and in its step, as long as so many launches: 11 to 24 by the clock of a CPU. It
-# waits for the device there, so nothing hides this work.
+# DeepSpeed's work for a parameter in hooks and in its step, as long as so many launches: 11 to 24 by the clock of a
+# CPU. It waits for the device there, so nothing hides this work.
 _PARAMETER = 14
 
 

@@ -50,7 +50,8 @@ class TrainingSetup:
         strategy: One of [`STRATEGIES`].
         expert_parallel_size: Number of GPUs in a node that share the experts; each GPU holds an equal part of them.
         expert_exchange: One of [`EXCHANGES`]: `gather` gives all tokens to all GPUs that share the experts,
-            `all_to_all` sends each row to its expert, `auto` gathers where that moves no more bytes, as `otpo pretrain` does.
+            `all_to_all` sends each row to its expert, `auto` gathers where that moves no more bytes, as
+            `otpo pretrain` does.
         compile_layers: Whether layers are compiled, `otpo pretrain`'s default. Time alone knows it.
         experts_implementation: `memcpy` or `grouped_mm`, which moves rows by several operations. Time alone knows it.
         attention_kernels: One of [`ATTENTION_KERNELS`]. Time alone knows it.

@@ -34,8 +34,8 @@ class Rates:
             tokens with heads of 64 and of 128 numbers.
         bandwidth: Share of the memory's bandwidth. We measured copies at 3.0 of 3.35 TB/s on an H100.
         links: Share of the bandwidth between GPUs. We did not measure it.
-        launch: Seconds of the host for one launched operation that is not compiled. A step of compass-small with one row
-            of 4096 tokens, which waits for the host, took 129 ms for 3,400 launches on an H100's machine.
+        launch: Seconds of the host for one launched operation that is not compiled. A step of compass-small with one
+            row of 4096 tokens, which waits for the host, took 129 ms for 3,400 launches on an H100's machine.
 
     Raises:
         ValueError: A share is not above 0 and at most 1.
@@ -113,7 +113,8 @@ def gathered(config: CompassConfig, setup: TrainingSetup) -> Exchange:
     """Bytes that one GPU sends where all that share its experts, W, gather their tokens.
 
     The forward gathers states, weights and experts' indices, and scatters sums of states. The backward gathers
-    gradients of these sums, and scatters those of states and weights. Each of these sends `W - 1` times a GPU's own tokens.
+    gradients of these sums, and scatters those of states and weights. Each of these sends `W - 1` times a GPU's
+    own tokens.
     """
     size, others = setup.bytes_of.compute, (setup.expert_parallel_size - 1) * setup.batch.tokens
     states, slots = 2 * config.hidden_size * size, config.num_experts_per_tok
@@ -168,14 +169,14 @@ def estimate_step(config: CompassConfig, setup: TrainingSetup, gpu: GPU, rates: 
     exchanged = (forwards * sent.forward + sent.backward) * layers * micro_batches
     faster = FLASH4 if setup.attention_kernels == "flash4" else 1.0
     host, serial = host_time(config, setup, rates)
-    parts = dict(
-        matmul=tokens * ((flops.dense + flops.experts) * again + flops.head) / (peak * rates.matmul),
-        attention=tokens * flops.scores * again / (peak * rates.attention) * faster,
-        row_moves=layers * micro_batches * row_move_bytes(config, setup) / bandwidth,
-        elementwise=micro_batches * _elementwise_bytes(config, setup, forwards) / bandwidth,
-        all_to_all=exchanged / (gpu.intra_node * 1e9 * rates.links),
-        gradients=_collectives(config, setup, gpu) / rates.links,
-    )
+    parts = {
+        "matmul": tokens * ((flops.dense + flops.experts) * again + flops.head) / (peak * rates.matmul),
+        "attention": tokens * flops.scores * again / (peak * rates.attention) * faster,
+        "row_moves": layers * micro_batches * row_move_bytes(config, setup) / bandwidth,
+        "elementwise": micro_batches * _elementwise_bytes(config, setup, forwards) / bandwidth,
+        "all_to_all": exchanged / (gpu.intra_node * 1e9 * rates.links),
+        "gradients": _collectives(config, setup, gpu) / rates.links,
+    }
     # The host launches all that before it starts the optimizer's step, in which nothing is left to launch ahead.
     waiting = max(0.0, host - sum(parts.values())) + serial
     return StepTime(
@@ -221,7 +222,8 @@ def _collectives(config: CompassConfig, setup: TrainingSetup, gpu: GPU) -> float
             setup.gpus_per_node // setup.expert_parallel_size,
         ),
     ]
-    # An all-reduce counts twice. DeepSpeed's stages 1 and 2 take one for each bucket (`use_multi_rank_bucket_allreduce`).
+    # An all-reduce counts twice. DeepSpeed's stages 1 and 2 take one for each bucket, its default
+    # (`use_multi_rank_bucket_allreduce`).
     reduces = {0: 2, 1: 2, 2: 2 * micro_batches, 3: micro_batches}[setup.stage]
     gathers = {0: 0, 1: 1, 2: 1, 3: 2 * micro_batches}[setup.stage]
     seconds = 0.0
