@@ -42,6 +42,7 @@ from benchmarks.expert_parallel_contenders import (
     COMPASS,
     COMPILED,
     FITS,
+    GATHERED,
     NATIVE,
     OURS,
     SMALL,
@@ -72,7 +73,7 @@ TARGETS = (
 """How much faster than whom ours is to be."""
 MEASURED = ("ms", "tokens_per_s", "peak_mib", "setup_peak_mib", "setup_s", "before_mib")
 SHARES = (*(f"{kind}_share" for kind in KINDS), "idle_share")
-PREDICTED = {OURS: True, COMPASS: True, BASE: False}
+PREDICTED = {OURS: True, COMPASS: True, GATHERED: True, COMPILED: True, BASE: False, BASE_COMPILED: False}
 COLUMNS = ("case", "contender", "gpus", "layers", "optimizer", "rows", "length", "status", *GATES, *MEASURED)
 COLUMNS += ("predicted_mib", "predicted_ms", *SHARES)
 
@@ -126,11 +127,13 @@ def run_contender(case: Case, name: str, ranks: Ranks, steps: int, expected: dic
     return row
 
 
-def plan_case(case: Case, gpu: Any, gpus: int, ep_size: int) -> Any:
+def plan_case(case: Case, gpu: Any, gpus: int, ep_size: int, name: str = OURS) -> Any:
     setup = TrainingSetup(
         gpus_per_node=gpus,
         strategy="zero2",
         expert_parallel_size=ep_size,
+        expert_exchange="gather" if name in (GATHERED, COMPILED) else "all_to_all",
+        compile_layers=name in (COMPILED, BASE_COMPILED),
         micro_batch_size=case.rows,
         sequence_length=case.length,
         precision="bf16",
@@ -158,7 +161,7 @@ def predict(case: Case, name: str, ranks: Ranks) -> dict[str, float]:
     gpu = recognise_gpu(torch.cuda.get_device_name()) if ranks.device.type == "cuda" else find_gpu("h100")
     if name not in PREDICTED or case.optimizer != "adamw" or gpu is None:
         return {}
-    plan = plan_case(case, gpu, ranks.world, ranks.world if PREDICTED[name] else 1)
+    plan = plan_case(case, gpu, ranks.world, ranks.world if PREDICTED[name] else 1, name)
     return {
         "predicted_mib": round(plan.memory.allocated / harness.MIB),
         "predicted_ms": round(1e3 * plan.time.total, 2),

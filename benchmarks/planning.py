@@ -6,6 +6,7 @@ weights and moments take, what the forward keeps, and the gradients. The time of
 estimate and decides nothing.
 
     python -m benchmarks.planning
+    torchrun --nproc_per_node 2 -m benchmarks.expert_parallel --cases compass-small      two GPUs: `predicted_*`
     python -m benchmarks.planning --model compass-tiny --sequence_length 512
 """
 
@@ -49,7 +50,9 @@ def run(config: CompassConfig, setup: TrainingSetup) -> dict[str, float]:
     """Trains for some steps; bytes and seconds."""
     torch.manual_seed(0)
     with torch.device("cuda"):
-        model = CompassForCausalLM._from_config(config, attn_implementation="sdpa").train()
+        model = CompassForCausalLM._from_config(
+            config, attn_implementation="sdpa", experts_implementation="grouped_mm"
+        ).train()
     if setup.bytes_of.weights == 2:
         model = model.bfloat16()
     if setup.gradient_checkpointing:
@@ -176,8 +179,16 @@ def main() -> int:
     config, gpu = load_config(args.model), name_of_gpu()
     rows = []
     for setting in SETTINGS:
-        setup = TrainingSetup(gpus_per_node=1, sequence_length=args.sequence_length, **setting)
-        rows.append({"model": args.model, **compare(config, setup, gpu), **describe_machine("transformers")})
+        setup = TrainingSetup(
+            gpus_per_node=1,
+            sequence_length=args.sequence_length,
+            compile_layers=False,
+            experts_implementation="grouped_mm",
+            **setting,
+        )
+        row = {"model": args.model, **compare(config, setup, gpu), **describe_machine("transformers")}
+        rows.append(row)
+        print(f"{setting}: peak {row['peak_error']:+.1%}, {row['ms_predicted']} / {row['ms_measured']} ms", flush=True)
         gc.collect()
         torch.cuda.empty_cache()
     console = Console(width=200, highlight=False)

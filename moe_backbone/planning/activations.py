@@ -127,6 +127,7 @@ def saved_activations(
     *,
     gradient_checkpointing: bool = False,
     expert_parallel_size: int = 1,
+    gathers: bool = False,
 ) -> Activations:
     """Counts the bytes that a training forward of `CompassForCausalLM` with labels keeps for its backward.
 
@@ -139,12 +140,15 @@ def saved_activations(
         gradient_checkpointing: Whether each layer keeps only its input.
         expert_parallel_size: Number of processes that share the experts. At an even load each process still computes S
             rows, but it copies fewer weights.
+        gathers: Whether each process gets all tokens of those that share the experts. It then reserves rows for all of
+            their slots, `expert_parallel_size * S`.
     """
     # The layers. An MTP layer's inner decoder layer reads a projection's result, so its stream has that dtype.
     tokens, hidden, length = batch.tokens, config.hidden_size, batch.length
     ahead = config.num_mtp_layers if config.effective_mtp_loss_coef else 0
-    layer = _layer(config, batch, precision, precision.stream, expert_parallel_size)
-    inner = _layer(config, batch, precision, precision.compute, expert_parallel_size)
+    spread = (expert_parallel_size, gathers)
+    layer = _layer(config, batch, precision, precision.stream, *spread)
+    inner = _layer(config, batch, precision, precision.compute, *spread)
     mtp = _mtp_layer(config, tokens, precision, inner)
     kept, kept_ahead = layer.total, mtp.total
     if gradient_checkpointing:
@@ -178,7 +182,7 @@ def _norm(rows: int, width: int, input_bytes: int) -> int:
 
 
 def _layer(
-    config: CompassConfig, batch: Batch, precision: Precision, stream: int, expert_parallel_size: int
+    config: CompassConfig, batch: Batch, precision: Precision, stream: int, expert_parallel_size: int, gathers: bool
 ) -> LayerActivations:
     """Bytes that one decoder layer keeps where a number of the residual stream has `stream` bytes."""
     tokens, hidden, head_dim, compute = batch.tokens, config.hidden_size, config.head_dim, precision.compute
@@ -203,7 +207,7 @@ def _layer(
         router += config.num_experts * hidden * FLOAT
 
     # Three index tensors, and of each row the input, the output, four hidden vectors and the weight.
-    width, rows = config.moe_intermediate_size, tokens * slots
+    width, rows = config.moe_intermediate_size, tokens * slots * (expert_parallel_size if gathers else 1)
     experts = rows * (3 * INDEX + compute * (2 * hidden + 4 * width + 1))
 
     # Four hidden vectors of each token, and casts of the input where the router reads it in float32.

@@ -133,6 +133,7 @@ def plan_memory(config: CompassConfig, setup: TrainingSetup) -> MemoryPlan:
         size,
         gradient_checkpointing=setup.gradient_checkpointing,
         expert_parallel_size=setup.expert_parallel_size,
+        gathers=setup.gathers(config),
     )
     peak = max(_moments(config, setup, kept, local[2] * size.gradients), key=lambda moment: moment.total)
     return MemoryPlan(
@@ -213,7 +214,8 @@ def _moments(
 
     def backward_of_layer(name: str, again: int) -> _Moment:
         # The experts' backward needs most: gradients of all rows, and of the largest weight, gate and up together.
-        row = setup.batch.tokens * config.num_experts_per_tok * size.compute
+        reserved = setup.expert_parallel_size if setup.gathers(config) else 1
+        row = setup.batch.tokens * config.num_experts_per_tok * size.compute * reserved
         of_rows = row * max(3 * config.hidden_size, 2 * config.moe_intermediate_size)
         largest = local_experts * 2 / 3
         of_weights = largest * (copy + (size.gradients if persistent else 0))

@@ -33,6 +33,13 @@ OPTIMIZERS = {
 bitsandbytes', which stores a byte for each number and a float32 scale for each block of 256 (arXiv 2110.02861)."""
 
 
+EXCHANGES = ("auto", "gather", "all_to_all")
+"""How rows reach spread experts, as in `otpo pretrain`."""
+
+ATTENTION_KERNELS = ("torch", "flash4")
+"""Kernels of attention by lengths: torch's own, or FlashAttention-4's."""
+
+
 @dataclass(frozen=True)
 class TrainingSetup:
     """The options of a run that its memory and time depend on.
@@ -42,6 +49,12 @@ class TrainingSetup:
         gpus_per_node: Number of GPUs in each machine.
         strategy: One of [`STRATEGIES`].
         expert_parallel_size: Number of GPUs in a node that share the experts; each GPU holds an equal part of them.
+        expert_exchange: One of [`EXCHANGES`]: `gather` gives all tokens to all GPUs that share the experts,
+            `all_to_all` sends each row to its expert, `auto` gathers where that moves no more bytes, as
+            `otpo pretrain` does.
+        compile_layers: Whether layers are compiled, `otpo pretrain`'s default. Time alone knows it.
+        experts_implementation: `memcpy` or `grouped_mm`, which moves rows by several operations. Time alone knows it.
+        attention_kernels: One of [`ATTENTION_KERNELS`]. Time alone knows it.
         micro_batch_size: Rows that a GPU takes at a time.
         sequence_length: Tokens of a row.
         packed: Whether rows hold several documents; see [`Batch`].
@@ -58,6 +71,10 @@ class TrainingSetup:
     gpus_per_node: int = 8
     strategy: str = "ddp"
     expert_parallel_size: int = 1
+    expert_exchange: str = "auto"
+    compile_layers: bool = True
+    experts_implementation: str = "memcpy"
+    attention_kernels: str = "torch"
     micro_batch_size: int = 1
     sequence_length: int = 4096
     packed: bool = False
@@ -77,7 +94,14 @@ class TrainingSetup:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
-        for name, known in (("strategy", STRATEGIES), ("precision", PRECISIONS), ("optimizer", OPTIMIZERS)):
+        for name, known in (
+            ("strategy", STRATEGIES),
+            ("expert_exchange", EXCHANGES),
+            ("attention_kernels", ATTENTION_KERNELS),
+            ("experts_implementation", ("memcpy", "grouped_mm")),
+            ("precision", PRECISIONS),
+            ("optimizer", OPTIMIZERS),
+        ):
             if getattr(self, name) not in known:
                 raise ValueError(f"`{name}={getattr(self, name)}` is not known. Set one of: {', '.join(known)}.")
         if self.gpus_per_node % self.expert_parallel_size:
@@ -101,6 +125,12 @@ class TrainingSetup:
     def expert_replicas(self) -> int:
         """Number of GPUs that hold the same experts."""
         return self.world // self.expert_parallel_size
+
+    def gathers(self, config: CompassConfig) -> bool:
+        """Whether all tokens go to all GPUs that share the experts, by the rule of `expert_parallel.gather`."""
+        if self.expert_parallel_size == 1 or self.expert_exchange == "all_to_all":
+            return False
+        return self.expert_exchange == "gather" or self.expert_parallel_size <= config.num_experts_per_tok
 
     @property
     def batch(self) -> Batch:

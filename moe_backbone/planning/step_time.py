@@ -11,11 +11,15 @@ from dataclasses import dataclass
 
 from moe_backbone.model.configuration_compass import CompassConfig
 
-from .activations import FLOAT, saved_activations
+from .activations import FLOAT, INDEX, saved_activations
 from .counting import count_flops
 from .hardware import GPU
+from .host_time import eager_bytes, engine_bytes, host_time
 from .memory import dense_parameters, routed_experts
 from .setup import TrainingSetup
+
+FLASH4 = 0.6
+"""Time of FlashAttention-4's kernels, as a share of that of torch's: half to two thirds, measured on an H100."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,8 @@ class Rates:
             tokens with heads of 64 and of 128 numbers.
         bandwidth: Share of the memory's bandwidth. We measured copies at 3.0 of 3.35 TB/s on an H100.
         links: Share of the bandwidth between GPUs. We did not measure it.
+        launch: Seconds of the host for one launched operation that is not compiled. A step of compass-small with one
+            row of 4096 tokens, which waits for the host, took 129 ms for 3,400 launches on an H100's machine.
 
     Raises:
         ValueError: A share is not above 0 and at most 1.
@@ -39,24 +45,31 @@ class Rates:
     attention: float = 0.21
     bandwidth: float = 0.9
     links: float = 0.8
+    launch: float = 35e-6
 
     def __post_init__(self) -> None:
+        if not 0 <= self.launch < 1:
+            raise ValueError(f"`launch` is in seconds, at least 0 and below 1, got {self.launch}.")
         for name, value in vars(self).items():
+            if name == "launch":
+                continue
             if not 0 < value <= 1:
                 raise ValueError(f"`{name}` is a share of a data sheet's rate, above 0 and at most 1, got {value}.")
 
 
 @dataclass(frozen=True)
-class AllToAll:
+class Exchange:
     """Bytes that one GPU sends to others in one layer and micro-batch.
 
     Attributes:
-        forward: Rows on their way to the experts and back.
-        backward: Gradients of these rows. Gradient checkpointing repeats the forward beside it.
+        forward: Rows, or all tokens, on their way to the experts and back.
+        backward: Their gradients. Gradient checkpointing repeats the forward beside it.
+        kind: `all_to_all` or `gather`.
     """
 
     forward: int
     backward: int
+    kind: str = "all_to_all"
 
 
 @dataclass(frozen=True)
@@ -68,9 +81,11 @@ class StepTime:
         attention: Scores and their product with the values, the second forward included.
         row_moves: Moves of rows to the experts' order and back, if each row is read once and written once.
         elementwise: Norms, activations, casts and the loss, by the bytes that they write and read.
-        all_to_all: Moves of rows to the GPUs that hold their experts and back.
+        all_to_all: Moves of rows, or of all tokens where they are gathered, to the GPUs with the experts and back.
         gradients: Collectives of data parallelism and ZeRO.
         optimizer: Reads and writes of the optimizer.
+        engine: DeepSpeed's copies, checks and casts of gradients and weights.
+        waiting: Time in which the device waits for the host.
     """
 
     matmul: float
@@ -80,6 +95,8 @@ class StepTime:
     all_to_all: float
     gradients: float
     optimizer: float
+    engine: float
+    waiting: float
 
     @property
     def total(self) -> float:
@@ -87,7 +104,24 @@ class StepTime:
         return sum(vars(self).values())
 
 
-def all_to_all(config: CompassConfig, setup: TrainingSetup) -> AllToAll:
+def exchange(config: CompassConfig, setup: TrainingSetup) -> Exchange:
+    """Bytes of the exchange that the setup takes: [`gathered`] or [`all_to_all`]."""
+    return (gathered if setup.gathers(config) else all_to_all)(config, setup)
+
+
+def gathered(config: CompassConfig, setup: TrainingSetup) -> Exchange:
+    """Bytes that one GPU sends where all that share its experts, W, gather their tokens.
+
+    The forward gathers states, weights and experts' indices, and scatters sums of states. The backward gathers
+    gradients of these sums, and scatters those of states and weights. Each of these sends `W - 1` times a GPU's
+    own tokens.
+    """
+    size, others = setup.bytes_of.compute, (setup.expert_parallel_size - 1) * setup.batch.tokens
+    states, slots = 2 * config.hidden_size * size, config.num_experts_per_tok
+    return Exchange(others * (states + slots * (size + INDEX)), others * (states + slots * size), "gather")
+
+
+def all_to_all(config: CompassConfig, setup: TrainingSetup) -> Exchange:
     """Bytes that one GPU sends to those that share its experts.
 
     At an even load each pass sends `2 N (1 - 1 / expert_parallel_size)`: the rows of other GPUs' experts, there and
@@ -96,18 +130,20 @@ def all_to_all(config: CompassConfig, setup: TrainingSetup) -> AllToAll:
     rows = setup.batch.tokens * config.num_experts_per_tok
     leaving = rows - rows // setup.expert_parallel_size
     one_pass = 2 * leaving * config.hidden_size * setup.bytes_of.compute
-    return AllToAll(forward=one_pass, backward=one_pass)
+    return Exchange(forward=one_pass, backward=one_pass)
 
 
 def row_move_bytes(config: CompassConfig, setup: TrainingSetup) -> int:
     """Least bytes that permute and unpermute move in one layer and micro-batch, forward and backward.
 
     The forward moves `2 (R + N)`. The backward moves `(R + N) + (R + 2 N)`, since the weights' gradient reads the
-    experts' rows again. Under expert parallelism each pass also reorders the rows that arrive, and back: `4 N`.
+    experts' rows again. Where rows are sent, each pass also reorders those that arrive, and back: `4 N`. Where all
+    tokens are gathered, R is that of all GPUs that share the experts.
     """
     row = setup.batch.tokens * config.hidden_size * setup.bytes_of.compute
     rows = row * config.num_experts_per_tok
-    again = 4 * rows if setup.expert_parallel_size > 1 else 0
+    again = 4 * rows if setup.expert_parallel_size > 1 and not setup.gathers(config) else 0
+    row *= setup.expert_parallel_size if setup.gathers(config) else 1
     forward, backward = 2 * (row + rows) + again, 2 * row + 3 * rows + again
     return forward * (2 if setup.gradient_checkpointing else 1) + backward
 
@@ -128,17 +164,26 @@ def estimate_step(config: CompassConfig, setup: TrainingSetup, gpu: GPU, rates: 
     flops = count_flops(config, setup.sequence_length)
     peak = 1e12 * (gpu.float32_tflops if setup.bytes_of.compute == FLOAT else gpu.tflops)
     bandwidth = gpu.bandwidth * 1e9 * rates.bandwidth
-    exchange = all_to_all(config, setup)
+    sent = exchange(config, setup)
     forwards = 2 if setup.gradient_checkpointing else 1
-    exchanged = (forwards * exchange.forward + exchange.backward) * layers * micro_batches
+    exchanged = (forwards * sent.forward + sent.backward) * layers * micro_batches
+    faster = FLASH4 if setup.attention_kernels == "flash4" else 1.0
+    host, serial = host_time(config, setup, rates)
+    parts = {
+        "matmul": tokens * ((flops.dense + flops.experts) * again + flops.head) / (peak * rates.matmul),
+        "attention": tokens * flops.scores * again / (peak * rates.attention) * faster,
+        "row_moves": layers * micro_batches * row_move_bytes(config, setup) / bandwidth,
+        "elementwise": micro_batches * _elementwise_bytes(config, setup, forwards) / bandwidth,
+        "all_to_all": exchanged / (gpu.intra_node * 1e9 * rates.links),
+        "gradients": _collectives(config, setup, gpu) / rates.links,
+    }
+    # The host launches all that before it starts the optimizer's step, in which nothing is left to launch ahead.
+    waiting = max(0.0, host - sum(parts.values())) + serial
     return StepTime(
-        matmul=tokens * ((flops.dense + flops.experts) * again + flops.head) / (peak * rates.matmul),
-        attention=tokens * flops.scores * again / (peak * rates.attention),
-        row_moves=layers * micro_batches * row_move_bytes(config, setup) / bandwidth,
-        elementwise=micro_batches * _elementwise_bytes(config, setup, forwards) / bandwidth,
-        all_to_all=exchanged / (gpu.intra_node * 1e9 * rates.links),
-        gradients=_collectives(config, setup, gpu) / rates.links,
+        **parts,
         optimizer=_optimizer_bytes(config, setup) / bandwidth,
+        engine=engine_bytes(config, setup) / bandwidth,
+        waiting=waiting,
     )
 
 
@@ -147,8 +192,16 @@ def _elementwise_bytes(config: CompassConfig, setup: TrainingSetup, forwards: in
 
     Each pass writes and reads every tensor that autograd keeps, or its gradient. A head's loss takes ten such moves.
     """
-    kept = saved_activations(config, setup.batch, setup.bytes_of, expert_parallel_size=setup.expert_parallel_size)
+    kept = saved_activations(
+        config,
+        setup.batch,
+        setup.bytes_of,
+        expert_parallel_size=setup.expert_parallel_size,
+        gathers=setup.gathers(config),
+    )
     ahead = config.num_mtp_layers if config.effective_mtp_loss_coef else 0
+    if not setup.compile_layers:
+        return eager_bytes(config, setup) + 10 * (1 + ahead) * kept.head
     copies = config.num_hidden_layers * kept.layer.copies + ahead * kept.mtp_layer.copies
     layers = config.num_hidden_layers * kept.layer.total + ahead * kept.mtp_layer.total - copies
     casts = 3 * copies * (forwards + 1)  # 2 bytes beside 4: a cast writes 2, its gradient writes 4
@@ -169,7 +222,9 @@ def _collectives(config: CompassConfig, setup: TrainingSetup, gpu: GPU) -> float
             setup.gpus_per_node // setup.expert_parallel_size,
         ),
     ]
-    reduces = {0: 2, 1: 1, 2: micro_batches, 3: micro_batches}[setup.stage]  # an all-reduce counts twice
+    # An all-reduce counts twice. DeepSpeed's stages 1 and 2 take one for each bucket, its default
+    # (`use_multi_rank_bucket_allreduce`).
+    reduces = {0: 2, 1: 2, 2: 2 * micro_batches, 3: micro_batches}[setup.stage]
     gathers = {0: 0, 1: 1, 2: 1, 3: 2 * micro_batches}[setup.stage]
     seconds = 0.0
     for parameters, members, of_a_node in groups:

@@ -62,6 +62,26 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="GPUs of a node that share the experts; divides the experts and the GPUs of a node (1)",
     )
+    add(
+        "--expert_exchange",
+        default="auto",
+        metavar="NAME",
+        help="gather (all tokens to all GPUs that share experts), all_to_all (each row to its expert), or auto, which "
+        "gathers where that moves no more bytes, as in pretraining (auto)",
+    )
+    add(
+        "--compile_layers",
+        choices=("true", "false"),
+        default="true",
+        help="whether layers are compiled, as pretraining does on a GPU; memory is that of layers that are not (true)",
+    )
+    add("--experts_implementation", default="memcpy", metavar="NAME", help="memcpy, grouped_mm (memcpy)")
+    add(
+        "--attention_kernels",
+        default="auto",
+        metavar="NAME",
+        help="torch, flash4 (FlashAttention-4), or auto: flash4 for a Hopper GPU where it is installed here (auto)",
+    )
     add("--micro_batch_size", type=int, default=1, metavar="N", help="rows on a GPU at a time (1)")
     add(
         "--sequence_length",
@@ -125,9 +145,25 @@ def _make_plan(options: argparse.Namespace) -> "Plan":
     named = {name: getattr(options, name) for name in TrainingSetup.__dataclass_fields__}
     if options.sequence_length is None:
         named["sequence_length"] = min(TrainingSetup.sequence_length, config.max_position_embeddings)
+    named["compile_layers"] = options.compile_layers == "true"
+    if options.attention_kernels == "auto":
+        named["attention_kernels"] = "flash4" if _fourth_would_run(options.gpu, config.head_dim) else "torch"
     share = options.efficiency
     rates = Rates() if share is None else Rates(matmul=share, attention=share / 2)
     return make_plan(config, find_gpu(options.gpu), TrainingSetup(**named), rates)
+
+
+def _fourth_would_run(gpu: str, head_dim: int) -> bool:
+    """Whether training would take FlashAttention-4 on such a GPU, were it started in this environment."""
+    import importlib.metadata
+    import os
+
+    try:
+        installed = bool(importlib.metadata.version("flash-attn-4"))
+    except importlib.metadata.PackageNotFoundError:
+        installed = False
+    wanted = os.environ.get("OTPO_FLASH_ATTENTION", "auto") == "auto"
+    return installed and wanted and gpu.lower().startswith(("h100", "h200")) and 64 <= head_dim <= 128
 
 
 def _show(plan: "Plan", model: str, tokens: float | None) -> None:
@@ -137,11 +173,14 @@ def _show(plan: "Plan", model: str, tokens: float | None) -> None:
     setup = plan.setup
     gpus = f"{setup.nodes} x {setup.gpus_per_node}" if setup.nodes > 1 else f"{setup.gpus_per_node}"
     console.print(f"{model} on {gpus} {plan.gpu.title}", style="bold", markup=False)
+    way = f" ({plan.exchange.kind})" if setup.expert_parallel_size > 1 else ""
     twice = "with" if setup.gradient_checkpointing else "no"
     console.print(
-        f"{setup.strategy}, expert parallelism {setup.expert_parallel_size}, {setup.precision}, {setup.optimizer}, "
+        f"{setup.strategy}, expert parallelism {setup.expert_parallel_size}{way}, {setup.precision}, "
+        f"{setup.optimizer}, {setup.experts_implementation}, "
         f"{setup.micro_batch_size} x {setup.sequence_length:,} tokens a GPU and micro-batch, "
-        f"{setup.tokens_per_step:,} a step, {twice} gradient checkpointing\n",
+        f"{setup.tokens_per_step:,} a step, {twice} gradient checkpointing, "
+        f"{'compiled' if setup.compile_layers else 'uncompiled'} layers, attention by {setup.attention_kernels}\n",
         markup=False,
     )
     for table in (_parameters(plan), _memory(plan), _traffic(plan), _time(plan, tokens)):
@@ -187,7 +226,8 @@ def _memory(plan: "Plan") -> Any:
 def _traffic(plan: "Plan") -> Any:
     forward, backward = (f"{value / _MIB:,.1f} MiB" for value in (plan.exchange.forward, plan.exchange.backward))
     rows = [("forward, dispatch and combine", forward), ("backward, their gradients", backward)]
-    return _table("All-to-all of a layer, GPU and micro-batch", rows)
+    way = "Tokens gathered" if plan.exchange.kind == "gather" else "All-to-all"
+    return _table(f"{way} of a layer, GPU and micro-batch", rows)
 
 
 def _time(plan: "Plan", tokens: float | None) -> Any:
