@@ -1,8 +1,8 @@
 """One of several processes that run commands under FSDP2 on the CPU, as `accelerate launch` starts them.
 
 accelerate leaves FSDP out on the CPU. Where its configuration asks for FSDP, the state here says that there are
-several GPUs, whose device is the CPU. All else is accelerate's own: its launcher, the bundled configuration, its plugin
-and its checkpoints. Experts that transformers spreads, beside an FSDP2 of its own, need nothing.
+several GPUs, whose device is the CPU. All else is accelerate's own: its launcher, the bundled configuration, its
+plugin and its checkpoints. Experts that transformers spreads, beside an FSDP2 of its own, need nothing.
 
 accelerate launch --config_file fsdp2.yaml fsdp_worker.py CASES.json
 """

@@ -1,20 +1,15 @@
 """What layers that are not compiled, and DeepSpeed, add to a step: traffic of the memory, and launches by the host.
 
 All numbers count what the code does: operations that PyTorch dispatches in a step on the CPU, and the bytes of the
-tensors that they read and write. Tests count again.
+tensors that they read and write. Tests count those of layers again.
 Legend: T tokens of a micro-batch, H hidden size, K experts that a token takes, I width of an expert, E experts.
 """
-
-from typing import TYPE_CHECKING
 
 from moe_backbone.model.configuration_compass import CompassConfig
 
 from .counting import count_layer
 from .memory import dense_parameters, routed_experts
 from .setup import TrainingSetup
-
-if TYPE_CHECKING:
-    from .step_time import Rates
 
 # Bytes for each of T * (H, numbers of all queries, numbers of all keys, K * H, K * I, E), forward and backward. With
 # grouped_mm K * H has moves of rows, which are counted elsewhere where memcpy does them.
@@ -79,16 +74,22 @@ def engine_bytes(config: CompassConfig, setup: TrainingSetup) -> float:
     return whole * _BUCKETS * setup.gradient_accumulation_steps + part * _PART
 
 
-def host_time(config: CompassConfig, setup: TrainingSetup, rates: "Rates") -> tuple[float, float]:
-    """Seconds of the host in a step: those that overlap the device's work, and those that do not."""
+def host_time(config: CompassConfig, setup: TrainingSetup, launch: float) -> tuple[float, float]:
+    """Seconds of the host in a step: those that overlap the device's work, and those that do not.
+
+    Args:
+        config: The model.
+        setup: The options of the run.
+        launch: Seconds for one launched operation.
+    """
     forward, backward = _COMPILED if setup.compile_layers else _LAUNCHES[_kind(setup)]
     twice = (forward + _HOOKS) if setup.gradient_checkpointing else 0
     launches = _layers(config) * (forward + backward + twice) + _OUTSIDE
-    beside = launches * setup.gradient_accumulation_steps * rates.launch
+    beside = launches * setup.gradient_accumulation_steps * launch
     if not setup.stage:
         return beside, 0.0
     names = 11 + (3 if config.num_shared_experts else 0)
-    serial = (names * _layers(config) * _PARAMETER + _OUTSIDE) * rates.launch
+    serial = (names * _layers(config) * _PARAMETER + _OUTSIDE) * launch
     if setup.expert_parallel_size > 1 and not setup.gathers(config):
         # Each layer's rows wait for their number, so that its launches overlap nothing.
         serial, beside = serial + beside, 0.0

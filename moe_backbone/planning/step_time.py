@@ -168,7 +168,7 @@ def estimate_step(config: CompassConfig, setup: TrainingSetup, gpu: GPU, rates: 
     forwards = 2 if setup.gradient_checkpointing else 1
     exchanged = (forwards * sent.forward + sent.backward) * layers * micro_batches
     faster = FLASH4 if setup.attention_kernels == "flash4" else 1.0
-    host, serial = host_time(config, setup, rates)
+    host, serial = host_time(config, setup, rates.launch)
     parts = {
         "matmul": tokens * ((flops.dense + flops.experts) * again + flops.head) / (peak * rates.matmul),
         "attention": tokens * flops.scores * again / (peak * rates.attention) * faster,

@@ -10,16 +10,14 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.expert_parallel_contenders import BASE, BASE_COMPILED, COMPASS, COMPILED, GATHERED, OURS, cases
 from moe_backbone import CompassConfig, CompassForCausalLM, preset
-from moe_backbone.expert_parallel.gather import gather_pays
 from moe_backbone.planning.activations import PRECISIONS, Batch, saved_activations
 from moe_backbone.planning.counting import count_parameters
 from moe_backbone.planning.hardware import GPUS, find_gpu
 from moe_backbone.planning.memory import WORKSPACE, dense_parameters, plan_memory, routed_experts
 from moe_backbone.planning.plan import load_config, make_plan
 from moe_backbone.planning.setup import TrainingSetup
-from moe_backbone.planning.step_time import Rates, all_to_all, exchange, row_move_bytes
+from moe_backbone.planning.step_time import Rates, all_to_all, row_move_bytes
 
 SIZES = {
     "vocab_size": 1000,
@@ -348,142 +346,3 @@ def test_configurations_by_name_and_by_path(tmp_path):
         (tmp_path / "config.json").write_text(json.dumps({**config.to_dict(), "num_experts": value}))
         with pytest.raises(ValueError, match=rf"^`model={tmp_path}`: .*{message}[^\n]*$"):
             load_config(str(tmp_path))
-
-
-# Gathered tokens
-
-
-@pytest.mark.parametrize(("processes", "slots"), [(2, 4), (4, 4), (8, 4), (2, 1)])
-def test_a_plan_gathers_where_training_does(processes, slots):
-    config = preset("compass-small", num_experts_per_tok=slots)
-    setup = TrainingSetup(expert_parallel_size=processes)
-    assert setup.gathers(config) == gather_pays(processes, slots)
-    assert replace(setup, expert_exchange="gather").gathers(config)
-    assert not replace(setup, expert_exchange="all_to_all").gathers(config)
-    assert not TrainingSetup(expert_exchange="gather").gathers(config)
-
-
-def test_bytes_and_memory_of_gathered_tokens():
-    config = preset("compass-small", num_mtp_layers=0)
-    setup = TrainingSetup(gpus_per_node=4, expert_parallel_size=4, sequence_length=1000, precision="bf16")
-    sent = exchange(config, setup)
-    assert sent.kind == "gather"
-    # 3 other GPUs get 1000 tokens: states of 1024 numbers there and back, 4 weights and 4 indices there.
-    assert sent.forward == 3 * 1000 * (2 * 1024 * 2 + 4 * 2 + 4 * 8)
-    assert sent.backward == 3 * 1000 * (2 * 1024 * 2 + 4 * 2)
-    # Twelve layers reserve rows for the tokens of three more GPUs.
-    row = 3 * 8 + 2 * (2 * 1024 + 4 * 1536 + 1)
-    kept = [
-        saved_activations(config, setup.batch, setup.bytes_of, expert_parallel_size=4, gathers=gathers).total
-        for gathers in (True, False)
-    ]
-    assert kept[0] - kept[1] == 12 * 3 * 4000 * row
-    sends = replace(setup, expert_exchange="all_to_all")
-    assert plan_memory(config, setup).total > plan_memory(config, sends).total
-    # permute reads tokens of four GPUs and unpermute sums into them; no row is put in order again.
-    states, rows = 4 * 1000 * 1024 * 2, 4000 * 1024 * 2
-    assert row_move_bytes(config, setup) == 2 * (states + rows) + 2 * states + 3 * rows
-
-
-def test_memory_of_gathered_and_sent_rows_is_near_two_gpus():
-    path = Path(__file__).parents[2] / "benchmarks" / "results" / "expert_parallel_h200_x2.csv"
-    with path.open() as file:
-        found = {(row["case"], row["contender"]): float(row["peak_mib"]) for row in csv.DictReader(file)}
-    for case in cases(2, 141 << 30)[:2]:
-        for name, way in ((OURS, "all_to_all"), (GATHERED, "gather")):
-            setup = TrainingSetup(
-                gpus_per_node=2,
-                strategy="zero2",
-                expert_parallel_size=2,
-                expert_exchange=way,
-                micro_batch_size=case.rows,
-                sequence_length=case.length,
-                precision="bf16",
-            )
-            plan = plan_memory(case.config("compass"), setup)
-            assert plan.allocated / 2**20 == pytest.approx(found[case.name, name], rel=0.1)
-
-
-def test_the_fourth_flash_attention_takes_less_time():
-    setup = TrainingSetup(gpus_per_node=1)
-    plans = [
-        make_plan(preset("compass-small"), find_gpu("h100"), replace(setup, attention_kernels=name))
-        for name in ("torch", "flash4")
-    ]
-    assert plans[1].time.attention == pytest.approx(0.6 * plans[0].time.attention)
-
-
-# Times that were measured
-
-
-def measured(name):
-    path = Path(__file__).parents[2] / "benchmarks" / "results" / f"{name}.csv"
-    with path.open() as file:
-        return [row for row in csv.DictReader(file) if row.get("status", "ok") == "ok"]
-
-
-def is_near(plan, ms):
-    return 1 / 1.3 < 1e3 * plan.time.total / float(ms) < 1.3
-
-
-def test_time_is_near_every_step_of_two_gpus():
-    ways = {
-        BASE: ("all_to_all", 1, False, "grouped_mm"),
-        OURS: ("all_to_all", 2, False, "memcpy"),
-        COMPASS: ("all_to_all", 2, False, "memcpy"),
-        GATHERED: ("gather", 2, False, "memcpy"),
-        BASE_COMPILED: ("all_to_all", 1, True, "memcpy"),
-        COMPILED: ("gather", 2, True, "memcpy"),
-    }
-    known, compared = {case.name: case for case in cases(2, 141 << 30)}, 0
-    for gpu in ("h100", "h200"):
-        for row in measured(f"expert_parallel_{gpu}_x2"):
-            if row["contender"] not in ways or row["optimizer"] != "adamw":
-                continue
-            case, (way, size, compiled, experts) = known[row["case"]], ways[row["contender"]]
-            setup = TrainingSetup(
-                gpus_per_node=2,
-                strategy="zero2",
-                expert_parallel_size=size,
-                expert_exchange=way,
-                compile_layers=compiled,
-                experts_implementation=experts,
-                micro_batch_size=case.rows,
-                sequence_length=case.length,
-                precision="bf16",
-            )
-            plan = make_plan(case.config("compass"), find_gpu(gpu), setup)
-            assert is_near(plan, row["ms"]), (gpu, row["case"], row["contender"], plan.time.total, row["ms"])
-            compared += 1
-    assert compared >= 15
-
-
-def test_time_is_near_steps_that_wait_for_the_host_and_those_of_plain_layers():
-    """Steps on the device's time of transformers 5.17, whose grouped_mm moved more rows, are not compared."""
-    compared = 0
-    for row in measured("planning_h100"):
-        setup = TrainingSetup(
-            gpus_per_node=1,
-            micro_batch_size=int(row["micro_batch_size"]),
-            gradient_checkpointing=row["gradient_checkpointing"] == "True",
-            gradient_accumulation_steps=int(row["gradient_accumulation_steps"]),
-            precision=row["precision"],
-            optimizer=row["optimizer"],
-            compile_layers=False,
-            experts_implementation="grouped_mm",
-        )
-        plan = make_plan(preset("compass-small"), find_gpu("h100"), setup)
-        if not row["transformers"].startswith("5.17") or plan.time.waiting > 0.3 * plan.time.total:
-            assert is_near(plan, row["ms_measured"]), (setup, plan.time.total)
-            compared += 1
-    assert compared >= 4
-    sizes = {"num_hidden_layers": 2, "num_experts": 4, "num_experts_per_tok": 2, "num_mtp_layers": 0}
-    models = {"compass-small": (preset("compass-small"), 4)}
-    models["compass-v3-width"] = (preset("compass-v3", vocab_size=32000, **sizes), 2)
-    for row in measured("pretraining_h100"):
-        if row["variant"] == "grouped_mm":
-            config, rows = models[row["shape"]]
-            setup = TrainingSetup(
-                gpus_per_node=1, micro_batch_size=rows, compile_layers=False, experts_implementation="grouped_mm"
-            )
-            assert is_near(make_plan(config, find_gpu("h100"), setup), row["ms"])

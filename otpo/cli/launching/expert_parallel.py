@@ -62,7 +62,8 @@ def prepare(values: Mapping[str, Any], environ: MutableMapping[str, str]) -> lis
             )
     if "FSDP" in requested_engines(environ=environ):
         raise ValueError(
-            f"`expert_parallel_size={size}` with FSDP of the accelerate configuration. Use zero2, zero3 or ddp."
+            f"`expert_parallel_size={size}` with FSDP of the accelerate configuration. Use zero2, zero3 or ddp; "
+            "for FSDP2, name no configuration and set `expert_parallel_backend` to transformers, which brings its own."
         )
     # transformers spreads the experts while it loads the model, so its options need nothing here.
     if backend == "transformers":
