@@ -61,6 +61,31 @@ def test_machines_and_dates_are_those_of_the_rows():
             assert row["date"].startswith("2026-11-") and day in page, name
             assert row["torch"].startswith("2.11"), name
             assert "H100" in row["gpu"], name
+    for name in ("moe_layer_h200", "moe_layer_h200_gathering_products", "grouped_product_h200"):
+        for row in read_rows(ROOT / f"benchmarks/results/{name}.csv"):
+            assert (row["date"], row["torch"][:4], row["gpu"]) == ("2026-11-28", "2.11", "NVIDIA H200"), name
+
+
+def test_experts_as_one_operator_reach_their_goals():
+    """And each row of the run that the table is made of is that of the whole run, by its name there."""
+    path = ROOT / "benchmarks/results"
+    rows, run = (read_rows(path / f"moe_layer_h200{end}.csv") for end in ("", "_gathering_products"))
+    rates = {(row["shape"], row["contender"]): float(row["forward_backward_tflops"]) for row in rows}
+    for shape, least in (("qwen3-30b-a3b", 500), ("compass", 600), ("mixtral-8x7b", 600)):
+        assert rates[shape, "memcpy"] >= least
+    names = {"memcpy": "fused", "memcpy, separate passes": "memcpy", "memcpy compiled": "memcpy compiled"}
+    assert all(row | {"contender": names[row["contender"]]} in run for row in rows) and len(rows) == 9
+
+
+def test_products_that_gather_paid_too_little():
+    rows = [row for row in read_rows(ROOT / "benchmarks/results/grouped_product_h200.csv") if row["alone"]]
+    assert all(row["status"] == "ok" for row in rows)
+    paid = {(row["shape"].split(",")[0], row["product"]) for row in rows if float(row["ratio"]) > 1}
+    assert paid == {("qwen3-30b-a3b", "up"), ("qwen3-30b-a3b", "down_gradient")}
+    layers = read_rows(ROOT / "benchmarks/results/moe_layer_h200_gathering_products.csv")
+    ms = {(row["shape"], row["contender"]): float(row["forward_backward_ms"]) for row in layers}
+    gathering = [key for key in ms if key[1].startswith("fused") and key[1] not in ("fused", "fused compiled")]
+    assert len(gathering) == 12 and all(ms[shape, "fused"] / ms[shape, name] < 1.05 for shape, name in gathering)
 
 
 def test_other_pages_leave_measured_numbers_to_it():
