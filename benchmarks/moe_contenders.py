@@ -12,14 +12,15 @@ from packaging.version import Version
 from torch import Tensor
 
 from benchmarks.moe_cases import unmasked_experts_forward
-from otpo_kernels.grouped_product import ALL, NONE, Fusions, gated_experts
+from moe_backbone.memcpy_experts import run_grouped
+from otpo_kernels.memcpy import permute, unpermute
 from otpo_kernels.routing import route
 
 Forward = Callable[[Any, Tensor, Tensor, Tensor], Tensor]
-OURS, FUSED = "memcpy", "fused"
+OURS, SEPARATE = "memcpy", "memcpy, separate passes"
 BASE, UNMASKED, BATCHED = "grouped_mm", "grouped_mm unmasked", "batched_mm"
 STAND_IN = (UNMASKED,) if Version(transformers.__version__) < Version("5.18") else ()
-TRAINING = (OURS, FUSED, BASE, *STAND_IN, BATCHED, "eager", "liger", "sonic")
+TRAINING = (OURS, SEPARATE, BASE, *STAND_IN, BATCHED, "eager", "liger", "sonic")
 DECODING = (OURS, BASE, *STAND_IN, BATCHED)
 
 
@@ -52,14 +53,11 @@ def sonic(experts: Any, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
     return moe_general_routing_inputs(x, *ways, ActivationType.SWIGLU, infers, concat_layout=True)[0]
 
 
-def fused_by(fusions: Fusions) -> Forward:
-    """`fused` with these products run by our kernels."""
-
-    def forward(experts: Any, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        routing = route(index, experts.num_experts)
-        return gated_experts(x, experts.gate_up_proj, experts.down_proj, routing, weights, fusions)
-
-    return forward
+def separate_passes(experts: Any, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    """`memcpy` as it runs experts that are not plain SwiGLU: the activation and its gradient by torch's operations."""
+    routing = route(index, experts.num_experts)
+    rows = run_grouped(experts, permute(x, routing), routing.offsets)
+    return unpermute(rows, routing, weights)
 
 
 def compiled(name: str) -> Forward:
@@ -76,7 +74,7 @@ def compiled(name: str) -> Forward:
 
 CONTENDERS: dict[str, Forward] = {
     OURS: by_name("memcpy"),
-    FUSED: by_name("fused"),
+    SEPARATE: separate_passes,
     BASE: by_name("grouped_mm"),
     UNMASKED: unmasked_experts_forward,
     BATCHED: by_name("batched_mm"),
@@ -84,12 +82,6 @@ CONTENDERS: dict[str, Forward] = {
     "liger": liger,
     "sonic": sonic,
     "memcpy compiled": compiled("memcpy"),
-    "fused compiled": compiled("fused"),
-    "fused none": fused_by(NONE),
-    "fused up": fused_by(Fusions(up=True)),
-    "fused up, down_gradient": fused_by(Fusions(up=True, down_gradient=True)),
-    "fused weights": fused_by(Fusions(gate_up=True, down=True)),
-    "fused all": fused_by(ALL),
 }
 ONE_BY_ONE = tuple(name for name in CONTENDERS if name not in (*TRAINING, UNMASKED))
-"""Who runs only where it is named: compiled layers, and `fused` with some products in our kernels."""
+"""Who runs only where it is named."""

@@ -2,8 +2,8 @@
 
 Importing this package registers the models with `AutoConfig`, `AutoModel`, `AutoModelForCausalLM` and the Auto classes
 of sequence classification, token classification and question answering, their checkpoint layout, which has a key for
-each expert, for every MoE model of transformers `experts_implementation="memcpy"`, for those with SwiGLU
-`experts_implementation="fused"`, and the attention implementation `torch_varlen` for packed rows.
+each expert, for every MoE model of transformers `experts_implementation="memcpy"`, and the attention implementation
+`torch_varlen` for packed rows.
 """
 
 from transformers import (
@@ -15,7 +15,6 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
-from .fused_experts import fused_experts_forward as fused_experts_forward
 from .memcpy_experts import memcpy_experts_forward as memcpy_experts_forward
 from .model.configuration_compass import CompassConfig as CompassConfig
 from .model.modeling_compass import CompassForCausalLM as CompassForCausalLM

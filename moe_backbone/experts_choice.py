@@ -12,10 +12,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from .fused_experts import FUSED, why_not_fused
 from .memcpy_experts import NAME
 
-GROUPED = ("grouped_mm", NAME, FUSED)
+GROUPED = ("grouped_mm", NAME)
 """Experts functions that multiply by torch's grouped products."""
 ROW_BYTES = 16
 """Rows of torch's grouped products are whole multiples of this."""
@@ -38,7 +37,6 @@ class ExpertsKind(NamedTuple):
         widths: Numbers in a row that comes in, and in one between the two products, by the field's names for them;
             empty where an engine holds the weights in a form that does not tell.
         running: The experts function that runs now; `"eager"` for a class that is not run by name.
-        not_fused: What keeps `fused` from running it; None for nothing.
     """
 
     module: str
@@ -47,7 +45,6 @@ class ExpertsKind(NamedTuple):
     quantized: str | None
     widths: tuple[tuple[str, int], ...]
     running: str
-    not_fused: str | None = None
 
 
 class Choice(NamedTuple):
@@ -109,18 +106,13 @@ def obstacle(name: str, kinds: Sequence[ExpertsKind], device_type: str, itemsize
         return None if name == "eager" else _not_reached(kinds[0])
     for kind in reached if name in GROUPED else ():
         if (
-            kind.quantized is not None and name == "grouped_mm"
+            kind.quantized is not None and name != NAME
         ):  # transformers has a function of that name for what it quantizes itself
             continue
         found = _obstacle(kind, itemsize)
         if found is not None:
             return found
-        if name == FUSED:
-            if kind.not_fused is not None:
-                return kind.not_fused
-            if device_type != "cuda" or min(itemsize, (kind.dtype or torch.float32).itemsize) != 2:
-                return f"{FUSED} multiplies bfloat16 on a GPU"
-    if name in (NAME, FUSED) and device_type == "cuda" and not has_triton:
+    if name == NAME and device_type == "cuda" and not has_triton:
         return "Triton is not installed"
     return None
 
@@ -161,9 +153,7 @@ def _decorated(module: Any) -> ExpertsKind:
         stored = type(weight).__name__
     elif not weight.is_floating_point() or weight.element_size() == 1:
         stored = _short(weight.dtype)
-    return ExpertsKind(
-        kind, True, weight.dtype, stored, _widths(down, module.is_transposed), running, why_not_fused(module)
-    )
+    return ExpertsKind(kind, True, weight.dtype, stored, _widths(down, module.is_transposed), running)
 
 
 def _widths(down: Any, is_transposed: bool) -> tuple[tuple[str, int], ...]:

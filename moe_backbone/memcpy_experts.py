@@ -7,6 +7,10 @@ Importing this module, as `import moe_backbone` does, registers the name, so tha
 transformers' interface takes it: `from_pretrained(..., experts_implementation="memcpy")`. Without the option a model,
 Compass too, has transformers' default, `grouped_mm`. [`experts_choice`] says where `memcpy` is the better one, and the
 training commands of otpo go by that.
+
+SwiGLU experts in bfloat16 on a GPU run as one operator, [`otpo_kernels.gated_experts`], SwiGLU and its gradient in one
+pass each; all others run in separate passes. The kind of module, its weights and whether torch compiles it decide
+that, and no data does.
 """
 
 from typing import Any
@@ -15,10 +19,12 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.moe import (
     ExpertsInterface,
+    _default_apply_gate,
     _grouped_linear,
     _grouped_mm,
 )
 
+from otpo_kernels.gated_experts import gated_experts
 from otpo_kernels.memcpy import permute, route, unpermute
 
 NAME = "memcpy"
@@ -26,6 +32,8 @@ ADAPTERS = "low_rank_adapters"
 """Attribute of an experts module with what adds to its products: each has the name of its `tensor`, and is called with
 rows and the ends of their groups. An adapter of spread experts sets it for a forward (`expert_parallel/adapters`)."""
 
+_SILU = ("SiLU", "SiLUActivation")
+_PLAIN = (nn.Parameter, Tensor)  # a subclass, quantized say, has grouped products of its own
 _BIAS_ROWS = 8  # 16 bytes of bfloat16, the least stride that grouped products take
 
 
@@ -54,13 +62,55 @@ def memcpy_experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor
             "with another experts_implementation."
         )
     routing = route(top_k_index, self.num_experts)
+    # torch's compiler fuses SwiGLU with what is around it as well, and frees what the operator would hold.
+    if not torch.compiler.is_compiling() and is_swiglu(self) and _has_kernels(weight, self.down_proj):
+        x_TD = hidden_states.to(weight.dtype)
+        return gated_experts(x_TD, weight, self.down_proj, routing, top_k_weights).to(hidden_states.dtype)
     x_RD = permute(hidden_states.to(weight.dtype), routing)
-    y_RD = _run_grouped(self, x_RD, routing.offsets)
+    y_RD = run_grouped(self, x_RD, routing.offsets)
     return unpermute(y_RD, routing, top_k_weights).to(hidden_states.dtype)
 
 
-def _run_grouped(experts: Any, x_RD: Tensor, ends_E: Tensor) -> Tensor:
-    """Each group of rows through its expert; `ends_E` is the row after each group's last."""
+def is_swiglu(experts: Any) -> bool:
+    """Whether experts are `(silu(x Wg) * x Wu) Wd` and nothing more, `[Wg, Wu]` in one tensor.
+
+    Args:
+        experts: An `nn.Module` decorated by `use_experts_implementation`.
+    """
+    return (
+        experts.has_gate
+        and not experts.has_bias
+        and not experts.is_transposed
+        and experts.is_concatenated
+        and experts._modules.get("post_expert_norm") is None
+        and type(experts)._apply_gate is _default_apply_gate
+        and type(experts.act_fn).__name__ in _SILU
+        and not vars(experts).get(ADAPTERS)
+    )
+
+
+def _has_kernels(*weights: Tensor) -> bool:
+    """Whether torch's grouped products and our kernels run plain weights of that dtype on that device."""
+    return all(
+        type(weight) in _PLAIN
+        and weight.is_cuda
+        and weight.dtype == torch.bfloat16
+        and torch.cuda.get_device_capability(weight.device) >= (8, 0)
+        for weight in weights
+    )
+
+
+def run_grouped(experts: Any, x_RD: Tensor, ends_E: Tensor) -> Tensor:
+    """Each group of rows through its expert, in separate passes of torch.
+
+    Args:
+        experts: An `nn.Module` decorated by `use_experts_implementation`.
+        x_RD: Rows grouped by expert.
+        ends_E: The row after each group's last.
+
+    Returns:
+        `(R, D)`.
+    """
     h_RF = _linear(experts, "gate_up_proj" if experts.has_gate else "up_proj", x_RD, ends_E)
     h_RF = experts._apply_gate(h_RF) if experts.has_gate else experts.act_fn(h_RF)
     y_RD = _linear(experts, "down_proj", h_RF, ends_E)

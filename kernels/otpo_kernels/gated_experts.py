@@ -1,4 +1,4 @@
-"""A layer of gated experts around grouped products, with moves, SwiGLU and its gradient in as few passes as pay.
+"""A layer of gated experts: row moves, torch's grouped products, and SwiGLU and its gradient in one pass each.
 
 Shapes: T tokens, K slots of a token, R rows in the order of experts, E experts, D hidden size, F the experts' width.
 
@@ -17,14 +17,11 @@ neither gathered rows, nor a, nor the experts' outputs. With g_t the output's gr
 
 so that the weights' gradient needs no output of an expert, and the weighted sum's backward is a plain gather.
 
-A [`Fusions`] says which products run in our kernels for Hopper (`grouped_product_kernels`), which gather rows as they
-load them and compute SwiGLU or its gradient as they store; the others are torch's grouped products with a move or an
-elementwise kernel of its own. What a fusion saves, 2 bytes a number: `up` writes R D and reads R D - T D + 2 R F
-fewer; `down_gradient` and `down` together write and read R D + R F fewer; `gate_up` writes and reads R D fewer.
-Gradients of gradients are not covered.
+Products that gather rows as they load them and compute SwiGLU as they store were tried in Triton: docs/performance.md
+has what they reached. Gradients of gradients are not covered.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,38 +31,15 @@ from .memcpy import permute, unpermute
 from .routing import Routing
 
 
-class Fusions(NamedTuple):
-    """Which products our kernels for Hopper run.
-
-    Attributes:
-        up: The up projection, of rows gathered as they are loaded, with SwiGLU.
-        down_gradient: The gradient back through the down projection, of gathered rows, with that of SwiGLU.
-        gate_up: The gradient of the up projection's weights, of gathered rows.
-        down: The gradient of the down projection's weights, of gathered rows.
-    """
-
-    up: bool = False
-    down_gradient: bool = False
-    gate_up: bool = False
-    down: bool = False
-
-
-NONE = Fusions()
-ALL = Fusions(True, True, True, True)
-
-
-def gated_experts(
-    x: Tensor, gate_up: Tensor, down: Tensor, routing: Routing, weights: Tensor, fusions: Fusions = NONE
-) -> Tensor:
+def gated_experts(x: Tensor, gate_up: Tensor, down: Tensor, routing: Routing, weights: Tensor) -> Tensor:
     """Weighted sum of each token's gated experts.
 
     Args:
-        x: `(T, D)`, bfloat16; float32 too where `fusions` names none and there is no GPU.
+        x: `(T, D)`, of a dtype that torch's grouped products take: bfloat16, or float32 where there is no GPU.
         gate_up: `(E, 2 F, D)` in the dtype of `x`, the gate's rows first.
         down: `(E, D, F)` in the dtype of `x`.
         routing: Of the same tokens, without alignment.
         weights: `(T, K)`, any floating dtype. Their gradient is zero at dropped slots.
-        fusions: The products that our kernels run; they need Triton and a GPU of compute capability 9.
 
     Returns:
         `(T, D)` in the dtype of `x`.
@@ -88,7 +62,7 @@ def gated_experts(
     if not x.dtype == gate_up.dtype == down.dtype:
         raise TypeError(f"x, gate_up and down must share a dtype, got {x.dtype}, {gate_up.dtype} and {down.dtype}.")
     where = (routing.destinations, routing.offsets, routing.counts)
-    return _gated_experts(x, gate_up, down, weights, *where, list(fusions))[0]
+    return _gated_experts(x, gate_up, down, weights, *where, torch.is_grad_enabled())[0]
 
 
 def swiglu_reference(h: Tensor) -> Tensor:
@@ -126,9 +100,9 @@ def swiglu_backward_reference(
 def sources_of_rows(destinations: Tensor, rows: int) -> Tensor:
     """The slot that each row of a routing comes from: `(R,)` int32, -1 for a row that comes from none."""
     if runs_in_triton(destinations):
-        from . import swiglu_kernels
+        from . import gated_experts_kernels
 
-        return swiglu_kernels.sources_of_rows(destinations, rows)
+        return gated_experts_kernels.sources_of_rows(destinations, rows)
     sources = torch.full((rows + 1,), -1, dtype=torch.int32, device=destinations.device)
     of_slot = destinations.flatten().long()
     places = torch.arange(len(of_slot), dtype=torch.int32, device=destinations.device)
@@ -138,9 +112,9 @@ def sources_of_rows(destinations: Tensor, rows: int) -> Tensor:
 def _swiglu(h: Tensor, ends: Tensor) -> Tensor:
     if not runs_in_triton(h):
         return swiglu_reference(h)
-    from . import swiglu_kernels
+    from . import gated_experts_kernels
 
-    return swiglu_kernels.swiglu(h, ends)
+    return gated_experts_kernels.swiglu(h, ends)
 
 
 def _swiglu_backward(
@@ -148,9 +122,9 @@ def _swiglu_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     if not runs_in_triton(h):
         return swiglu_backward_reference(grad, h, weights, sources, ends)
-    from . import swiglu_kernels
+    from . import gated_experts_kernels
 
-    return swiglu_kernels.swiglu_backward(grad, h, weights, sources, ends)
+    return gated_experts_kernels.swiglu_backward(grad, h, weights, sources, ends)
 
 
 @torch.library.custom_op("otpo::gated_experts", mutates_args=())
@@ -162,21 +136,16 @@ def _gated_experts(
     destinations: Tensor,
     offsets: Tensor,
     counts: Tensor,
-    fusions: list[bool],
+    keeps: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The output, and `h`."""
+    """The output, and `h` where `keeps` says so, else nothing of it."""
     routing = Routing(destinations, offsets, counts, destinations.numel())
     if not routing.rows:
         return torch.zeros_like(x), x.new_empty(0, gate_up.size(1))
-    if Fusions(*fusions).up:
-        from . import grouped_product_kernels
-
-        x = x if x.stride(1) == 1 else x.contiguous()
-        sources = sources_of_rows(destinations, routing.rows)
-        h, a = grouped_product_kernels.up(x, sources, destinations.size(1), gate_up.contiguous(), offsets)
-    else:
-        h = torch.nn.functional.grouped_mm(permute(x, routing), gate_up.transpose(1, 2), offs=offsets)
-        a = _swiglu(h, offsets)
+    h = torch.nn.functional.grouped_mm(permute(x, routing), gate_up.transpose(1, 2), offs=offsets)
+    a = _swiglu(h, offsets)
+    if not keeps:
+        h = h.new_empty(0, h.size(1))
     y = torch.nn.functional.grouped_mm(a, down.transpose(1, 2), offs=offsets)
     return unpermute(y, routing, weights), h
 
@@ -190,9 +159,9 @@ def _(
     destinations: Tensor,
     offsets: Tensor,
     counts: Tensor,
-    fusions: list[bool],
+    keeps: bool,
 ) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), x.new_empty(destinations.numel(), gate_up.size(1))
+    return x.new_empty(x.shape), x.new_empty(destinations.numel() if keeps else 0, gate_up.size(1))
 
 
 @torch.library.custom_op("otpo::gated_experts_backward", mutates_args=())
@@ -206,56 +175,28 @@ def _gated_experts_backward(
     destinations: Tensor,
     offsets: Tensor,
     counts: Tensor,
-    fusions: list[bool],
     learns: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of `x`, `gate_up`, `down` and `weights`; empty where `learns` says of the second or third no."""
-    fused = Fusions(*fusions)
     routing = Routing(destinations, offsets, counts, destinations.numel())
     if not routing.rows:
         nothing = [torch.zeros_like(w) for w in (x, gate_up, down, weights)]
         return nothing[0], nothing[1], nothing[2], nothing[3]
-    slots, (learns_gate_up, learns_down) = destinations.size(1), learns
+    learns_gate_up, learns_down = learns
     sources = sources_of_rows(destinations, routing.rows)
-    x, grad = (rows if rows.stride(1) == 1 else rows.contiguous() for rows in (x, grad))
     grouped_mm = torch.nn.functional.grouped_mm
 
-    # Down to `dh`. The gradient's rows are written out only if a product wants them so.
-    wants_rows = not fused.down_gradient or (learns_down and not fused.down)
-    grad_rows = permute(grad, routing) if wants_rows else None
-    if fused.down_gradient:
-        from . import grouped_gradient_kernels
-
-        rest = (h, weights.contiguous(), offsets)
-        grad_h, weighted, dots = grouped_gradient_kernels.down_gradient(grad, sources, slots, down.contiguous(), *rest)
-    else:
-        assert grad_rows is not None
-        grad_a = grouped_mm(grad_rows, down, offs=offsets)
-        grad_h, weighted, dots = _swiglu_backward(grad_a, h, weights.contiguous(), sources, offsets)
-        del grad_a
+    grad_rows = permute(grad, routing)
+    grad_a = grouped_mm(grad_rows, down, offs=offsets)
+    grad_h, weighted, dots = _swiglu_backward(grad_a, h, weights.contiguous(), sources, offsets)
+    del grad_a
     of_slots = dots[destinations.clamp(min=0).long()]
     grad_weights = of_slots.where(destinations >= 0, 0.0).to(weights.dtype)
 
-    grad_down = down.new_empty(0)
-    if learns_down and fused.down:
-        from . import grouped_gradient_kernels
-
-        grad_down = grouped_gradient_kernels.weight_gradient(
-            grad, weighted, sources, slots, offsets, gathered_left=True
-        )
-    elif learns_down:
-        assert grad_rows is not None
-        grad_down = grouped_mm(grad_rows.t(), weighted, offs=offsets)
+    grad_down = grouped_mm(grad_rows.t(), weighted, offs=offsets) if learns_down else down.new_empty(0)
     del grad_rows, weighted
-
     grad_gate_up = gate_up.new_empty(0)
-    if learns_gate_up and fused.gate_up:
-        from . import grouped_gradient_kernels
-
-        grad_gate_up = grouped_gradient_kernels.weight_gradient(
-            x, grad_h, sources, slots, offsets, gathered_left=False
-        )
-    elif learns_gate_up:
+    if learns_gate_up:
         grad_gate_up = grouped_mm(grad_h.t(), permute(x, routing), offs=offsets)
     grad_x = unpermute(grouped_mm(grad_h, gate_up, offs=offsets), routing)
     return grad_x, grad_gate_up, grad_down, grad_weights
@@ -272,7 +213,6 @@ def _(
     destinations: Tensor,
     offsets: Tensor,
     counts: Tensor,
-    fusions: list[bool],
     learns: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     grad_gate_up, grad_down = (
@@ -282,8 +222,7 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, gate_up, down, weights, *routing, fusions = inputs
-    ctx.fusions = fusions
+    x, gate_up, down, weights, *routing, _ = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, gate_up, down, weights, output[1], *routing)
 
@@ -294,7 +233,7 @@ def _gradients(ctx: Any, grad: Tensor | None, grad_h: Tensor | None) -> tuple[Te
     if grad_h is not None:
         raise RuntimeError("`h` of otpo::gated_experts is kept for its backward alone and has no gradient.")
     learns = [ctx.needs_input_grad[1], ctx.needs_input_grad[2]]
-    grad_x, *learned, grad_weights = _gated_experts_backward(grad, *ctx.saved_tensors, ctx.fusions, learns)
+    grad_x, *learned, grad_weights = _gated_experts_backward(grad, *ctx.saved_tensors, learns)
     of_experts = (found if needed else None for found, needed in zip(learned, learns, strict=True))
     return grad_x, *of_experts, grad_weights, None, None, None, None
 

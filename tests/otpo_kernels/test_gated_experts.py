@@ -1,4 +1,4 @@
-"""Layers of gated experts by grouped products against autograd through loops in float64, kernels and plain torch.
+"""Layers of gated experts against autograd through loops in float64, kernels and plain torch.
 
 On the CPU Triton's interpreter runs the kernels; on a GPU they are compiled, in bfloat16.
 """
@@ -8,15 +8,15 @@ import torch
 from torch.library import opcheck
 
 pytest.importorskip("triton", reason="triton is made for Linux")
-from otpo_kernels import grouped_product, memcpy, routing
-from otpo_kernels.grouped_product import ALL, NONE, Fusions, gated_experts, sources_of_rows
+from otpo_kernels import gated_experts as layers
+from otpo_kernels import memcpy, routing
+from otpo_kernels.gated_experts import gated_experts, sources_of_rows
 from otpo_kernels.memcpy import route
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 TOLERANCE = 2e-2 if DEVICE == "cuda" else 1e-5
 NAMES = ("x", "gate_up", "down", "weights")
-EACH = [Fusions(**{name: True}) for name in Fusions._fields]
 # tokens, slots, experts, D, F: groups of several tiles, odd ones, experts without rows, one token, none, wide rows
 SIZES = [
     (37, 3, 5, 40, 24),
@@ -30,7 +30,7 @@ SIZES = [
 
 @pytest.fixture
 def plain_torch(monkeypatch):
-    for module in (routing, memcpy, grouped_product):
+    for module in (routing, memcpy, layers):
         monkeypatch.setattr(module, "runs_in_triton", lambda tensor: False)
 
 
@@ -57,10 +57,10 @@ def by_loops(x, gate_up, down, weights, index):
     return output
 
 
-def check(inputs, index, grad, fusions):
+def check(inputs, index, grad):
     """Output and each gradient by name against loops in float64."""
     leaves = [t.clone().requires_grad_() for t in inputs]
-    output = gated_experts(*leaves[:3], route(index, len(inputs[1])), leaves[3], fusions)
+    output = gated_experts(*leaves[:3], route(index, len(inputs[1])), leaves[3])
     got = torch.autograd.grad(output, leaves, grad)
     exact = [t.cpu().double().requires_grad_() for t in inputs]
     want_output = by_loops(*exact, index.cpu())
@@ -72,28 +72,21 @@ def check(inputs, index, grad, fusions):
         assert error <= TOLERANCE * (expected.norm() + 1e-6), f"{name}: {error} of {expected.norm()}"
 
 
-@pytest.mark.parametrize("fusions", [NONE, ALL], ids=["none", "all"])
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
-def test_output_and_gradients(sizes, fusions):
-    check(*make_case(*sizes), fusions)
+def test_output_and_gradients(sizes):
+    check(*make_case(*sizes))
 
 
-@pytest.mark.parametrize("fusions", EACH, ids=Fusions._fields)
-def test_each_fusion_alone(fusions):
-    check(*make_case(*SIZES[0]), fusions)
-
-
-@pytest.mark.parametrize("fusions", [NONE, *EACH, ALL], ids=["none", *Fusions._fields, "all"])
 @pytest.mark.parametrize("absent", [0.4, 1.0])
-def test_experts_held_elsewhere_add_nothing(absent, fusions):
-    check(*make_case(23, 3, 4, 24, 16, absent=absent), fusions)
+def test_experts_held_elsewhere_add_nothing(absent):
+    check(*make_case(23, 3, 4, 24, 16, absent=absent))
 
 
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_plain_torch(sizes, plain_torch):
     if DEVICE == "cuda":
         pytest.skip("a GPU always has the kernels")
-    check(*make_case(*sizes, absent=0.2), NONE)
+    check(*make_case(*sizes, absent=0.2))
 
 
 def test_rows_know_their_slots(plain_torch):
@@ -110,28 +103,27 @@ def test_kernels_find_the_same_slots():
     assert (got >= 0).sum() == (destinations >= 0).sum()
 
 
-@pytest.mark.parametrize("fusions", [NONE, ALL], ids=["none", "all"])
-def test_frozen_experts_get_no_gradient(fusions):
+def test_frozen_experts_get_no_gradient():
     inputs, index, grad = make_case(*SIZES[0])
     plan = route(index, len(inputs[1]))
     leaves = [t.clone().requires_grad_() for t in inputs]
-    want = torch.autograd.grad(gated_experts(*leaves[:3], plan, leaves[3], fusions), leaves, grad)
+    want = torch.autograd.grad(gated_experts(*leaves[:3], plan, leaves[3]), leaves, grad)
     x, weights = (inputs[i].clone().requires_grad_() for i in (0, 3))
-    output = gated_experts(x, *inputs[1:3], plan, weights, fusions)
+    output = gated_experts(x, *inputs[1:3], plan, weights)
     got = torch.autograd.grad(output, (x, weights), grad)
     assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[3])
 
 
 def test_strided_rows_and_gradients():
     inputs, index, grad = make_case(*SIZES[0])
-    check([inputs[0].t().contiguous().t(), *inputs[1:]], index, grad[:1, :1].expand(*grad.shape), ALL)
+    check([inputs[0].t().contiguous().t(), *inputs[1:]], index, grad[:1, :1].expand(*grad.shape))
 
 
 def test_weights_keep_their_dtype():
     inputs, index, grad = make_case(*SIZES[0])
     other = {torch.float32: torch.bfloat16, torch.bfloat16: torch.float32}[DTYPE]
     weights = inputs[3].to(other).requires_grad_()
-    output = gated_experts(*inputs[:3], route(index, 5), weights, ALL)
+    output = gated_experts(*inputs[:3], route(index, 5), weights)
     (got,) = torch.autograd.grad(output, weights, grad)
     assert output.dtype == DTYPE and got.dtype == weights.dtype and got.any()
 
@@ -142,26 +134,35 @@ def test_what_is_kept_for_the_backward():
     leaves = [t.requires_grad_() for t in inputs]
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        gated_experts(*leaves[:3], route(index, 5), leaves[3], ALL)
+        gated_experts(*leaves[:3], route(index, 5), leaves[3])
     rows = index.numel()
     large = [tuple(t.shape) for t in kept if len(t) == rows]
     assert large == [(rows, 2 * 24)]
 
 
-@pytest.mark.parametrize("fusions", [NONE, ALL], ids=["none", "all"])
-def test_operator_is_sound(fusions):
+@pytest.mark.parametrize("keeps", [False, True])
+def test_without_gradients_nothing_is_kept(keeps):
+    inputs, index, _ = make_case(*SIZES[0])
+    plan = route(index, 5)
+    output, h = torch.ops.otpo.gated_experts(*inputs, *plan[:3], keeps)
+    assert h.shape == (index.numel() if keeps else 0, 2 * 24)
+    with torch.no_grad():
+        assert torch.equal(gated_experts(*inputs[:3], plan, inputs[3]), output)
+
+
+def test_operator_is_sound():
     inputs, index, _ = make_case(*SIZES[2])
     leaves = [t.requires_grad_() for t in inputs]
     plan = route(index, len(inputs[1]))
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
-    opcheck(torch.ops.otpo.gated_experts, (*leaves, *plan[:3], list(fusions)), test_utils=checks)
+    opcheck(torch.ops.otpo.gated_experts, (*leaves, *plan[:3], True), test_utils=checks)
 
 
 def test_compiles_without_a_break():
     inputs, index, grad = make_case(*SIZES[0])
 
     def layer(x, gate_up, down, weights):
-        return gated_experts(x, gate_up, down, route(index, 5), weights, ALL)
+        return gated_experts(x, gate_up, down, route(index, 5), weights)
 
     found = []
     for call in (layer, torch.compile(layer, fullgraph=True, backend="aot_eager")):

@@ -94,25 +94,8 @@ def _swiglu_backward_kernel(
     tl.store(dots_ptr + row, dot, mask=taken)
 
 
-@triton.jit(do_not_specialize=["rows"])
-def _zero_tail_kernel(out_ptr, ends_ptr, rows, experts, columns, PROGRAMS: tl.constexpr, BLOCK: tl.constexpr):
-    lanes = tl.arange(0, BLOCK)
-    for row in range((tl.load(ends_ptr + experts - 1) + tl.program_id(0)).to(tl.int64), rows, PROGRAMS):
-        for first in range(0, columns, BLOCK):
-            column = first + lanes
-            zeros = tl.zeros([BLOCK], out_ptr.dtype.element_ty)
-            tl.store(out_ptr + row * columns + column, zeros, mask=column < columns)
-
-
-def zero_tail(out: Tensor, ends: Tensor) -> None:
-    """Zeroes the rows after the last group's end, which are none where this process holds every expert."""
-    programs = 2 if INTERPRETED else 128
-    with torch.cuda.device_of(out):
-        _zero_tail_kernel[(programs,)](out, ends, len(out), len(ends), out.size(1), PROGRAMS=programs, BLOCK=256)
-
-
 def sources_of_rows(destinations: Tensor, rows: int) -> Tensor:
-    """`grouped_product.sources_of_rows` on tensors."""
+    """`gated_experts.sources_of_rows` on tensors."""
     sources = torch.full((rows,), -1, dtype=torch.int32, device=destinations.device)
     slots = destinations.numel()
     if slots:
@@ -122,7 +105,7 @@ def sources_of_rows(destinations: Tensor, rows: int) -> Tensor:
 
 
 def swiglu(h: Tensor, ends: Tensor) -> Tensor:
-    """`grouped_product.swiglu_reference` of the rows before the last group's end; others are not written."""
+    """`gated_experts.swiglu_reference` of the rows before the last group's end; others are not written."""
     rows, width = len(h), h.size(1) // 2
     a = torch.empty(rows, width, dtype=h.dtype, device=h.device)
     if a.numel():
@@ -136,7 +119,7 @@ def swiglu(h: Tensor, ends: Tensor) -> Tensor:
 def swiglu_backward(
     grad: Tensor, h: Tensor, weights: Tensor, sources: Tensor, ends: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`grouped_product.swiglu_backward_reference`: rows after the last group's end are zero, their products aside."""
+    """`gated_experts.swiglu_backward_reference`: rows after the last group's end are zero, their products aside."""
     rows, width = grad.shape
     grad_h, weighted = torch.empty_like(h), torch.empty_like(grad)
     dots = torch.empty(rows, dtype=torch.float32, device=h.device)
