@@ -55,6 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     draws = draw_kills(chosen, args.kills, args.seed)
     rows = kept_rows(args.output, about)
     missing = [draw for draw in draws if rows.get(draw.number, {}).get("status") != "ok"]
+    if args.folder is not None:
+        args.folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
         folder, ports = Path(name), Ports()
         setting = Setting(make_materials(folder / "materials"), gpus > 0, False, args.steps, args.save_steps)

@@ -136,7 +136,8 @@ def group_of(row: Mapping[str, Any]) -> str:
 
 def preferred(folder: Path, pairs: list[dict[str, Any]], device: str) -> float:
     """In how many percent of the pairs the right answer is the likelier one."""
-    model = AutoModelForCausalLM.from_pretrained(folder).to(device).eval()
+    dtype = "auto" if device == "cpu" else torch.bfloat16
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     margins: list[float] = []
     for batch in batches(pairs, 32):

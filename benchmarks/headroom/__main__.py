@@ -14,6 +14,7 @@ The start of `shop` is the SFT model of `python examples/demo.py --scale small`;
 """
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -114,7 +115,15 @@ def _pairs_of(option: str, words: Sequence[str]) -> dict[str, Any]:
     """`NAME=VALUE` as YAML reads the values."""
     if wrong := [word for word in words if "=" not in word]:
         raise ValueError(f"`--{option} {' '.join(wrong)}`: write NAME=VALUE.")
-    return {name: yaml.safe_load(value) for name, value in (word.split("=", 1) for word in words)}
+    return {name: _value(text) for name, text in (word.split("=", 1) for word in words)}
+
+
+def _value(text: str) -> Any:
+    """A value as YAML reads it, but that `2e-5` is a number here, which YAML takes for a word."""
+    value = yaml.safe_load(text)
+    with contextlib.suppress(TypeError, ValueError):
+        return float(value) if isinstance(value, str) else value
+    return value
 
 
 def require_same_plan(plan: Plan) -> None:

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from otpo.data.preferences import PairRule
 from otpo.data.prepared import free_name
 from otpo.data.token_values import tokenizer_of
-from otpo.training.hidden_states import evaluating
+from otpo.training.hidden_states import evaluating, has_listed_layers
 from otpo.training.metrics import pair_similarity, weight_metrics
 from otpo.training.scoring import Scored, rewarded_loss_type
 from otpo.transport.solve import solve_plan
@@ -159,7 +159,8 @@ def explain_rows(
             name is "train".
         reference: Whether the trainer's reference is asked; without it, pairs have log-probabilities alone.
         beside: Names of other weightings, with the options that the trainer was given and, for others, defaults of
-            their own. Their weights are made of the same passes, where they look at the same layer.
+            their own. Those that look at another layer have a pass of their own; of a model without a list of layers,
+            all look at the trainer's.
 
     Raises:
         ValueError: There is no such split or row, or the trainer has dropped the row; the message says which. Or there
@@ -229,18 +230,25 @@ def _explain(
     prompt = split_pieces(tokenizer, inputs["input_ids"][0][prompt_mask].tolist())
     text = "".join(piece.text for piece in prompt)
     similarity = float(pair_similarity(scored.batch.hidden_states, scored.mask))
-    others = {other: _weights_by(other, trainer, example, scored, reference) for other in beside}
+    others = {other: _weights_by(other, trainer, example, inputs, scored, reference) for other in beside}
     told = trainer.describe_weighting()
     return ExplainedPair(name, text, sides[0], sides[1], plan, agrees, told, similarity, others)
 
 
 def _weights_by(
-    weighting: str, trainer: ScoringTrainer, example: dict[str, Any], scored: Scored, reference: bool
+    weighting: str,
+    trainer: ScoringTrainer,
+    example: dict[str, Any],
+    inputs: dict[str, Any],
+    scored: Scored,
+    reference: bool,
 ) -> tuple[Tensor, Tensor]:
-    """What another weighting, with the trainer's options, makes of the same scores."""
+    """What another weighting, with the options that the trainer was given, makes of the pair."""
     args = trainer.args.with_weighting(weighting)
-    if args.hidden_layer != trainer.args.hidden_layer:
-        scored = _look(trainer, trainer.collate([example]), reference, args.hidden_layer)
+    if args.hidden_layer != trainer.args.hidden_layer and has_listed_layers(
+        trainer.accelerator.unwrap_model(trainer.model_wrapped)
+    ):
+        scored = _look(trainer, inputs, reference, args.hidden_layer)
     mask, rule = scored.mask, PairRule(args.max_length, args.truncation_mode, drop_identical=True)
     if "prompt_ids" not in example:  # as with images: what is scored, behind one token of a prompt
         ids = [row[own].tolist() for row, own in zip(scored.batch.token_ids, mask, strict=True)]

@@ -60,6 +60,11 @@ def entered_layer(causal_lm: Any, layer: float) -> nn.Module | None:
     return None if index == count else layers[index]
 
 
+def has_listed_layers(causal_lm: Any) -> bool:
+    """Whether the model's layers are in a list, so that hidden states before the last can be taken."""
+    return _count(without_adapter(causal_lm).base_model) is not None
+
+
 def layer_number(layer: float, count: int) -> int:
     """The number, from 0 to `count`, of a layer that is named by its number or by its share of the depth."""
     return round(layer * count) if 0 < layer < 1 else int(layer) % (count + 1)

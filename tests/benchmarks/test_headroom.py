@@ -227,3 +227,12 @@ def test_reference_answers_of_the_start_are_right(small_plan):
     rows = worker.sft_rows(plan)
     assert rows.column_names == ["prompt", "completion"] and len(rows) == 16
     assert all(check_constraints(row, row["completion"][0]["content"])["all"] for row in training_prompts(plan, 0, 1))
+
+
+def test_options_are_numbers_where_they_look_like_numbers(tmp_path):
+    """YAML takes `2e-5` for a word."""
+    given = ["learning_rate=2e-5", "max_steps=40", "lr_scheduler_type=linear", "beta=.5", "loss_type=[ipo]"]
+    words = ["--task", "shop", "--model", "m", "--output", str(tmp_path), "--set", *given]
+    training = headroom.read_arguments(words)[1].training
+    expected = {"learning_rate": 2e-5, "max_steps": 40, "lr_scheduler_type": "linear", "beta": 0.5}
+    assert expected.items() <= training.items() and training["loss_type"] == ["ipo"]

@@ -16,6 +16,7 @@ from otpo.transport import TransportOptions
 from otpo.weighting import WEIGHTINGS, PairBatch, TokenWeights, budget, d2po, ld, length, otpo, sampo, uniform
 from otpo.weighting.registry import (
     WeightingKind,
+    default_note,
     own_defaults,
     registered_option,
     registered_options,
@@ -159,7 +160,7 @@ def test_the_options_of_the_config_are_those_of_the_registry():
     for name, option in declared.items():
         assert entries[name].default == (None if own_defaults(name) else option.default)
         own = name not in {entry.name for entry in dataclasses.fields(DPOConfig)}
-        assert not own or entries[name].metadata["help"] == option.help
+        assert not own or entries[name].metadata["help"] == option.help + default_note(option)
     inherited = {entry.name for entry in dataclasses.fields(DPOConfig)}
     of_steps = {"drop_identical_pairs", "row_layout", "compile_layers", "tokens_per_batch"}
     assert set(entries) - inherited - set(declared) == {"weighting", *of_steps}
@@ -209,3 +210,26 @@ def test_a_new_weighting_is_one_function_and_one_entry(monkeypatch, tmp_path):
     assert "| `share` | `share\\|` | `share` | nobody |\n" in weightings_table()
     assert "share" in run_identity([Config], {"weighting": "share", "share": 0.5})
     assert "share" not in run_identity([Config], {"weighting": "otpo", "share": 0.5})
+
+
+def test_unset_options_have_the_weightings_own_defaults(tmp_path):
+    contrast = options(tmp_path, weighting="contrast")
+    assert (contrast.ot_cost, contrast.ot_reg, contrast.hidden_layer) == ("cosine", 0.1, 0.8)
+    assert (contrast.ot_reg_m, contrast.ot_tolerance) == (0.2, 1e-6)  # shared by both
+    release = options(tmp_path)
+    assert (release.weighting, release.ot_cost, release.ot_reg, release.hidden_layer) == ("otpo", "euclidean", 1.0, -1)
+    given = options(tmp_path, weighting="contrast", ot_reg=0.5, hidden_layer=-1)
+    assert (given.ot_cost, given.ot_reg, given.hidden_layer) == ("cosine", 0.5, -1)
+    first = options(tmp_path, weighting="otpo*contrast")
+    assert first.ot_cost == "cosine"  # the first factor that has a default of its own
+
+
+def test_another_weighting_keeps_what_was_set(tmp_path):
+    release = options(tmp_path, ot_reg_m=0.3, ot_reg=0.5)
+    other = release.with_weighting("contrast")
+    assert (other.ot_reg, other.ot_reg_m, other.ot_cost, other.hidden_layer) == (0.5, 0.3, "cosine", 0.8)
+    assert (release.weighting, release.ot_cost, release.hidden_layer) == ("otpo", "euclidean", -1)
+    back = other.with_weighting("otpo")
+    assert (back.ot_reg, back.ot_cost, back.hidden_layer) == (0.5, "euclidean", -1)
+    with pytest.raises(ValueError, match="needs `ld_alpha`"):
+        release.with_weighting("ld")

@@ -52,12 +52,13 @@ def greedy_answers(
         prompts: Conversations that end with the user's message.
         tokens: Most tokens of an answer.
         size: Prompts answered at a time.
-        device: To run on.
+        device: To run on; on a GPU the model answers in bfloat16.
 
     Returns:
         An answer for each prompt, without special tokens.
     """
-    model: Any = AutoModelForCausalLM.from_pretrained(folder)
+    dtype = "auto" if device == "cpu" else torch.bfloat16
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     model = model.to(device).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
     answers = []
