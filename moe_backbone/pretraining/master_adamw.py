@@ -18,6 +18,8 @@ from .master_weights import step_numbers, update_halves, update_whole
 
 _LANES = 16  # elements that a GPU's thread loads and stores at once, of which rows of so many tell a compiled kernel
 
+_GROUP = {"lr", "betas", "eps", "weight_decay"}
+
 
 class MasterAdamW(torch.optim.Optimizer):
     """AdamW whose moments are float32 and whose bfloat16 weights are the rounded upper halves of float32 masters.
@@ -121,8 +123,8 @@ class MasterAdamW(torch.optim.Optimizer):
             ValueError: The states are not those of a `MasterAdamW` of weights of these types.
         """
         for group in state_dict["param_groups"]:
-            if not self.defaults.keys() <= group.keys():
-                lacking = ", ".join(sorted(self.defaults.keys() - group.keys()))
+            # Not `defaults`, to which torch adds one of its own where states are unpickled.
+            if lacking := ", ".join(sorted(_GROUP - group.keys())):
                 raise _other_states(f"its groups have no {lacking}")
         saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
         own = chain.from_iterable(group["params"] for group in self.param_groups)
