@@ -5,6 +5,7 @@ tests/docs/test_numbers.py compares the page with them, so that a new measuremen
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from benchmarks.harness import read_rows
@@ -180,20 +181,25 @@ def gathering_products() -> str:
     return table(("product", "pays above", "reached", "torch's product", "times as fast as torch", "tile"), rows)
 
 
-def pretraining() -> str:
+def pretraining(file: str = "pretraining_h100.csv") -> str:
     """`otpo pretrain` as it is typed."""
-    names = {"compass-small": "compass-small", "compass-v3-width": "two layers of compass-v3's width, 4 experts"}
+    names = {
+        "compass-small": "compass-small",
+        "compass-v3-width": "two layers of compass-v3's width, 4 experts",
+        "qwen3-30b-a3b-4-layers": SHAPES["qwen3-30b-a3b-4-layers"],
+    }
+    ways = {"grouped_mm": "`grouped_mm`, nothing compiled", "default-bfloat16": "default, `--dtype bfloat16`"}
     rows = [
         (
             names[row["shape"]],
-            {"grouped_mm": "`grouped_mm`, nothing compiled"}.get(row["variant"], row["variant"]),
+            ways.get(row["variant"], row["variant"]),
             f"{float(row['ms']):.0f} ms",
             f"{int(row['tokens_per_s']):,}",
             f"{float(row['mfu']):.2f}",
             f"{int(row['peak_mib']) / 1024:.1f} GiB",
             f"{float(row['speedup']):.2f}",
         )
-        for row in read("pretraining_h100.csv")
+        for row in read(file)
         if row["status"] == "ok"
     ]
     return table(("model", "how", "step", "tokens/s", "MFU", "peak", "times the first"), rows)
@@ -307,6 +313,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "gated layers": gated_layers,
     "gathering products": gathering_products,
     "pretraining": pretraining,
+    "pretraining with FlashAttention-4": partial(pretraining, "pretraining_h200.csv"),
     "spread experts": spread_experts,
     "gathered experts": gathered_experts,
     "start-up": start_up,

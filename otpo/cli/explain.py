@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from otpo.data.source_kinds import HELP, WHOLE
 from otpo.registry import Option
-from otpo.weighting.registry import kinds_of, registered_options, split, weighting_names, weightings_help
+from otpo.weighting.registry import default_note, kinds_of, registered_options, split, weighting_names, weightings_help
 
 from .launching.interrupt import interruptible
 from .options.explained import TEXTS, load_rows, typed_pair
@@ -113,6 +113,8 @@ def _help(option: Option) -> str:
     text = option.help.removesuffix(".")
     if option.default is None:
         return text
+    if note := default_note(option):
+        return f"{text};{note.removeprefix(' Unset:').removesuffix('.')}"
     return f"{text} ({option.default if isinstance(option.default, str) else format(option.default, 'g')})"
 
 

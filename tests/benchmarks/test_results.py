@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import expert_parallel
+from benchmarks import expert_parallel, findings
 from benchmarks.ablation.report import markdown
 from benchmarks.harness import read_rows
 from benchmarks.preference_step import report as steps
@@ -124,3 +124,41 @@ def test_what_is_said_of_pretraining_was_measured():
     fast = int(rows["compass-small", "default"]["tokens_per_s"])
     assert f"{fast:,} tokens/s for compass-small" in page
     assert rows["compass-small", "default"]["speedup"] == "1.7" and "1.70 and 1.20 times" in page
+
+
+def test_what_is_said_of_tasks_with_headroom_was_measured():
+    page = (ROOT / "docs" / "ablations.md").read_text(encoding="utf-8")
+    assert f"\n\n{findings.headroom()}" in page and f"\n\n{findings.found_spans()}" in page
+    rows = read_rows(RESULTS / "headroom_constraints_h200_summary.csv")
+    last = {(row["held_out"], row["weighting"]): row for row in rows if row["round"] in ("0", "2")}
+    gains = [round(float(last[split, "dpo"]["over_start"]), 1) for split in ("all", "test_templates")]
+    assert gains == [10.7, 8.0] and "DPO gains 10.7 points, in wordings that no training has seen 8.0" in page
+    seeds = [row for row in read_rows(RESULTS / "headroom_constraints_h200.csv") if row["weighting"] == "contrast"]
+    right = [100 * int(row["right"]) / 500 for row in seeds if (row["round"], row["held_out"]) == ("2", "all")]
+    assert [round(min(right[:4]), 1), round(max(right[:4]), 1), round(right[4], 1)] == [55.8, 60.0, 49.4]
+    first = next(row for row in rows if (row["held_out"], row["weighting"], row["round"]) == ("all", "contrast", "1"))
+    assert [round(float(first[f"over_dpo{end}"]), 1) for end in ("", "_low", "_high")] == [-3.7, -5.7, -1.8]
+    for said in ("3.7 points behind DPO after the first round ([-5.7, -1.8])", "55.8 to 60.0% in four seeds, 49.4%"):
+        assert said in " ".join(page.split())
+
+
+def test_what_is_said_of_bfloat16_weights_was_measured():
+    page = (RESULTS.parent / "README.md").read_text()
+    rows = {(row["shape"], row["variant"]): row for row in read_rows(RESULTS / "pretraining_h200.csv")}
+    for key, row in rows.items():
+        said = key[0] == "qwen3-30b-a3b-4-layers" or key == ("compass-v3-width", "grouped_mm")
+        assert said or f"{int(row['tokens_per_s']):,}" in page, key
+    curves: dict[str, dict[int, float]] = {}
+    for row in read_rows(RESULTS / "weight_types_compass-small_h200.csv"):
+        curves.setdefault(row["variant"], {})[int(row["step"])] = float(row["loss"])
+    ends = {name: sum(loss for step, loss in curve.items() if step > 450) / 5 for name, curve in curves.items()}
+    assert f"a mean of {ends['float32']:.3f} with float32 and {ends['bfloat16']:.3f} with bfloat16" in page
+    apart = [abs(curves["bfloat16"][step] / loss - 1) for step, loss in curves["float32"].items() if step <= 130]
+    assert max(apart) < 0.0003 and "to step 130 they agree to 0.03%" in page
+
+
+def test_what_is_said_of_the_launch_matrix_was_measured():
+    rows = read_rows(RESULTS / "launch_matrix_h200_x2.csv")
+    assert len(rows) == 78 and all(row["status"] == "ok" for row in rows)
+    assert max(float(row["difference"]) for row in rows) < 3e-6 and {row["gpus"] for row in rows} == {"2"}
+    assert "78 rows, all within 3e-6 of it" in " ".join((ROOT / "docs" / "launching.md").read_text().split())
