@@ -115,7 +115,7 @@ def test_layers_that_the_model_has_not(command, layer, capsys, model_folder, pai
         argv = ["--model_name_or_path", model_folder, "--dataset_name", pairs_file, "--hidden_layer", str(layer)]
         argv.append("--use_cpu")
     found = refusal(command.main, capsys, argv)
-    assert "`hidden_layer` must be within [-3, 2] for this model, which has 2 layers" in found
+    assert "`hidden_layer` must be a whole number within [-3, 2] for this model, which has 2 layers" in found
 
 
 # Where a command runs
