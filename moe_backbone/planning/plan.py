@@ -107,7 +107,8 @@ class Plan:
         lines.append("Experts get an even load; row moves are at their floor. The logits of a micro-batch are whole.")
         lines.append(
             "Measured on one H100 and on two H200: with nothing compiled, peak memory within 2.3% of the plan on one "
-            "and 13% on two; steps within 1.3 times the estimate, with transformers 5.23 on a free host (benchmarks/results)."
+            "and 13% on two; steps within 1.3 times the estimate, with transformers 5.23 on a free host "
+            "(benchmarks/results)."
         )
         lines.append("MFU counts the model's operations, not a checkpointed layer's second forward.")
         longer = describe_longer_rows(self.config, self.setup.sequence_length)

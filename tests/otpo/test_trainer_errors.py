@@ -122,8 +122,6 @@ def test_a_layer_that_is_not_there_is_refused_before_anything_is_read(as_object,
     model = AutoModelForCausalLM.from_pretrained(model_folder) if as_object else model_folder
     read = []
     data = IterableDataset.from_generator(lambda: iter(read.append(1) or []))
-    with pytest.raises(
-        ValueError, match=r"`hidden_layer` must be a whole number within \[-3, 2\] .* 2 layers, .* got 99"
-    ):
+    with pytest.raises(ValueError, match=r"`hidden_layer` must be .* within \[-3, 2\] .* 2 layers, .* got 99"):
         make_trainer(model, tmp_path, data, hidden_layer=99)
     assert not read
