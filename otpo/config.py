@@ -157,7 +157,7 @@ class OTPOConfig(DPOConfig):
         """
         other = copy.copy(self)
         other.weighting = weighting
-        for name in self._unset:
+        for name in getattr(self, "_unset", ()):  # options that an older version has pickled were all set
             setattr(other, name, None)
         set_defaults(other)
         check_weighting(other)
