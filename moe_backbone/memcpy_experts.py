@@ -96,6 +96,8 @@ def _has_kernels(*weights: Tensor) -> bool:
         and weight.is_cuda
         and weight.dtype == torch.bfloat16
         and torch.cuda.get_device_capability(weight.device) >= (8, 0)
+        and weight.is_contiguous()
+        and not any(size % 8 for size in weight.shape[1:])  # 16 bytes, which torch's products ask for
         for weight in weights
     )
 

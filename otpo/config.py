@@ -26,7 +26,8 @@ class OTPOConfig(DPOConfig):
 
     The defaults are the official OTPO release's for its 8B models (`ot_reg` 1, `ot_reg_m` 0.2); its 3B recipes
     set `ot_reg` to 0.1. `weighting="contrast"` has defaults of its own, `ot_cost="cosine"`, `ot_reg=0.1` and
-    `hidden_layer=0.8`; an option that is None is set to its weighting's default. `beta` keeps TRL's default of
+    `hidden_layer=0.8`; an option that is None is set to its weighting's default. For another
+    weighting take [`with_weighting`], since options that were set so stay otherwise. `beta` keeps TRL's default of
     0.1; the release takes 0.01 for 8B and 0.1 for 3B.
 
     Parameters:
@@ -157,9 +158,11 @@ class OTPOConfig(DPOConfig):
         """
         other = copy.copy(self)
         other.weighting = weighting
-        for name in getattr(self, "_unset", ()):  # options that an older version has pickled were all set
-            setattr(other, name, None)
-        set_defaults(other)
+        # What was set to something else since then counts as set; of an older version's pickle all was.
+        for name, default in getattr(self, "_unset", {}).items():
+            if getattr(self, name) == default:
+                setattr(other, name, None)
+        other._unset = set_defaults(other)
         check_weighting(other)
         return other
 

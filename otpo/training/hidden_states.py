@@ -67,7 +67,9 @@ def has_listed_layers(causal_lm: Any) -> bool:
 
 def layer_number(layer: float, count: int) -> int:
     """The number, from 0 to `count`, of a layer that is named by its number or by its share of the depth."""
-    return round(layer * count) if 0 < layer < 1 else int(layer) % (count + 1)
+    if 0 < layer < 1:  # within the model: neither the embeddings nor what the final norm has scaled
+        return min(max(round(layer * count), 1), max(count - 1, 1))
+    return int(layer) % (count + 1)
 
 
 def check_hidden_layer(causal_lm: Any, layer: float) -> None:
@@ -94,7 +96,7 @@ def check_hidden_layer(causal_lm: Any, layer: float) -> None:
 def check_layer_number(count: int, layer: float, model: str) -> None:
     """Raises a `ValueError` that names the option unless a `model` of `count` layers has hidden states `layer`."""
     share = 0 < layer < 1
-    if not share and (layer != int(layer) or not -count - 1 <= layer <= count):
+    if not share and (not -count - 1 <= layer <= count or layer != int(layer)):
         raise ValueError(
             f"`hidden_layer` must be a whole number within [{-count - 1}, {count}] for {model}, which has {count} "
             f"layers, or a share of its depth between 0 and 1, got {layer:g}."

@@ -264,18 +264,31 @@ def default_note(option: Option) -> str:
     return f" Unset: {option.default}{others}." if own else ""
 
 
-def set_defaults(args: Any) -> tuple[str, ...]:
-    """Sets the options of an `OTPOConfig` that are None to the default of its weighting, and returns their names.
+def with_defaults(values: "Mapping[str, Any]") -> dict[str, Any]:
+    """Options by name, in which those that are None have the default of the weighting that is among them."""
+    names = [name for name in registered_options() if own_defaults(name) and name in values]
+    if "weighting" not in values or not names:
+        return dict(values)
+    return {**values, **{name: default_of(name, values["weighting"]) for name in names if values[name] is None}}
+
+
+def default_of(option: str, weighting: Any) -> Any:
+    """The default of an option with a weighting.
 
     Where a weighting is a product, the first of its factors that has a default of its own says.
     """
-    kinds = [WEIGHTINGS[name] for name in split(str(args.weighting)) if name in WEIGHTINGS]
-    options = [option for option in registered_options().values() if own_defaults(option.field)]
-    unset = [option for option in options if getattr(args, option.field) is None]
-    for option in unset:
-        defaults = [kind.defaults[option.field] for kind in kinds if option.field in kind.defaults]
-        setattr(args, option.field, [*defaults, option.default][0])
-    return tuple(option.field for option in unset)
+    kinds = [WEIGHTINGS[name] for name in split(str(weighting)) if name in WEIGHTINGS]
+    own = [kind.defaults[option] for kind in kinds if option in kind.defaults]
+    return [*own, registered_options()[option].default][0]
+
+
+def set_defaults(args: Any) -> dict[str, Any]:
+    """Sets the options of an `OTPOConfig` that are None to the default of its weighting; returns these by name."""
+    names = [name for name in registered_options() if own_defaults(name) and getattr(args, name) is None]
+    found = {name: default_of(name, args.weighting) for name in names}
+    for name, value in found.items():
+        setattr(args, name, value)
+    return found
 
 
 def check_weighting(args: Any) -> None:

@@ -157,15 +157,16 @@ def test_evaluating_gives_each_module_its_mode_back(model_folder):
 
 
 def test_a_share_of_the_depth_is_a_layer(model_folder, tmp_path):
-    """0.8 of two layers is the second's output, before the final norm of -1; compiled layers leave that one out."""
-    assert [layer_number(0.8, count) for count in (1, 2, 12, 30)] == [1, 2, 10, 24]
+    """Within the model; compiled layers leave out the one that it enters."""
+    assert [layer_number(0.8, count) for count in (1, 2, 12, 30)] == [1, 1, 10, 24]
+    assert [layer_number(share, 12) for share in (0.01, 0.99)] == [1, 11]  # neither the embeddings nor the last
     assert [layer_number(layer, 30) for layer in (0, 1, 24.0, -1, -31)] == [0, 1, 24, 30, 0]
     model = AutoModelForCausalLM.from_pretrained(model_folder)
     layers = model.model.layers
-    assert entered_layer(model, 0.3) is layers[1] and entered_layer(model, 0.1) is layers[0]
+    assert entered_layer(model, 0.3) is layers[1] and entered_layer(model, 0) is layers[0]
     assert entered_layer(model, -1) is None and entered_layer(model, 2) is None
     compile_layers(model, but=entered_layer(model, 0.3), backend="eager")
     assert layers[0]._compiled_call_impl is not None and layers[1]._compiled_call_impl is None
-    for layer in (1.5, 0.5 - 3, 2.25):
+    for layer in (1.5, 0.5 - 3, 2.25, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="a share of its depth between 0 and 1"):
             check_hidden_layer(model, layer)

@@ -233,3 +233,21 @@ def test_another_weighting_keeps_what_was_set(tmp_path):
     assert (back.ot_reg, back.ot_cost, back.hidden_layer) == (0.5, "euclidean", -1)
     with pytest.raises(ValueError, match="needs `ld_alpha`"):
         release.with_weighting("ld")
+
+
+def test_unset_options_and_their_defaults_are_one_run(tmp_path):
+    """Also where a checkpoint was written when the defaults were those of the class, or names none of them."""
+    written = {"weighting": "otpo", "ot_reg": 1.0, "ot_cost": "euclidean", "hidden_layer": -1}
+    unset = {"weighting": "otpo", "ot_reg": None, "ot_cost": None, "hidden_layer": None}
+    assert run_identity([OTPOConfig], unset) == run_identity([OTPOConfig], written)
+    contrast = run_identity([OTPOConfig], {**unset, "weighting": "contrast"})
+    assert contrast["ot_cost"] == "cosine" and contrast["hidden_layer"] == 0.8
+    assert contrast != run_identity([OTPOConfig], {**written, "weighting": "contrast"})
+    assert run_identity([OTPOConfig], {"weighting": "otpo"}) == {"weighting": "otpo"}
+
+
+def test_options_that_were_changed_later_count_as_set(tmp_path):
+    release = options(tmp_path)
+    release.ot_reg = 0.5
+    other = release.with_weighting("contrast")
+    assert (other.ot_reg, other.ot_cost, other.hidden_layer) == (0.5, "cosine", 0.8)

@@ -112,8 +112,9 @@ def check(options: argparse.Namespace) -> None:
     """
     for name in _POSITIVE:
         value = getattr(options, name)
-        if value < 1:
-            raise ValueError(f"`--{name} {value}`: it must be at least 1.")
+        least = 2 if name == "max_length" else 1  # a document of one token has no loss
+        if value < least:
+            raise ValueError(f"`--{name} {value}`: it must be at least {least}.")
     if options.input_scales == "static" and options.dataset_name is None:
         raise ValueError(
             "No documents are named, and `--input_scales static` measures on some. Set `--dataset_name`, or "

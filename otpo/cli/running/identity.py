@@ -15,7 +15,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from otpo.cli.options.redact import without_secrets
 from otpo.cli.options.run_options import RunArguments
-from otpo.weighting.registry import says_nothing
+from otpo.weighting.registry import says_nothing, with_defaults
 
 RUN_FILE = "otpo_run.json"
 # Other numbers may come out of these by rounding alone, they say where and how fast a run is made, or they are of the
@@ -43,7 +43,7 @@ def run_identity(dataclasses: Iterable[Any], values: Mapping[str, Any]) -> dict[
         dataclasses: Of the command.
         values: Value of each option.
     """
-    values = _by_newer_names(values)
+    values = with_defaults(_by_newer_names(values))
     of_training = {entry.name for entry in fields(TrainingArguments)}
     names = {name for kind in dataclasses for base in kind.__mro__ for name in get_annotations(base)}
     names -= of_training | _MAY_CHANGE | set(get_annotations(RunArguments))
@@ -60,7 +60,7 @@ def require_same_run(identity: Mapping[str, Any], checkpoint: str) -> bool:
     found = _read(checkpoint)
     if found is None:
         return False
-    file, options = found[0], _by_newer_names(found[1])
+    file, options = found[0], with_defaults(_by_newer_names(found[1]))
     other = [name for name in identity if name in options and options[name] != identity[name]]
     if other:
         listed = "; ".join(f"`{name}` was {_shown(options[name])} and is {_shown(identity[name])}" for name in other)
