@@ -75,7 +75,7 @@ def export_model(
         raise ValueError(f"`architectures={config.architectures}`: transformers has no {name}.")
     decoder, left_out = split_off(config, split_experts(tensors, config.num_experts))
     if dtype is not None:
-        decoder = {name: cast(tensor, dtype) for name, tensor in decoder.items()}
+        decoder = cast_all(decoder, dtype)
     options = target_options(config, target)
     changed = target_tensors(config, target, decoder)
     changed = require_complete(changed, target_class, target.config(**options), "the checkpoint")
@@ -123,6 +123,14 @@ def write_converted(
         if check is not None:
             check(folder, written)
     return written
+
+
+def cast_all(tensors: Tensors, dtype: torch.dtype) -> Tensors:
+    """Tensors in another type, but for routers' biases, which models keep in float32."""
+    return {
+        name: tensor if name.endswith("e_score_correction_bias") else cast(tensor, dtype)
+        for name, tensor in tensors.items()
+    }
 
 
 def cast(tensor: LazyTensor, dtype: torch.dtype) -> LazyTensor:

@@ -1,6 +1,7 @@
 """Writes the FP8 folder: weights a shard at a time, scales beside them, `config.json` with the scheme."""
 
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -86,6 +87,10 @@ def write_folder(
     """
     shards = write_weights(quantized, folder, max_shard_size, progress)
     config = json.loads((source / CONFIG_NAME).read_text(encoding="utf-8"))
+    # The weights may have been asked for in another type than the model came in.
+    types = Counter(tensor.dtype for tensor in tensors.values())
+    named = [name for name in ("dtype", "torch_dtype") if name in config] or ["dtype"]
+    config |= dict.fromkeys(named, str(types.most_common(1)[0][0]).removeprefix("torch."))
     config["quantization_config"] = quantization_config(scheme, left_alone(tensors, targets))
     (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     copy_side_files([source], folder, drafts=False)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from moe_backbone.conversion.exporting import cast, export_model
+from moe_backbone.conversion.exporting import cast_all, export_model
 from moe_backbone.conversion.tensors import Tensors, read_tensors, split_experts
 from moe_backbone.model.configuration_compass import CompassConfig
 from moe_backbone.quantization.scheme import Target, find_targets, is_ignored, require_full_precision
@@ -85,7 +85,7 @@ def _loaded(options: argparse.Namespace, folder: Path, dtype: torch.dtype | None
     places = find_places(model.eval(), is_ignored)
     tensors = split_experts(read_tensors(folder), places.num_experts)
     if dtype is not None:
-        tensors = {name: cast(tensor, dtype) for name, tensor in tensors.items()}
+        tensors = cast_all(tensors, dtype)
     targets = find_targets(tensors, places)
     tokenizer = AutoTokenizer.from_pretrained(folder) if (folder / "tokenizer_config.json").is_file() else None
     return Opened(folder, tensors, model, tokenizer, places, targets, kind or type(model).__name__)
