@@ -75,10 +75,10 @@ class OTPOConfig(DPOConfig):
     """
 
     weighting: str = field(default="otpo", metadata={"help": weightings_help(), "choices": weighting_names()})
-    # Defaults, helps and checks of these are in the registry of weightings.
-    ot_reg: float = registered_option("ot_reg")
+    # Defaults, helps and checks of these are in the registry of weightings; None is the weighting's own default.
+    ot_reg: float | None = registered_option("ot_reg")
     ot_reg_m: float = registered_option("ot_reg_m")
-    ot_cost: Cost = registered_option("ot_cost")
+    ot_cost: Cost | None = registered_option("ot_cost")
     ot_cost_scale: CostScale = registered_option("ot_cost_scale")
     ot_tolerance: float = registered_option("ot_tolerance")
     ot_max_iterations: int = registered_option("ot_max_iterations")
@@ -86,7 +86,7 @@ class OTPOConfig(DPOConfig):
     d2po_gamma: float = registered_option("d2po_gamma")
     contrast_mix: float = registered_option("contrast_mix")
     diff_base: float = registered_option("diff_base")
-    hidden_layer: float = registered_option("hidden_layer")
+    hidden_layer: float | None = registered_option("hidden_layer")
     row_layout: RowLayout = field(
         default="auto",
         metadata={

@@ -16,7 +16,7 @@ from otpo.plain_model import decoder_layers, without_adapter
 
 
 @contextmanager
-def captured_states(causal_lm: Any, layer: float = -1) -> Iterator[list[Tensor]]:
+def captured_states(causal_lm: Any, layer: float | None = -1) -> Iterator[list[Tensor]]:
     """Collects the hidden states `(R, T, D)` of each forward pass inside the block, detached.
 
     Adapters bypass the causal LM's hooks, never its backbone's, so that is where the hooks go.
@@ -45,7 +45,7 @@ def captured_states(causal_lm: Any, layer: float = -1) -> Iterator[list[Tensor]]
         handle.remove()
 
 
-def entered_layer(causal_lm: Any, layer: float) -> nn.Module | None:
+def entered_layer(causal_lm: Any, layer: float | None) -> nn.Module | None:
     """The decoder layer that hidden states enter; None for the last ones, which enter none.
 
     Args:
@@ -54,7 +54,7 @@ def entered_layer(causal_lm: Any, layer: float) -> nn.Module | None:
     """
     backbone = without_adapter(causal_lm).base_model
     layers, count = decoder_layers(backbone), _count(backbone)
-    if layer == -1 or layers is None or count is None:
+    if layer is None or layer == -1 or layers is None or count is None:
         return None
     index = layer_number(layer, count)
     return None if index == count else layers[index]
@@ -72,7 +72,7 @@ def layer_number(layer: float, count: int) -> int:
     return int(layer) % (count + 1)
 
 
-def check_hidden_layer(causal_lm: Any, layer: float) -> None:
+def check_hidden_layer(causal_lm: Any, layer: float | None) -> None:
     """Raises a `ValueError` that names the option unless the model has hidden states of that number.
 
     Args:
@@ -81,7 +81,7 @@ def check_hidden_layer(causal_lm: Any, layer: float) -> None:
             of transformers' `hidden_states`, for models whose backbone has its L layers in a list called `layers`.
             Between 0 and 1, that share of L, rounded.
     """
-    if layer == -1:
+    if layer is None or layer == -1:
         return
     causal_lm = without_adapter(causal_lm)
     count = _count(causal_lm.base_model)

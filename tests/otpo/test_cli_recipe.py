@@ -32,7 +32,7 @@ def read(text: str | bytes, tmp_path, *words: str):
         ("lora_target_modules: {a: 1}", "is null or a list whose items are each text"),
         ("loss_weights: [1, x]", r'`loss_weights: \[1, "x"\]`.*items are each a number'),
         ("datasets: [{pth: x}]", r"a mapping with names among \['path'"),
-        ("ot_cost: 3", r"`ot_cost` is one of \['euclidean', 'cosine'\]"),
+        ("ot_cost: 3", r"`ot_cost` is null or one of \['euclidean', 'cosine'\]"),
         ("weighting: otop", "`weighting: otop` is not known. Set one of: "),
         ("model_init_kwargs: some", "`model_init_kwargs=some` is no JSON"),
     ],

@@ -133,7 +133,10 @@ def test_it_counts_the_token_without_a_partner():
 
 def test_the_config_sets_it_and_the_log_says_what_was_destroyed(model_folder, tmp_path):
     args = options(tmp_path, weighting="contrast", ot_reg=0.1, ot_cost="cosine", contrast_mix=0.5)
-    assert args.describe_weighting() == "contrast, contrast_mix 0.5, ot_reg 0.1, ot_reg_m 0.2, ot_cost cosine"
+    assert (
+        args.describe_weighting()
+        == "contrast, contrast_mix 0.5, ot_reg 0.1, ot_reg_m 0.2, ot_cost cosine, hidden_layer 0.8"
+    )
     torch.testing.assert_close(WEIGHTINGS["contrast"](args)(BATCH).values, weights(BATCH, 0.5))
     trainer = make_trainer(model_folder, tmp_path, make_pairs(), weighting="contrast", ot_reg=0.1, max_steps=1)
     trainer.train()

@@ -129,11 +129,11 @@ def check_model_options(values: Mapping[str, Any]) -> None:
         require_layer(values["hidden_layer"], load_config(origin, values.get("trust_remote_code", False)))
 
 
-def require_layer(layer: float, config: Any) -> None:
+def require_layer(layer: float | None, config: Any) -> None:
     """Raises a `ValueError` unless a model of that configuration has hidden states of that number.
 
     The trainer looks again, at the model: some have no layers in a list.
     """
     count = getattr(config.get_text_config(), "num_hidden_layers", None)
-    if layer != -1 and count is not None:
+    if layer is not None and layer != -1 and count is not None:
         check_layer_number(count, layer, "this model")
