@@ -142,7 +142,7 @@ class OTPOConfig(DPOConfig):
         if not is_set and not read_from_file and self.dataloader_pin_memory and self.device.type != "mps":
             resolved: Any = self.accelerator_config
             resolved.non_blocking = True
-        self._unset = set_defaults(self)
+        self.filled_in = set_defaults(self)
         check_weighting(self)
         check_budget_options(self)
 
@@ -159,10 +159,10 @@ class OTPOConfig(DPOConfig):
         other = copy.copy(self)
         other.weighting = weighting
         # What was set to something else since then counts as set; of an older version's pickle all was.
-        for name, default in getattr(self, "_unset", {}).items():
+        for name, default in getattr(self, "filled_in", {}).items():
             if getattr(self, name) == default:
                 setattr(other, name, None)
-        other._unset = set_defaults(other)
+        other.filled_in = set_defaults(other)
         check_weighting(other)
         return other
 
