@@ -1,11 +1,16 @@
-"""Loss curves of `otpo pretrain` by the type of its weights, from one seed on the same tokens.
+"""Loss curves of `otpo pretrain` by the type of its weights, over seeds, on the same documents.
 
 `float32` weights under autocast, `bfloat16` weights with float32 masters, as the command trains them, and
-`bfloat16-plain` ones by torch's AdamW, whose moments are bfloat16 and whose small steps are lost. The CSV has the
-losses, the figure the curves and their differences from float32's.
+`bfloat16-plain` ones by torch's AdamW, whose moments are bfloat16 and whose small steps are lost. `float32-again` is
+the first once more from the same seed: how far two runs part by the order of their sums alone. The documents are a
+shopping assistant's, generated, none of them twice in a run. A seed is the model's and that of the documents' order.
 
     python -m benchmarks.weight_types
-    python -m benchmarks.weight_types --shape compass-tiny --steps 30 --every 5
+    python -m benchmarks.weight_types --seeds 5 --variants float32 float32-again bfloat16
+    python -m benchmarks.weight_types --shape compass-tiny --steps 30 --every 5 --seeds 2
+
+Runs are spread over the GPUs. The CSV, which has the losses, is written after each run; a benchmark that was killed
+goes on with those that it lacks. The figure has the curves and their differences from `float32`'s of the same seed.
 """
 
 import argparse
@@ -16,76 +21,134 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import torch
+from datasets import Dataset
 from rich.console import Console
 from transformers import TrainerCallback
 from transformers import trainer as transformers_trainer
 
 from benchmarks import harness
 from benchmarks.figures import legend, machine_line, save
-from benchmarks.pretraining import SHAPES, command, make_data
+from benchmarks.launching.processes import count_gpus, side_by_side
+from benchmarks.pretraining import SHAPES, command
 from benchmarks.step_clock import Span
+from benchmarks.words import text_tokenizer
 from moe_backbone.pretraining import trainer as pretraining
 from moe_backbone.pretraining.weight_types import Choice
 from otpo.cli.pretrain import main as pretrain
+from otpo.data import load_demo_corpus
 
-VARIANTS = {"float32": "float32", "bfloat16": "bfloat16", "bfloat16-plain": "bfloat16"}
+BASE = "float32"
+VARIANTS = {BASE: "float32", "float32-again": "float32", "bfloat16": "bfloat16", "bfloat16-plain": "bfloat16"}
 """The option `dtype` of each."""
+DEFAULT = (BASE, "float32-again", "bfloat16")
 LAST = 50  # steps of the mean at the end
+_TOKENS_OF_A_DOCUMENT = 110  # fewer than those of the corpus have on average, by either tokenizer
+Curves = dict[tuple[str, int], dict[int, float]]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs each variant in a process of its own; 1 if one fails."""
+    """Runs each variant and seed in a process of its own; 1 if one fails."""
+    args = parse(arguments)
+    if args.child:
+        return child(json.loads(args.child))
+    console = Console(width=160, highlight=False)
+    about = {"shape": args.shape, "steps": args.steps, "every": args.every} | harness.describe_machine("transformers")
+    rows = kept_rows(args.output, about)
+    done = {(row["variant"], int(row["seed"])) for row in rows}
+    asked = [(variant, seed) for seed in range(args.seeds) for variant in args.variants]
+    missing = [run for run in asked if run not in done]
+    if len(missing) < len(asked):
+        console.print(f"{len(asked) - len(missing)} of {len(asked)} runs are in {args.output}")
+    devices: SimpleQueue[str] = SimpleQueue()
+    names = [str(index) for index in range(count_gpus())] or [""]
+    for name in names:
+        devices.put(name)
+    failed = []
+
+    with tempfile.TemporaryDirectory() as folder:
+        data = make_data(Path(folder), args.shape, args.steps) if missing else {}
+
+        def run(cell: tuple[str, int]) -> None:
+            device = devices.get()
+            found = measure(*cell, args, data, device)
+            devices.put(device)
+            console.print(line(*cell, found))
+            if "failed" in found:
+                failed.append(cell)
+                return
+            variant, seed = cell
+            told = {"variant": variant, "seed": seed}
+            rows.extend(about | told | {"step": step, "loss": loss} for step, loss in found["losses"])
+            harness.write_rows(args.output, rows)
+
+        side_by_side(run, missing, len(names))
+    if rows:
+        for words in findings(read_curves(rows)):
+            console.print(words)
+        console.print(f"{draw(args.output)}\n{args.output}")
+    return int(bool(failed))
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="compass-small", choices=list(SHAPES), metavar="NAME")
-    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS), metavar="NAME")
+    parser.add_argument("--variants", nargs="+", default=list(DEFAULT), choices=list(VARIANTS), metavar="NAME")
+    parser.add_argument("--seeds", type=int, default=3, help="0, 1, ... up to so many")
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--every", type=int, default=10, help="steps of a point, whose mean loss it is")
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/weight_types_SHAPE_GPU.csv")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
-    if args.child:
-        return child(json.loads(args.child))
-    if min(args.steps, args.every) < 1:
-        parser.error("--steps and --every must be at least 1")
+    if min(args.steps, args.every, args.seeds) < 1:
+        parser.error("--steps, --every and --seeds must be at least 1")
     name = f"weight_types_{args.shape}_{harness.name_of_machine()}.csv"
-    output, console = args.output or Path("benchmarks/results") / name, Console(width=160, highlight=False)
-    rows: list[dict[str, Any]] = []
-    failed, machine = False, harness.describe_machine("transformers")
-    with tempfile.TemporaryDirectory() as folder:
-        span = Span(0, args.steps, 0)
-        data = make_data(Path(folder), args.shape, span)
-        for variant in args.variants:
-            words = [*command(args.shape, "default", data, span), "--dtype", VARIANTS[variant]]
-            words += ["--logging_steps", str(args.every), "--warmup_steps", str(args.steps // 20)]
-            found = measure(words, variant, Path(folder))
-            failed |= "failed" in found
-            console.print(line(variant, found))
-            for step, loss in found.get("losses", []):
-                rows.append({"shape": args.shape, "variant": variant, "step": step, "loss": loss} | machine)
-            if rows:
-                harness.write_rows(output, rows)
-    if rows:
-        console.print(f"{draw(output)}\n{output}")
-    return int(failed)
+    args.output = args.output or Path("benchmarks/results") / name
+    return args
 
 
-def measure(words: list[str], variant: str, folder: Path) -> dict[str, Any]:
-    """Losses, speed and memory of a command line."""
-    result = folder / "result.json"
-    result.unlink(missing_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as output:
-        told = json.dumps({"words": [*words, "--output_dir", output], "variant": variant, "result": str(result)})
+def kept_rows(path: Path, about: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Rows of an earlier run of the same steps on the same machine; the date may be another."""
+    if not path.exists():
+        return []
+    same = [name for name in about if name != "date"]
+    return [row for row in harness.read_rows(path) if all(row.get(name) == str(about[name]) for name in same)]
+
+
+def make_data(folder: Path, shape: str, steps: int) -> dict[str, Path]:
+    """More tokenized documents than the steps read, as a Parquet file, and their tokenizer."""
+    tiny = shape == "compass-tiny"
+    tokens, size = steps * (256 if tiny else 4 * 4096), 500 if tiny else 16_000
+    documents = list(load_demo_corpus("train", tokens // _TOKENS_OF_A_DOCUMENT)["text"])
+    tokenizer = text_tokenizer(documents[:5000], size)
+    encoded: Any = tokenizer(documents, return_attention_mask=False)["input_ids"]
+    data = {"tokens": folder / "documents.parquet", "tokenizer": folder / "tokenizer"}
+    Dataset.from_dict({"input_ids": [[*ids, tokenizer.eos_token_id] for ids in encoded]}).to_parquet(data["tokens"])
+    tokenizer.save_pretrained(data["tokenizer"])
+    return data
+
+
+def measure(
+    variant: str, seed: int, args: argparse.Namespace, data: Mapping[str, Path], device: str
+) -> dict[str, Any]:
+    """Losses, speed and memory of a command line, on one GPU where there is one."""
+    words = [*command(args.shape, "default", dict(data), Span(0, args.steps, 0)), "--dtype", VARIANTS[variant]]
+    words += ["--logging_steps", str(args.every), "--warmup_steps", str(args.steps // 20), "--seed", str(seed)]
+    with tempfile.TemporaryDirectory(dir=data["tokens"].parent) as folder:
+        result = Path(folder) / "result.json"
+        told = json.dumps({"words": [*words, "--output_dir", folder], "variant": variant, "result": str(result)})
         run = [sys.executable, "-m", "benchmarks.weight_types", "--child", told]
-        ended = subprocess.run(run, check=False, capture_output=True, text=True)
-    if ended.returncode or not result.exists():
-        last = [each for each in ended.stderr.splitlines() if each.strip()][-1:] or ["no message"]
-        return {"failed": last[0][:160]}
-    return json.loads(result.read_text())
+        where = os.environ | ({"CUDA_VISIBLE_DEVICES": device} if device else {})
+        ended = subprocess.run(run, check=False, capture_output=True, text=True, env=where)
+        if ended.returncode or not result.exists():
+            last = [each for each in ended.stderr.splitlines() if each.strip()][-1:] or ["no message"]
+            return {"failed": last[0][:160]}
+        return json.loads(result.read_text())
 
 
 def child(told: dict[str, Any]) -> int:
@@ -123,46 +186,73 @@ class Log(TrainerCallback):
         self.s += time.perf_counter()
 
 
-def line(variant: str, found: dict[str, Any]) -> str:
-    """A variant for the terminal."""
+def line(variant: str, seed: int, found: dict[str, Any]) -> str:
+    """A run for the terminal."""
+    name = f"{variant:<16} seed {seed}"
     if "failed" in found:
-        return f"{variant:<16} failed: {found['failed']}"
-    losses = found["losses"]
-    late = [loss for step, loss in losses if step > losses[-1][0] - LAST]
+        return f"{name}  failed: {found['failed']}"
     peak = "" if found["peak_gib"] is None else f", peak {found['peak_gib']:.1f} GiB"
     return (
-        f"{variant:<16} final loss {losses[-1][1]:.4f}, mean of the last {min(LAST, losses[-1][0])} steps "
-        f"{statistics.mean(late):.4f}, {found['tokens_per_s']:,.0f} tokens/s (median){peak}, {found['seconds']:.0f} s"
+        f"{name}  final loss {found['losses'][-1][1]:.4f}, {found['tokens_per_s']:,.0f} tokens/s (median){peak}, "
+        f"{found['seconds']:.0f} s"
     )
 
 
+def read_curves(rows: Sequence[Mapping[str, Any]]) -> Curves:
+    """Losses by variant and seed, then by step."""
+    curves: Curves = {}
+    for row in rows:
+        curves.setdefault((row["variant"], int(row["seed"])), {})[int(row["step"])] = float(row["loss"])
+    return curves
+
+
+def late(curve: Mapping[int, float]) -> float:
+    """The mean loss of the last steps."""
+    return statistics.mean(loss for step, loss in curve.items() if step > max(curve) - LAST)
+
+
+def findings(curves: Curves) -> list[str]:
+    """For each variant the late losses of its seeds, and how far they are from float32's of the same seed."""
+    found = []
+    for variant in dict.fromkeys(name for name, _ in curves):
+        of_seeds = {seed: curve for (name, seed), curve in curves.items() if name == variant}
+        words = " ".join(f"{late(curve):.4f}" for curve in of_seeds.values())
+        apart = [late(curve) - late(curves[BASE, seed]) for seed, curve in of_seeds.items() if (BASE, seed) in curves]
+        if variant != BASE and apart:
+            words += (
+                f"; less {BASE}'s: {' '.join(f'{each:+.4f}' for each in apart)}, mean {statistics.mean(apart):+.4f}"
+            )
+        found.append(f"{variant:<16} mean loss of the last {LAST} steps, by seed: {words}")
+    return found
+
+
 def draw(path: Path) -> Path:
-    """The curves, and below them how far each is from float32's."""
+    """The curves, and below them how far each is from float32's of the same seed."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     rows = harness.read_rows(path)
-    curves: dict[str, dict[int, float]] = {}
-    for row in rows:
-        curves.setdefault(row["variant"], {})[int(row["step"])] = float(row["loss"])
+    curves = read_curves(rows)
     figure, panels = plt.subplots(2, 1, figsize=(8, 6), sharex=True, layout="constrained")
-    base = curves.get("float32", {})
-    for name, curve in curves.items():
-        color = f"C{list(VARIANTS).index(name)}"
-        panels[0].plot(list(curve), list(curve.values()), color=color, label=name, linewidth=1)
+    named: set[str] = set()
+    for (variant, seed), curve in curves.items():
+        style: dict[str, Any] = {"color": f"C{list(VARIANTS).index(variant)}", "linewidth": 1}
+        panels[0].plot(list(curve), list(curve.values()), label=None if variant in named else variant, **style)
+        named.add(variant)
+        base = curves.get((BASE, seed), {})
         shared = [step for step in curve if step in base]
-        if name != "float32":
-            panels[1].plot(shared, [curve[step] - base[step] for step in shared], color=color, linewidth=1)
-    panels[0].set(ylabel="loss", title=f"otpo pretrain, {rows[0]['shape']}")
+        if variant != BASE:
+            panels[1].plot(shared, [curve[step] - base[step] for step in shared], **style)
+    seeds = len({seed for _, seed in curves})
+    panels[0].set(ylabel="loss", title=f"otpo pretrain, {rows[0]['shape']}, {seeds} seed(s)")
     panels[1].axhline(0, color="gray", linewidth=0.5)
-    panels[1].set(xlabel="step", ylabel="loss - float32's")
+    panels[1].set(xlabel="step", ylabel="loss - float32's of the seed")
     legend(figure, [panels[0]])
     figure.suptitle(machine_line(rows, "torch", "transformers"))
     return save(figure, path)
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     sys.exit(main())

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import matplotlib.pyplot as plt
 import torch
@@ -29,10 +28,10 @@ import yaml
 from datasets import Dataset
 from rich.table import Table
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import logging
 
-from otpo.cli.iterating.steps import batches, console, greedy_answers, run
+from otpo.cli.iterating.steps import batches, console, greedy_answers, load_for_answers, run
 from otpo.data import load_demo_corpus, load_demo_instructions, load_demo_preferences, load_demo_questions
 from otpo.data.demo import LANGUAGES
 from otpo.data.ecommerce.answers import check_answer
@@ -134,11 +133,8 @@ def group_of(row: Mapping[str, Any]) -> str:
     return "misread wording" if row["template_id"].endswith(f"-{MISREAD}") else "other wordings"
 
 
-def preferred(folder: Path, pairs: list[dict[str, Any]], device: str) -> float:
+def preferred(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, pairs: list[dict[str, Any]]) -> float:
     """In how many percent of the pairs the right answer is the likelier one."""
-    dtype = "auto" if device == "cpu" else torch.bfloat16
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
     margins: list[float] = []
     for batch in batches(pairs, 32):
         chosen, rejected = (log_probabilities(model, tokenizer, batch, side) for side in ("chosen", "rejected"))
@@ -150,9 +146,9 @@ def check(folder: Path, held_out: Dataset, scale: Mapping[str, Any], device: str
     """How often a model's own answers about products that it has not seen are right in everything, by group."""
     rows = list(held_out)
     asked = list(held_out.shuffle(seed=0).take(min(len(rows), scale.get("free_answers", len(rows)))))
-    answers = greedy_answers(
-        folder, [row["prompt"] for row in asked], scale["answer_tokens"], scale["check_batch"], device
-    )
+    model, tokenizer = load_for_answers(folder, device)
+    prompts = [row["prompt"] for row in asked]
+    answers = greedy_answers(model, tokenizer, prompts, scale["answer_tokens"], scale["check_batch"])
     right = [check_answer(row, answer)["all"] for row, answer in zip(asked, answers, strict=True)]
     groups = sorted({group_of(row) for row in asked})
     rates: dict[str, Any] = {
@@ -161,7 +157,7 @@ def check(folder: Path, held_out: Dataset, scale: Mapping[str, Any], device: str
     }
     rates["right, all"] = _percentage(right)
     if "chosen" in held_out.column_names:
-        rates["right answer preferred"] = preferred(folder, rows, device)
+        rates["right answer preferred"] = preferred(model, tokenizer, rows)
     rates["example"] = answers[0]
     return rates
 
@@ -201,7 +197,8 @@ def explain(folder: Path, pairs: Path, scale: Mapping[str, Any]) -> list[Path]:
         pages.append(folder / f"explain_{weighting}.html")
         options = {"model_name_or_path": folder / "align", "reference": folder / "sft", "dataset_name": pairs}
         options |= {"rows": [0, 1, 2], "weighting": weighting, "output": pages[-1], **scale["common"]}
-        run("explain", options | {"ot_reg": 0.05})
+        # The weights that the alignment counted with; `contrast` has a regularisation of its own.
+        run("explain", options | ({"ot_reg": scale["align"]["ot_reg"]} if weighting == "otpo" else {}))
     return pages
 
 

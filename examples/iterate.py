@@ -6,10 +6,7 @@ A round is `otpo pairs` and `otpo align`. A run that was killed goes on when the
 """
 
 import argparse
-import os
 import sys
-
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from transformers.utils import logging
 from yaml import YAMLError

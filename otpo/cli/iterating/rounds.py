@@ -17,7 +17,7 @@ from otpo.pairs.ledger import ledger_path
 from otpo.pairs.prompts import find_prompt
 from otpo.pairs.run import read_summary
 
-from .steps import console, greedy_answers, run
+from .steps import console, greedy_answers, load_for_answers, run
 
 
 def held_out_rows(held_out: Mapping[str, Any]) -> Any:
@@ -44,7 +44,8 @@ def count_right(model: str | Path, held_out: Mapping[str, Any], use_cpu: bool) -
     rows = held_out_rows(held_out)
     prompts = [find_prompt(row) for row in rows]
     device = "cpu" if use_cpu else "cuda"
-    answers = greedy_answers(Path(model), prompts, held_out["max_new_tokens"], held_out["batch_size"], device)
+    answering = load_for_answers(Path(model), device)
+    answers = greedy_answers(*answering, prompts, held_out["max_new_tokens"], held_out["batch_size"])
     judge, right, failed = load_judge(held_out["judge"]), 0, 0
     for row, prompt, answer in zip(rows, prompts, answers, strict=True):
         try:

@@ -41,31 +41,34 @@ def batches(rows: Sequence[Any], size: int) -> Iterator[list[Any]]:
         yield list(rows[begin : begin + size])
 
 
+def load_for_answers(folder: Path, device: str) -> tuple[Any, Any]:
+    """The model in a folder, in bfloat16 on a GPU, and its tokenizer, which pads on the left as generation needs."""
+    dtype = "auto" if device == "cpu" else torch.bfloat16
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    return model.to(device).eval(), AutoTokenizer.from_pretrained(folder, padding_side="left")
+
+
 @torch.no_grad()
 def greedy_answers(
-    folder: Path, prompts: Sequence[Sequence[Mapping[str, str]]], tokens: int, size: int, device: str
+    model: Any, tokenizer: Any, prompts: Sequence[Sequence[Mapping[str, str]]], tokens: int, size: int
 ) -> list[str]:
-    """The likeliest answer, token by token, of the model in a folder to each conversation.
+    """A model's likeliest answer, token by token, to each conversation.
 
     Args:
-        folder: Of the model and its tokenizer.
+        model: In evaluation mode.
+        tokenizer: Pads on the left.
         prompts: Conversations that end with the user's message.
         tokens: Most tokens of an answer.
         size: Prompts answered at a time.
-        device: To run on; on a GPU the model answers in bfloat16.
 
     Returns:
         An answer for each prompt, without special tokens.
     """
-    dtype = "auto" if device == "cpu" else torch.bfloat16
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    model = model.to(device).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
     answers = []
     for batch in batches(prompts, size):
         inputs = tokenizer.apply_chat_template(
             batch, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
-        ).to(device)
+        ).to(model.device)
         output = model.generate(**inputs, max_new_tokens=tokens, do_sample=False)
         answers += tokenizer.batch_decode(output[:, inputs["input_ids"].size(1) :], skip_special_tokens=True)
     return answers
