@@ -106,7 +106,14 @@ class Board:
         self.rows: dict[str, dict[str, Any]] = {}
         if args.output.is_file():
             found = [row for row in harness.read_rows(args.output) if self._is_of_this_machine(row)]
-            self.rows = {"/".join(row[name] for name in COLUMNS[:4]): dict(row) for row in found}
+            # The bound may be another now. One process's rows are compared with none.
+            judged = (
+                row | judge(row["losses"], row["single"], "ok", args.bound)
+                if row["status"] in ("ok", "differs") and row["single"]
+                else dict(row)
+                for row in found
+            )
+            self.rows = {"/".join(row[name] for name in COLUMNS[:4]): row for row in judged}
         setting = {"on_gpus": self.gpus > 0, "bf16": args.bf16, "steps": args.steps, "save_steps": args.steps}
         self.setting = Setting(materials=make_materials(folder / "materials"), **setting)
 

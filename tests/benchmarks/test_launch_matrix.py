@@ -13,6 +13,7 @@ from benchmarks.launching.commands import ENGINES, SINGLE, Case, Row, Setting, a
 from benchmarks.launching.processes import last_line
 
 ROW = Row(Case("align", "qwen3", "full"), "ddp")
+OTHERS = tuple(name for name in ENGINES if name not in (SINGLE, "ddp"))
 STAND_IN = """
 import json, sys
 from pathlib import Path
@@ -106,6 +107,15 @@ def test_rows_wait_for_their_single_process_and_fail_with_it(tmp_path, stand_in)
     _, rows = run(tmp_path / "m.csv")
     assert rows["ddp"]["status"] == "failed"
     assert rows["ddp"]["reason"] == "the single process, which it is compared with, was failed"
+
+
+def test_rows_that_are_kept_are_judged_by_the_bound_of_this_run(tmp_path, stand_in):
+    stand_in({SINGLE: [1.0, 2.0, 3.0, 4.0], "ddp": [1.0, 2.0, 3.0, 4.05]} | dict.fromkeys(OTHERS, 2))
+    assert run(tmp_path / "m.csv", "--bound", "0.1")[1]["ddp"]["status"] == "ok"
+    started = stand_in({})
+    code, rows = run(tmp_path / "m.csv", "--bound", "1e-3")
+    assert (code, rows["ddp"]["status"], rows["ddp"]["bound"], started) == (1, "differs", "0.001", [])
+    assert run(tmp_path / "m.csv", "--bound", "0.1")[1]["ddp"]["status"] == "ok"
 
 
 def test_rows_that_are_not_reached_say_so(tmp_path, stand_in):
