@@ -82,14 +82,12 @@ def host_time(config: CompassConfig, setup: TrainingSetup, launch: float) -> tup
         setup: The options of the run.
         launch: Seconds for one launched operation.
     """
-    forward, backward = _COMPILED if setup.compile_layers else _LAUNCHES[_kind(setup)]
+    forward, backward = _COMPILED if setup.compiles(config) else _LAUNCHES[_kind(setup)]
     twice = (forward + _HOOKS) if setup.gradient_checkpointing else 0
     launches = _layers(config) * (forward + backward + twice) + _OUTSIDE
     beside = launches * setup.gradient_accumulation_steps * launch
-    if not setup.stage:
-        return beside, 0.0
     names = 11 + (3 if config.num_shared_experts else 0)
-    serial = (names * _layers(config) * _PARAMETER + _OUTSIDE) * launch
+    serial = (names * _layers(config) * _PARAMETER + _OUTSIDE) * launch if setup.stage else 0.0
     if setup.expert_parallel_size > 1 and not setup.gathers(config):
         # Each layer's rows wait for their number, so that its launches overlap nothing.
         serial, beside = serial + beside, 0.0

@@ -90,6 +90,14 @@ class Plan:
         return tokens / self.tokens_per_second / 86_400
 
     @property
+    def told_layers(self) -> str:
+        """Whether layers are compiled, and why not where that is the default's doing."""
+        if self.setup.compiles(self.config):
+            return "compiled"
+        reason = self.setup.why_not_compile(self.config) if self.setup.compile_layers is None else None
+        return f"not compiled ({reason})" if reason else "not compiled"
+
+    @property
     def assumptions(self) -> list[str]:
         """Sentences on what the numbers assume."""
         rates, lines = self.rates, []
@@ -101,8 +109,8 @@ class Plan:
         )
         lines.append("Nothing overlaps: communication that hides behind computation makes a step shorter.")
         lines.append(
-            f"Layers that are {'' if self.setup.compile_layers else 'not '}compiled; the host takes "
-            f"{1e6 * rates.launch:.0f} us to launch an operation, which another machine's host may not."
+            f"Layers that are {self.told_layers}; the host takes {1e6 * rates.launch:.0f} us to launch an operation, "
+            "which another machine's host may not."
         )
         lines.append("Experts get an even load; row moves are at their floor. The logits of a micro-batch are whole.")
         lines.append(
@@ -161,7 +169,9 @@ def make_plan(config: CompassConfig, gpu: GPU, setup: TrainingSetup, rates: Rate
     Raises:
         ValueError: This setup cannot train the model; the message names the option and what to set.
     """
-    rates = rates or Rates()
+    rates, reason = rates or Rates(), setup.why_not_compile(config)
+    if setup.compile_layers and reason:
+        raise ValueError(f"`compile_layers=true` can't be here: {reason}, or leave `compile_layers` out.")
     return Plan(
         config=config,
         setup=setup,

@@ -52,7 +52,8 @@ class TrainingSetup:
         expert_exchange: One of [`EXCHANGES`]: `gather` gives all tokens to all GPUs that share the experts,
             `all_to_all` sends each row to its expert, `auto` gathers where that moves no more bytes, as
             `otpo pretrain` does.
-        compile_layers: Whether layers are compiled, `otpo pretrain`'s default. Time alone knows it.
+        compile_layers: Whether layers are compiled; None for `otpo pretrain`'s default, which compiles them where it
+            can. Time alone knows it.
         experts_implementation: `memcpy` or `grouped_mm`, which moves rows by several operations. Time alone knows it.
         attention_kernels: One of [`ATTENTION_KERNELS`]. Time alone knows it.
         micro_batch_size: Rows that a GPU takes at a time.
@@ -72,7 +73,7 @@ class TrainingSetup:
     strategy: str = "ddp"
     expert_parallel_size: int = 1
     expert_exchange: str = "auto"
-    compile_layers: bool = True
+    compile_layers: bool | None = None
     experts_implementation: str = "memcpy"
     attention_kernels: str = "torch"
     micro_batch_size: int = 1
@@ -131,6 +132,20 @@ class TrainingSetup:
         if self.expert_parallel_size == 1 or self.expert_exchange == "all_to_all":
             return False
         return self.expert_exchange == "gather" or self.expert_parallel_size <= config.num_experts_per_tok
+
+    def why_not_compile(self, config: CompassConfig) -> str | None:
+        """What keeps `otpo pretrain` from compiling layers in such a run; None if nothing does."""
+        if self.stage == 3:
+            return "ZeRO-3 gathers parameters while a layer runs; take `strategy=zero2`"
+        if self.expert_parallel_size > 1 and not self.gathers(config):
+            return (
+                "rows are sent to spread experts by numbers that a graph would wait for; take `expert_exchange=gather`"
+            )
+        return None
+
+    def compiles(self, config: CompassConfig) -> bool:
+        """Whether layers are compiled, by the option or where it is None by the default of `otpo pretrain`."""
+        return self.why_not_compile(config) is None if self.compile_layers is None else self.compile_layers
 
     @property
     def batch(self) -> Batch:

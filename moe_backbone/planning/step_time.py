@@ -200,7 +200,7 @@ def _elementwise_bytes(config: CompassConfig, setup: TrainingSetup, forwards: in
         gathers=setup.gathers(config),
     )
     ahead = config.num_mtp_layers if config.effective_mtp_loss_coef else 0
-    if not setup.compile_layers:
+    if not setup.compiles(config):
         return eager_bytes(config, setup) + 10 * (1 + ahead) * kept.head
     copies = config.num_hidden_layers * kept.layer.copies + ahead * kept.mtp_layer.copies
     layers = config.num_hidden_layers * kept.layer.total + ahead * kept.mtp_layer.total - copies

@@ -71,9 +71,10 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add(
         "--compile_layers",
-        choices=("true", "false"),
-        default="true",
-        help="whether layers are compiled, as pretraining does on a GPU; memory is that of layers that are not (true)",
+        choices=("auto", "true", "false"),
+        default="auto",
+        help="whether layers are compiled; auto compiles where pretraining can, not under zero3 nor with all_to_all. "
+        "Memory is that of layers that are not (auto)",
     )
     add("--experts_implementation", default="memcpy", metavar="NAME", help="memcpy, grouped_mm (memcpy)")
     add(
@@ -145,7 +146,7 @@ def _make_plan(options: argparse.Namespace) -> "Plan":
     named = {name: getattr(options, name) for name in TrainingSetup.__dataclass_fields__}
     if options.sequence_length is None:
         named["sequence_length"] = min(TrainingSetup.sequence_length, config.max_position_embeddings)
-    named["compile_layers"] = options.compile_layers == "true"
+    named["compile_layers"] = {"auto": None, "true": True, "false": False}[options.compile_layers]
     if options.attention_kernels == "auto":
         named["attention_kernels"] = "flash4" if _fourth_would_run(options.gpu, config.head_dim) else "torch"
     share = options.efficiency
@@ -175,12 +176,13 @@ def _show(plan: "Plan", model: str, tokens: float | None) -> None:
     console.print(f"{model} on {gpus} {plan.gpu.title}", style="bold", markup=False)
     way = f" ({plan.exchange.kind})" if setup.expert_parallel_size > 1 else ""
     twice = "with" if setup.gradient_checkpointing else "no"
+    layers = "compiled" if setup.compiles(plan.config) else "uncompiled"
     console.print(
         f"{setup.strategy}, expert parallelism {setup.expert_parallel_size}{way}, {setup.precision}, "
         f"{setup.optimizer}, {setup.experts_implementation}, "
         f"{setup.micro_batch_size} x {setup.sequence_length:,} tokens a GPU and micro-batch, "
         f"{setup.tokens_per_step:,} a step, {twice} gradient checkpointing, "
-        f"{'compiled' if setup.compile_layers else 'uncompiled'} layers, attention by {setup.attention_kernels}\n",
+        f"{layers} layers, attention by {setup.attention_kernels}\n",
         markup=False,
     )
     for table in (_parameters(plan), _memory(plan), _traffic(plan), _time(plan, tokens)):

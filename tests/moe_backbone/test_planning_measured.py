@@ -124,10 +124,21 @@ def test_time_is_near_every_step_of_two_gpus():
     assert compared >= 15
 
 
+NOT_COMPARED = {
+    ("4", "False", "1", "bf16-mixed", "False"): "5.17.0",
+    ("8", "True", "1", "bf16-mixed", "False"): "5.17.0",
+    ("2", "False", "1", "bf16-mixed", "True"): "5.17.0",
+    ("2", "False", "1", "bf16-pure", "False"): "5.17.0",
+}
+"""Rows whose time was the device's under that release of transformers, whose grouped_mm moved more rows."""
+
+
 def test_time_is_near_steps_that_wait_for_the_host_and_those_of_plain_layers():
-    """Steps on the device's time of transformers 5.17, whose grouped_mm moved more rows, are not compared."""
     compared = 0
     for row in measured("planning_h100"):
+        words = ("micro_batch_size", "gradient_checkpointing", "gradient_accumulation_steps", "precision", "packed")
+        if NOT_COMPARED.get(tuple(row[word] for word in words)) == row["transformers"]:
+            continue
         setup = TrainingSetup(
             gpus_per_node=1,
             micro_batch_size=int(row["micro_batch_size"]),
@@ -135,13 +146,13 @@ def test_time_is_near_steps_that_wait_for_the_host_and_those_of_plain_layers():
             gradient_accumulation_steps=int(row["gradient_accumulation_steps"]),
             precision=row["precision"],
             optimizer=row["optimizer"],
+            packed=row["packed"] == "True",
             compile_layers=False,
             experts_implementation="grouped_mm",
         )
         plan = make_plan(preset("compass-small"), find_gpu("h100"), setup)
-        if not row["transformers"].startswith("5.17") or plan.time.waiting > 0.3 * plan.time.total:
-            assert is_near(plan, row["ms_measured"]), (setup, plan.time.total)
-            compared += 1
+        assert is_near(plan, row["ms_measured"]), (setup, plan.time.total)
+        compared += 1
     assert compared >= 4
     sizes = {"num_hidden_layers": 2, "num_experts": 4, "num_experts_per_tok": 2, "num_mtp_layers": 0}
     models = {"compass-small": (preset("compass-small"), 4)}
@@ -156,13 +167,15 @@ def test_time_is_near_steps_that_wait_for_the_host_and_those_of_plain_layers():
 
 
 def test_steps_with_flash_attention_4_are_near_an_h200():
-    """All but compass-small uncompiled, which waited in 44% of its step for a host that other runs kept busy."""
+    """All but compass-small uncompiled of 28 November: it waited in 44% of its step for a host that was kept busy."""
     sizes = {"num_hidden_layers": 2, "num_experts": 4, "num_experts_per_tok": 2, "num_mtp_layers": 0}
     models = {"compass-small": (preset("compass-small"), 4)}
     models["compass-v3-width"] = (preset("compass-v3", vocab_size=32000, **sizes), 2)
     compared = 0
     for row in measured("pretraining_h200"):
-        if row["shape"] in models and row["variant"] in ("grouped_mm", "default") and float(row["idle_share"]) < 0.4:
+        if (row["shape"], row["variant"], row["date"]) == ("compass-small", "grouped_mm", "2026-11-28"):
+            continue
+        if row["shape"] in models and row["variant"] in ("grouped_mm", "default"):
             config, rows = models[row["shape"]]
             ways = {"compile_layers": False, "experts_implementation": "grouped_mm"}
             setup = TrainingSetup(
@@ -173,4 +186,41 @@ def test_steps_with_flash_attention_4_are_near_an_h200():
             )
             assert is_near(make_plan(config, find_gpu("h200"), setup), row["ms"]), row["shape"]
             compared += 1
-    assert compared == 3
+    assert compared >= 3
+
+
+# Defaults that depend on each other
+
+
+def test_a_plan_compiles_where_pretraining_can():
+    config = preset("compass-v3")
+    spread = TrainingSetup(strategy="zero2", expert_parallel_size=8)
+    cases = [
+        (TrainingSetup(), True),
+        (TrainingSetup(strategy="zero2"), True),
+        (TrainingSetup(strategy="zero3"), False),
+        (replace(spread, expert_exchange="gather"), True),
+        (spread, False),  # eight processes, four experts a token: rows are sent
+    ]
+    for setup, compiled in cases:
+        plan = make_plan(config, find_gpu("h100"), setup)
+        assert setup.compiles(config) == compiled
+        assert (
+            plan.time.total == make_plan(config, find_gpu("h100"), replace(setup, compile_layers=compiled)).time.total
+        )
+        told = " ".join(plan.assumptions)
+        assert ("Layers that are compiled;" in told) == compiled
+        assert compiled or f"not compiled ({setup.why_not_compile(config)})" in told
+        if not compiled:
+            with pytest.raises(
+                ValueError, match=r"`compile_layers=true`.*; take `(strategy=zero2|expert_exchange=gather)`"
+            ):
+                make_plan(config, find_gpu("h100"), replace(setup, compile_layers=True))
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "zero1", "zero2"])
+def test_rows_that_are_sent_wait_under_every_strategy(strategy):
+    setup = TrainingSetup(strategy=strategy, expert_parallel_size=8, expert_exchange="all_to_all")
+    gathered = replace(setup, expert_exchange="gather", compile_layers=False)
+    times = [make_plan(preset("compass-small"), find_gpu("h100"), each).time.waiting for each in (setup, gathered)]
+    assert times[0] > times[1] and times[0] > 0
