@@ -27,14 +27,25 @@ def test_commands_are_timed_as_they_are_typed(tmp_path, monkeypatch, capsys):
 
 
 def test_who_learns_something_else_has_no_time():
-    row = dict.fromkeys(pretraining.COLUMNS, "") | {"status": "ok", "loss": 4.0, "tokens_per_s": 100, "ms": 1.0}
-    row |= {"shape": "a", "variant": GROUPED, "idle_share": 0.1, "first_step_s": 1.0}
+    row = dict.fromkeys(pretraining.COLUMNS, "") | {"status": "ok", "first_loss": 6.0, "loss": 4.0, "ms": 1.0}
+    row |= {"shape": "a", "variant": GROUPED, "idle_share": 0.1, "first_step_s": 1.0, "tokens_per_s": 100}
     first = judged(dict(row), None)
     assert first["speedup"] == 1.0
     close = judged({**row, "loss": 4.01, "tokens_per_s": 150}, first)
-    assert close["speedup"] == 1.5 and close["loss_error"] == 0.0025 and "1.5 x" in line(close)
-    for loss in (4.03, float("nan")):
+    assert close["speedup"] == 1.5 and close["learnt_error"] == pytest.approx(0.005) and "1.5 x" in line(close)
+    for loss in (4.2, 3.8, float("nan")):
         wrong = judged({**row, "loss": loss}, first)
-        assert wrong["status"].startswith("wrong: the loss is off by") and wrong["ms"] == wrong["tokens_per_s"] == ""
+        assert wrong["status"].startswith("wrong: ") and wrong["ms"] == wrong["tokens_per_s"] == ""
+    other = judged({**row, "first_loss": 6.01, "loss": 4.01}, first)
+    assert other["status"].startswith("wrong: the first loss is off by 1.7e-03") and other["ms"] == ""
     lost = judged(dict(row), wrong)
     assert lost["status"].startswith("nothing to compare with, grouped_mm: wrong")
+
+
+@pytest.mark.lengthy
+def test_half_the_learning_rate_has_no_time(tmp_path, monkeypatch):
+    monkeypatch.setitem(pretraining.VARIANTS, "half", ["--learning_rate", "1.5e-4"])
+    path = tmp_path / "pretraining.csv"
+    assert main([*SHORT, "--variants", GROUPED, "half", "--output", str(path)]) == 1
+    grouped, half = harness.read_rows(path)
+    assert grouped["status"] == "ok" and half["status"].startswith("wrong: ") and half["tokens_per_s"] == ""
