@@ -1,9 +1,10 @@
 """What `moe_backbone.planning.plan` says of a training step against the step itself, on one GPU.
 
-Each setting runs real steps: forward with all losses, backward, fused AdamW. Compared are the peak of PyTorch's
-allocator, which has to be within 10% of the plan or the benchmark ends with code 1, and on the way to it what the
-weights and moments take, what the forward keeps, and the gradients. The time of a step is compared too, but it is an
-estimate and decides nothing.
+Each setting runs real steps: forward with all losses, backward, fused AdamW; packed rows by documents' lengths, as
+`otpo pretrain` runs them. Compared are the peak of PyTorch's allocator, and on the way to it what the weights and
+moments take, what the forward keeps, and the gradients; and the time of a step. The benchmark ends with code 1 unless
+each peak is within 10% of the plan and each step within 1.3 times. Plans of memory are bounds for compiled layers and
+packed rows, which may take less.
 
     python -m benchmarks.planning
     torchrun --nproc_per_node 2 -m benchmarks.expert_parallel --cases compass-small      two GPUs: `predicted_*`
@@ -25,13 +26,16 @@ from rich.table import Table
 
 from benchmarks.harness import describe_machine, name_of_gpu, write_rows
 from moe_backbone import CompassConfig, CompassForCausalLM
+from moe_backbone.packed_attention import NAME as TORCH_VARLEN
 from moe_backbone.planning.activations import saved_activations
 from moe_backbone.planning.hardware import find_gpu
 from moe_backbone.planning.memory import plan_memory
 from moe_backbone.planning.plan import load_config, make_plan
 from moe_backbone.planning.setup import TrainingSetup
+from moe_backbone.pretraining.packing import PackedCollator
+from otpo.layouts.compiled import compile_layers
 
-GATE = 0.1
+GATE, TIME_GATE = 0.1, 1.3
 STEPS = 3
 GIB = 2**30
 SETTINGS: tuple[dict[str, Any], ...] = (
@@ -43,33 +47,48 @@ SETTINGS: tuple[dict[str, Any], ...] = (
     {"micro_batch_size": 2, "packed": True},
     {"micro_batch_size": 2, "optimizer": "adamw_foreach", "gradient_checkpointing": True},
     {"micro_batch_size": 2, "precision": "bf16-pure"},
+    {"micro_batch_size": 4, "compile_layers": True, "experts_implementation": "memcpy"},
+    {"micro_batch_size": 4, "packed": True, "compile_layers": True, "experts_implementation": "memcpy"},
 )
+PLAIN: dict[str, Any] = {"compile_layers": False, "experts_implementation": "grouped_mm"}
+"""What a setting has that does not say otherwise."""
+
+
+def make_batch(config: CompassConfig, setup: TrainingSetup) -> dict[str, Any]:
+    """Random tokens; where rows are packed two documents in each, joined with their lengths."""
+    rows, length = setup.micro_batch_size, setup.sequence_length
+    ids = torch.randint(config.vocab_size, (rows, length))
+    if not setup.packed:
+        return {"input_ids": ids, "labels": ids, "position_ids": torch.arange(length).expand_as(ids)}
+    halves = [length // 2, length - length // 2]
+    collator = PackedCollator(0, length, flatten=True)
+    return collator([{"input_ids": row.tolist(), "seq_lengths": halves} for row in ids])
 
 
 def run(config: CompassConfig, setup: TrainingSetup) -> dict[str, float]:
     """Trains for some steps; bytes and seconds."""
     torch.manual_seed(0)
+    attention = TORCH_VARLEN if setup.packed else "sdpa"
     with torch.device("cuda"):
         model = CompassForCausalLM._from_config(
-            config, attn_implementation="sdpa", experts_implementation="grouped_mm"
+            config, attn_implementation=attention, experts_implementation=setup.experts_implementation
         ).train()
+    if setup.compiles(config):
+        compile_layers(model, dynamic=None)
     if setup.bytes_of.weights == 2:
         model = model.bfloat16()
     if setup.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     foreach = setup.optimizer == "adamw_foreach"
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=not foreach, foreach=foreach)
-    ids = torch.randint(config.vocab_size, (setup.micro_batch_size, setup.sequence_length), device="cuda")
-    positions = torch.arange(setup.sequence_length, device="cuda")
-    if setup.packed:
-        positions = positions % (setup.sequence_length // 2)
-    positions = positions.expand_as(ids)
+    made = make_batch(config, setup)
+    batch = {name: value.cuda() if isinstance(value, torch.Tensor) else value for name, value in made.items()}
     measured: dict[str, float] = {}
 
     def forward() -> torch.Tensor:
         mixed = torch.autocast("cuda", torch.bfloat16) if setup.bytes_of.copies else contextlib.nullcontext()
         with mixed:
-            return model(ids, labels=ids, position_ids=positions, use_cache=False).loss
+            return model(**batch, use_cache=False).loss
 
     def step() -> None:
         for _ in range(setup.gradient_accumulation_steps):
@@ -125,8 +144,10 @@ def compare(config: CompassConfig, setup: TrainingSetup, gpu: str) -> dict[str, 
             "gradient_checkpointing",
             "gradient_accumulation_steps",
             "packed",
+            "experts_implementation",
         )
     }
+    row["compiled"] = setup.compiles(config)
     for name, value in predicted.items():
         row[f"{name}_gib_predicted"] = round(value / GIB, 3)
         row[f"{name}_gib_measured"] = round(measured[name] / GIB, 3)
@@ -155,6 +176,7 @@ def print_tables(rows: list[dict[str, Any]], console: Console) -> None:
     for row in rows:
         words = [row["precision"], row["optimizer"], f"{row['micro_batch_size']} x {row['sequence_length']}"]
         words += ["checkpointing"] * row["gradient_checkpointing"] + ["packed"] * row["packed"]
+        words += ["compiled"] * row["compiled"]
         if row["gradient_accumulation_steps"] > 1:
             words.append(f"{row['gradient_accumulation_steps']} micro-batches")
         cells = []
@@ -179,13 +201,7 @@ def main() -> int:
     config, gpu = load_config(args.model), name_of_gpu()
     rows = []
     for setting in SETTINGS:
-        setup = TrainingSetup(
-            gpus_per_node=1,
-            sequence_length=args.sequence_length,
-            compile_layers=False,
-            experts_implementation="grouped_mm",
-            **setting,
-        )
+        setup = TrainingSetup(gpus_per_node=1, sequence_length=args.sequence_length, **(PLAIN | setting))
         row = {"model": args.model, **compare(config, setup, gpu), **describe_machine("transformers")}
         rows.append(row)
         print(f"{setting}: peak {row['peak_error']:+.1%}, {row['ms_predicted']} / {row['ms_measured']} ms", flush=True)
@@ -195,9 +211,19 @@ def main() -> int:
     print_tables(rows, console)
     path = args.output or Path(f"benchmarks/results/planning_{gpu}.csv")
     write_rows(path, rows)
-    off = [row for row in rows if abs(row["peak_error"]) > GATE]
-    console.print(f"{path}: {len(rows) - len(off)} of {len(rows)} peaks within {GATE:.0%}")
-    return 1 if off else 0
+    large = [row for row in rows if not peak_is_near(row)]
+    slow = [row for row in rows if not 1 / TIME_GATE < 1 + row["ms_error"] < TIME_GATE]
+    console.print(
+        f"{path}: of {len(rows)} settings {len(rows) - len(large)} with a peak within {GATE:.0%}, "
+        f"{len(rows) - len(slow)} with a step within {TIME_GATE} times"
+    )
+    return 1 if large or slow else 0
+
+
+def peak_is_near(row: dict[str, Any]) -> bool:
+    """Whether a peak is within the gate of its plan, or below it where the plan is a bound."""
+    bound = row["compiled"] or row["packed"]
+    return row["peak_error"] >= -GATE if bound else abs(row["peak_error"]) <= GATE
 
 
 if __name__ == "__main__":
