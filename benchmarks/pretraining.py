@@ -2,7 +2,9 @@
 
 Each variant is one command line on the same tokens from the same seed. The first variant, grouped products with no
 layer compiled, is what the others' losses are compared with: a time is printed only where the first step's loss agrees
-to 0.1%, and how far the mean of the others is below it to 5%. `default` is what a user gets who says nothing.
+to 0.1%, and how far the mean of the others is below it to 5%; it is the loss of the next token, without what is added.
+`default` is what a user gets who says nothing, `transformers` the same model by transformers' class and Trainer, where
+it has one.
 
     python -m benchmarks.pretraining
     python -m benchmarks.pretraining --shapes compass-small --variants grouped_mm default
@@ -29,6 +31,7 @@ from transformers import trainer as transformers_trainer
 from benchmarks import harness
 from benchmarks.figures import close_empty, grouped_bars, legend, machine_line, number, save
 from benchmarks.kernel_trace import largest_groups
+from benchmarks.pretraining_rival import train as train_rival
 from benchmarks.step_clock import Clock, Span
 from benchmarks.words import word_tokenizer
 from otpo.cli.pretrain import main as pretrain
@@ -53,7 +56,7 @@ SHAPES: dict[str, list[str]] = {
 }
 """What each shape adds to the command."""
 LARGE = tuple(name for name in SHAPES if name != "compass-tiny")
-GROUPED = "grouped_mm"
+GROUPED, RIVAL = "grouped_mm", "transformers"
 VARIANTS: dict[str, list[str]] = {
     GROUPED: ["--experts_implementation", "grouped_mm", "--compile_layers", "false"],
     "plain": [
@@ -66,6 +69,7 @@ VARIANTS: dict[str, list[str]] = {
     "default-logits": ["--token_loss", "logits"],
     "default-chunked": ["--token_loss", "chunked"],
     "default-bfloat16": ["--dtype", "bfloat16"],
+    RIVAL: [],
 }
 """What each variant adds; those after `default` change one thing of it."""
 
@@ -123,7 +127,8 @@ def run(args: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
             for name in names:
                 row: dict[str, Any] = dict.fromkeys(COLUMNS, "") | {"shape": shape, "variant": name}
                 row["steps"] = span.steps
-                row |= measure(command(shape, name, data, span), span, Path(folder))
+                words = command(shape, name, data, span)
+                row |= measure(words, span, Path(folder), rival=name == RIVAL)
                 kernels = row.pop("kernels", None)
                 if kernels and name == args.profile:
                     args.output.with_name(f"{args.output.stem}_{shape}_{name}.txt").write_text(kernels)
@@ -170,12 +175,21 @@ def command(shape: str, variant: str, data: dict[str, Path], span: Span) -> list
     return [*common, *SHAPES[shape], *VARIANTS[variant]]
 
 
-def measure(words: list[str], span: Span, folder: Path) -> dict[str, Any]:
-    """Runs a command in a process of its own, with a clock among its trainer's callbacks."""
+def measure(words: list[str], span: Span, folder: Path, *, rival: bool) -> dict[str, Any]:
+    """Runs a command in a process of its own, with a clock among its trainer's callbacks.
+
+    Args:
+        words: Behind `otpo pretrain`.
+        span: Of its steps.
+        folder: For its files.
+        rival: Whether transformers' class and Trainer run it; see `pretraining_rival`.
+    """
     result = folder / "result.json"
     result.unlink(missing_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as output:
-        told = json.dumps({"words": [*words, "--output_dir", output], "span": span, "result": str(result)})
+        told = json.dumps(
+            {"words": [*words, "--output_dir", output], "span": span, "result": str(result)} | {"rival": rival}
+        )
         ended = subprocess.run(
             [sys.executable, "-m", "benchmarks.pretraining", "--child", told],
             check=False,
@@ -183,6 +197,8 @@ def measure(words: list[str], span: Span, folder: Path) -> dict[str, Any]:
             text=True,
         )
     shown = {"command": " ".join(["otpo pretrain", *words]).replace(str(folder), "DATA")}
+    if rival:
+        shown["command"] = f"transformers' class and Trainer, with the options of {shown['command']}"
     if ended.returncode or not result.exists():
         last = [each for each in ended.stderr.splitlines() if each.strip()][-1:] or ["no message"]
         return shown | {"status": f"failed: {last[0][:160]}"}
@@ -195,14 +211,14 @@ def child(told: dict[str, Any]) -> int:
     on_gpu = torch.cuda.is_available()
     clock = PretrainingClock(span, torch.device("cuda" if on_gpu else "cpu"))
     transformers_trainer.DEFAULT_CALLBACKS.append(clock)  # an instance serves as well as a class
-    code = pretrain(told["words"])
+    code = (train_rival if told["rival"] else pretrain)(told["words"])
     if code or len(clock.logs) < 2:
         return code or 1
     # The ratio of a log's MFU and its rate is the model's operations a token.
     first, log, *_ = clock.logs
     tokens = log["tokens_per_second"] * (log["seconds"] - first["seconds"]) / (span.warmup + span.steps - 1)
     rate = tokens * span.steps / clock.window_s
-    row: dict[str, Any] = {"status": "ok", "first_loss": first["loss"], "loss": log["loss"]}
+    row: dict[str, Any] = {"status": "ok", "first_loss": first["lm_loss"], "loss": log["lm_loss"]}
     row |= {"ms": round(statistics.median(clock.step_ms()), 2), "tokens_per_s": round(rate)}
     row |= {"idle_share": round(clock.idle_share, 4), "first_step_s": round(clock.first_step_s, 2)}
     row["step_ms"] = " ".join(f"{ms:.1f}" for ms in clock.step_ms())
@@ -210,7 +226,7 @@ def child(told: dict[str, Any]) -> int:
     row["kernels"] = largest_groups(clock.profile, 30, on_gpu=on_gpu)
     if on_gpu:
         row["peak_mib"] = round(clock.peak / harness.MIB)
-        row["mfu"] = round(rate * log["mfu"] / log["tokens_per_second"], 4)
+        row["mfu"] = round(rate * log["mfu"] / log["tokens_per_second"], 4) if "mfu" in log else ""
     Path(told["result"]).write_text(json.dumps(row))
     return 0
 

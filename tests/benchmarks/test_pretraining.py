@@ -49,3 +49,16 @@ def test_half_the_learning_rate_has_no_time(tmp_path, monkeypatch):
     assert main([*SHORT, "--variants", GROUPED, "half", "--output", str(path)]) == 1
     grouped, half = harness.read_rows(path)
     assert grouped["status"] == "ok" and half["status"].startswith("wrong: ") and half["tokens_per_s"] == ""
+
+
+@pytest.mark.lengthy
+def test_transformers_class_has_the_same_first_loss(tmp_path, monkeypatch):
+    plain = ["--preset", "compass-tiny", "--config_overrides", "num_mtp_layers=0,num_shared_experts=0"]
+    sizes = ["--sequence_length", "128", "--per_device_train_batch_size", "2"]
+    monkeypatch.setitem(pretraining.SHAPES, "compass-tiny", [*plain, *sizes])
+    path = tmp_path / "pretraining.csv"
+    assert main([*SHORT, "--steps", "3", "--variants", GROUPED, "transformers", "--output", str(path)]) == 0
+    ours, theirs = harness.read_rows(path)
+    assert theirs["status"] == "ok" and float(theirs["tokens_per_s"]) > 0
+    assert float(theirs["first_loss"]) == pytest.approx(float(ours["first_loss"]), rel=1e-6)
+    assert theirs["command"].startswith("transformers' class and Trainer, with the options of otpo pretrain")
