@@ -17,8 +17,8 @@ from torch import nn
 
 _LEAVES = {"lm_head", "kv_b_proj", "g_proj"}
 _PARTS = {"gate", "linear_attn", "indexer"}
-_STATES = ("A_log", "dt_bias")
-"""Parameters of layers with a state: gated delta rules, Mamba."""
+_STATES = ("A_log", "dt_bias", "slope_rate")
+"""What layers with a state have: gated delta rules and Mamba, lightning attention."""
 
 
 def is_ignored(name: str) -> bool:
@@ -35,7 +35,7 @@ def find_staying(model: nn.Module, experts: Iterable[str], num_experts: int) -> 
     """The linear layers that stay by where they are.
 
     A router is beside the experts, alone or the one linear layer of its module, and has an output for each expert.
-    A layer with a state has a convolution, or one of the parameters of gated delta rules and Mamba.
+    A layer with a state has a convolution, or what gated delta rules, Mamba and lightning attention decay by.
 
     Args:
         model: Of transformers.

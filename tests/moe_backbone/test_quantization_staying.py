@@ -31,6 +31,7 @@ MODELS = {
     "deepseek_v3": MLA,
     "glm4_moe_lite": MLA,
     "qwen3_next": DELTA,
+    "minimax": {"head_dim": 8, "layer_types": ["linear_attention", "full_attention"]},
 }
 # What stays beside the head, layers left out.
 STAYING = {
@@ -41,6 +42,7 @@ STAYING = {
         *("mlp.gate", "mlp.shared_expert_gate"),
         *(f"linear_attn.{name}" for name in ("in_proj_qkvz", "in_proj_ba", "out_proj")),
     },
+    "minimax": {"block_sparse_moe.gate", *(f"self_attn.{name}" for name in ("qkv_proj", "out_proj", "output_gate"))},
 }
 
 
@@ -98,6 +100,13 @@ def test_compressing_projections_of_latent_attention_share_their_scales(tmp_path
             torch.testing.assert_close(weights[name], largest.reshape(1) / 448)
         assert inputs.linears[names[0]] == inputs.linears[names[1]]
         assert weights[f"{prefix}.q_b_proj"] != weights[names[0]]
+
+
+@pytest.mark.parametrize(("kind", "found"), [("hunyuan_v1_moe", "mlp.gate.wg"), ("minimax", "self_attn.qkv_proj")])
+def test_where_a_layer_is_tells_without_its_name(tmp_path, monkeypatch, kind, found):
+    monkeypatch.setattr("moe_backbone.quantization.tapping.is_ignored", lambda name: False)
+    places = find_places(small(kind, tmp_path))
+    assert "lm_head" in places.linears and not any(name.endswith(found) for name in places.linears)
 
 
 @pytest.mark.parametrize(

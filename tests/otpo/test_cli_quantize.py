@@ -47,7 +47,12 @@ def data(tmp_path):
 
 def options(data, **changes):
     chosen = {"dataset_name": data, "test_split_size": 8, "device": "cpu", "min_rows_per_expert": 12}
-    return [word for name, value in {**chosen, **changes}.items() for word in (f"--{name}", str(value))]
+    return [
+        word
+        for name, value in {**chosen, **changes}.items()
+        if value is not None
+        for word in (f"--{name}", str(value))
+    ]
 
 
 def test_the_command_is_listed():
@@ -115,6 +120,18 @@ def test_dynamic_scales_need_no_documents_and_an_exported_model_is_read_as_it_is
     assert report["models"] == [] and report["draws"] == {}
     unread = ("calibration", "min_rows_per_expert", "calibration_tokens", "max_train_rows", "max_length")
     assert {report["options"][name] for name in unread} == {None}
+
+
+@needs_compressed_tensors
+def test_documents_of_dynamic_scales_are_the_reports(folder, data, tmp_path):
+    out = tmp_path / "fp8"
+    given = options(data, input_scales="dynamic", min_rows_per_expert=None)
+    assert main(["quantize", folder, str(out), *given]) == 0
+    report = json.loads((out / "quantization_report.json").read_text())
+    assert [row["name"] for row in report["models"]] == ["full precision", "FP8"]
+    assert report["held_out"]["documents"] == 8 and report["draws"] == {}
+    chosen = [report["options"][name] for name in ("calibration", "max_train_rows", "max_eval_rows", "max_length")]
+    assert chosen == [None, None, 256, 128]
 
 
 @needs_compressed_tensors
