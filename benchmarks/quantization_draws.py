@@ -38,7 +38,7 @@ from moe_backbone.quantization.writing import quantized_tensors
 from otpo.cli.quantizing.documents import batches, read_documents
 from otpo.cli.quantizing.measuring import change, losses
 from otpo.cli.quantizing.model import opened
-from otpo.cli.quantizing.options import make_parser
+from otpo.cli.quantizing.options import check, make_parser
 
 BUDGETS, SEEDS, SHARE, BATCH = (500, 2_000, 20_000), 5, 16, 64
 
@@ -60,6 +60,7 @@ def compare(model: str, data: str) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         words = [model, f"{folder}/fp8", "--dataset_name", data, "--test_split_size", "500", "--max_eval_rows", "500"]
         options = make_parser().parse_args([*words, "--max_train_rows", "4000", "--dtype", "float32"])
+        check(options)
         with opened(options) as source:
             train, held_out = read_documents(options, source.tokenizer, source.model.config.vocab_size)
             found = observe(source.model, source.places, batches(train, BATCH))

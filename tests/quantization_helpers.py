@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from moe_backbone.conversion.tensors import read_tensors, split_experts
 from moe_backbone.quantization.observing import observe
 from moe_backbone.quantization.scales import input_scales, weight_scales
-from moe_backbone.quantization.scheme import find_targets, is_ignored, make_scheme
+from moe_backbone.quantization.scheme import find_targets, make_scheme
 from moe_backbone.quantization.tapping import find_places
 from moe_backbone.quantization.writing import quantized_tensors, write_folder
 
@@ -51,7 +51,7 @@ class Rounded(NamedTuple):
 def rounded(folder: Path, input_scales_kind: str = "static", **changes: Any) -> Rounded:
     """A model in FP8, with the scales of a few documents."""
     model = exported_model(folder, **changes)
-    places = find_places(model, is_ignored)
+    places = find_places(model)
     tensors = split_experts(read_tensors(folder / "exported"), places.num_experts)
     targets = find_targets(tensors, places)
     scheme = make_scheme(input_scales_kind)

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +16,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
 from .tensors import Tensors
+from .unfinished import unfinished_folder
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -38,6 +38,8 @@ _DRAFTING = ("use_mtp",)  # options of generation that only a model with MTP lay
 def new_folder(out: str | Path) -> Iterator[Path]:
     """A folder that gets its name when it is whole; one that is left unfinished is removed.
 
+    Where the process is killed, the next call with the same name removes it.
+
     Args:
         out: A path where nothing is, or an empty folder, or a link to one.
 
@@ -46,8 +48,8 @@ def new_folder(out: str | Path) -> Iterator[Path]:
     """
     out = require_new_folder(out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as parent:
-        unfinished = Path(parent) / "folder"  # in the temporary one, whose mode would keep others from reading it
+    with unfinished_folder(out) as parent:
+        unfinished = parent / "folder"  # in the temporary one, whose mode would keep others from reading it
         unfinished.mkdir()
         yield unfinished
         if out.is_dir():

@@ -4,13 +4,13 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
 from moe_backbone.model.configuration_compass import CompassConfig
 
 from .targets import QWEN3_NEXT, choose_target
+from .unfinished import unfinished_folder
 
 SCRIPT = "convert_hf_to_gguf.py"
 _ROPE_KINDS = ("default", "linear", "yarn")
@@ -77,8 +77,8 @@ def write_gguf(converter: Path, folder: Path, out: Path, outtype: str) -> None:
     Raises:
         ValueError: The converter failed; the message has the last lines that it printed.
     """
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as temporary:
-        unfinished = Path(temporary) / out.name
+    with unfinished_folder(out) as temporary:
+        unfinished = temporary / out.name
         command = [str(converter), str(folder), "--outfile", str(unfinished), "--outtype", outtype]
         if converter.suffix == ".py":
             command.insert(0, sys.executable)

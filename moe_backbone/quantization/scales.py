@@ -3,6 +3,10 @@
 A scale is the largest absolute value divided by 448, the largest number of float8_e4m3fn; compressed-tensors computes
 it. All scales are float32.
 
+An input that calibration saw as zeros alone says nothing of what comes later, and the scale that follows from it, the
+smallest there is, would clip everything. An expert takes its layer's largest then, as one without rows does. Where the
+layer or the linear layer has nothing either, the scale is [`NEUTRAL`]: FP8 as it is, up to 448.
+
 Shapes: L layers with experts, E experts, S other linear layers, N documents.
 """
 
@@ -16,6 +20,21 @@ from moe_backbone.conversion.tensors import Tensors
 from .observing import PRODUCTS, Observations
 from .scheme import Target, compressed_tensors
 
+NEUTRAL = 1.0
+"""The scale of an input of which nothing but zeros was seen."""
+
+
+class Zeros(NamedTuple):
+    """Inputs that were zeros alone.
+
+    Attributes:
+        what: Name of a linear layer, or `"layer 3 expert 1"` and its product.
+        scale: Why it is what it is: `"its layer's largest"` or `"1"`.
+    """
+
+    what: str
+    scale: str
+
 
 class InputScales(NamedTuple):
     """Static scales of what goes into each matrix.
@@ -25,12 +44,14 @@ class InputScales(NamedTuple):
         experts: By product, `"gate_up"` and `"down"`: `(L, E)`, float32.
         linears: By the linear layer's name: `(1,)`, float32.
         unseen: Layer and expert of each that has seen no row; these have the largest scale of their layer.
+        zeros: What has seen rows, and zeros alone in them.
     """
 
     layers: tuple[int, ...]
     experts: dict[str, Tensor]
     linears: dict[str, Tensor]
     unseen: list[tuple[int, int]]
+    zeros: list[Zeros]
 
     def of(self, target: Target) -> Tensor:
         """The scale `(1,)` of what goes into a matrix."""
@@ -53,15 +74,26 @@ def input_scales(observations: Observations, drawn: list[int], args: Any) -> Inp
         args: compressed-tensors' `QuantizationArgs` of inputs, of one scale a matrix.
     """
     seen_LE = observations.rows_NLE[drawn].sum(0) > 0
-    experts = {}
+    layers = observations.layers
+    experts: dict[str, Tensor] = {}
+    zeros: list[Zeros] = []
     for product in PRODUCTS:
         largest_LE = observations.largest[product][drawn].amax(0)
-        layers_L = largest_LE.amax(1, keepdim=True)
-        experts[product] = scales(torch.where(seen_LE, largest_LE, layers_L), args)
+        layers_L1 = largest_LE.amax(1, keepdim=True)
+        experts[product] = _input_scales(torch.where(largest_LE > 0, largest_LE, layers_L1), args)
+        for place, expert in (seen_LE & (largest_LE == 0)).nonzero().tolist():
+            told = "its layer's largest" if layers_L1[place] > 0 else f"{NEUTRAL:g}"
+            zeros.append(Zeros(f"layer {layers[place]} expert {expert}, {product}", told))
     largest_S = observations.linear_NS[drawn].amax(0)
-    linears = dict(zip(observations.linears, scales(largest_S, args).split(1), strict=True))
-    unseen = [(observations.layers[place], expert) for place, expert in (~seen_LE).nonzero().tolist()]
-    return InputScales(observations.layers, experts, linears, unseen)
+    linears = dict(zip(observations.linears, _input_scales(largest_S, args).split(1), strict=True))
+    zeros += [Zeros(observations.linears[place], f"{NEUTRAL:g}") for place in (largest_S == 0).nonzero().flatten()]
+    unseen = [(layers[place], expert) for place, expert in (~seen_LE).nonzero().tolist()]
+    return InputScales(layers, experts, linears, unseen, zeros)
+
+
+def _input_scales(largest: Tensor, args: Any) -> Tensor:
+    """Scales of inputs, [`NEUTRAL`] where there is 0."""
+    return torch.where(largest > 0, scales(largest, args), NEUTRAL)
 
 
 def weight_scales(tensors: Tensors, targets: list[Target], args: Any) -> dict[str, Tensor]:

@@ -9,8 +9,9 @@ The format is compressed-tensors', by its own classes. Two of its presets are W8
 
 vLLM's experts take these two and no mixture of them: static input scales with scales for each channel are refused by
 its `CompressedTensorsW8A8Fp8MoEMethod`. It also multiplies the gate and up projections as one matrix, and queries,
-keys and values as one, each with one scale, and requantizes what comes with several. So such matrices share their
-scale here, and the weights that are written are those that it computes with.
+keys and values as one, and so the two compressing projections of multi-head latent attention (`fused_qkv_a_proj`),
+each with one scale, and requantizes what comes with several. So such matrices share their scale here, and the weights
+that are written are those that it computes with.
 """
 
 import json
@@ -31,6 +32,7 @@ _EXPERT = re.compile(r".*\blayers\.(\d+)\..*\.experts\.(\d+)\.(gate_proj|up_proj
 _NOT_LINEAR = re.compile(r"embed|norm|conv")
 _FUSED: dict[str, str] = dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv")
 _FUSED |= dict.fromkeys(("gate_proj", "up_proj", "w1", "w3"), "gate_up")
+_FUSED |= dict.fromkeys(("q_a_proj", "kv_a_proj_with_mqa"), "qkv_a")
 
 
 class Target(NamedTuple):
@@ -73,12 +75,6 @@ def compressed_tensors(module: str) -> Any:
         module: Its name within the library.
     """
     return import_module(f"compressed_tensors.{module}")
-
-
-def is_ignored(name: str) -> bool:
-    """Whether a linear layer stays as it is: the head, and gates, whose few numbers decide much."""
-    leaf = name.rpartition(".")[2]
-    return leaf == "lm_head" or leaf == "gate" or leaf.endswith("_gate") or "router" in leaf
 
 
 def find_targets(tensors: Tensors, places: Places) -> list[Target]:

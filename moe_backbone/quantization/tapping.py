@@ -19,6 +19,8 @@ from transformers.integrations.moe import ExpertsInterface, _grouped_linear
 from moe_backbone.experts_choice import find_experts
 from moe_backbone.experts_choice import obstacle as find_obstacle
 
+from .staying import find_staying, is_ignored
+
 NAME = "tapped"
 _TAP = "fp8_tap"
 """Attribute of an experts module with its tap, while one is there."""
@@ -76,12 +78,12 @@ class Places(NamedTuple):
     linears: dict[str, nn.Linear]
 
 
-def find_places(model: nn.Module, ignored: Callable[[str], bool]) -> Places:
+def find_places(model: nn.Module) -> Places:
     """Finds experts and linear layers, and refuses a model whose experts can't be run by grouped products.
 
     Args:
-        model: Of transformers, with its weights in floating point.
-        ignored: Whether the linear layer of a name stays as it is.
+        model: Of transformers, with its weights in floating point. Layers of [`moe_backbone.quantization.staying`]
+            are no places.
 
     Raises:
         ValueError: There are no experts, or they are of a form that is not covered; the message says which.
@@ -91,10 +93,12 @@ def find_places(model: nn.Module, ignored: Callable[[str], bool]) -> Places:
     if not kinds:
         raise ValueError(f"{name} has no experts. Name a Mixture-of-Experts model.")
     found: dict[int, Any] = {}
+    paths: list[str] = []
     for path, module in model.named_modules():
         number = _LAYER.search(f"{path}.")
         if vars(module).keys() >= _FLAGS and number is not None:
             found[int(number[1])] = module
+            paths.append(path)
     kind = kinds[0].module
     if not found or not all(it.runs_by_name for it in kinds):
         raise ValueError(
@@ -106,11 +110,15 @@ def find_places(model: nn.Module, ignored: Callable[[str], bool]) -> Places:
     sizes = {int(module.num_experts) for module in found.values()}
     if len(sizes) > 1:
         raise ValueError(f"{name} has layers of {sorted(sizes)} experts. Layers of one number of experts are covered.")
+    num_experts = sizes.pop()
+    staying = find_staying(model, paths, num_experts)
     linears = {
-        path: module for path, module in model.named_modules() if isinstance(module, nn.Linear) and not ignored(path)
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear) and path not in staying and not is_ignored(path)
     }
     layers = sorted(found)
-    return Places(tuple(layers), tuple(found[layer] for layer in layers), sizes.pop(), linears)
+    return Places(tuple(layers), tuple(found[layer] for layer in layers), num_experts, linears)
 
 
 def obstacle_of(experts: Any) -> str | None:

@@ -3,11 +3,11 @@
 import argparse
 import os
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from otpo.cli.converting.command import add_shared_options, show, write
+from otpo.cli.launching.interrupt import ended_by_signal
 
 _DESCRIPTION = """\
 Write a Compass model as the architecture of transformers that computes the same: Qwen3-MoE; Qwen3-Next where it has
@@ -51,7 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from otpo.cli.running.command import REFUSALS, refuse
 
     try:
-        _export(options)
+        with ended_by_signal(parser.prog):
+            _export(options)
     except REFUSALS as error:
         return refuse(parser.prog, error)
     return 0
@@ -63,6 +64,7 @@ def _export(options: argparse.Namespace) -> None:
     from moe_backbone.conversion import gguf
     from moe_backbone.conversion.exporting import export_model
     from moe_backbone.conversion.folders import require_new_folder
+    from moe_backbone.conversion.unfinished import unfinished_folder
     from moe_backbone.model import modeling_compass
     from otpo.cli.converting.source import open_source
     from otpo.cli.models import compass  # noqa: F401 - makes its models known to the Auto classes
@@ -87,8 +89,8 @@ def _export(options: argparse.Namespace) -> None:
     # A file in llama.cpp's format is made of a folder, which goes when the file is there.
     out = Path(options.out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as temporary:
-        folder = f"{temporary}/model" if as_gguf else options.out
+    with unfinished_folder(out) as temporary:
+        folder = str(temporary / "model") if as_gguf else options.out
         written, lines = write(export_model, source, modeling_compass, transformers, folder, options)
         if converter is not None:
             gguf.write_gguf(converter, Path(folder), out, options.outtype)

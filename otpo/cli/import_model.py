@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from otpo.cli.converting.command import add_shared_options, show, write
+from otpo.cli.launching.interrupt import ended_by_signal
 
 _DESCRIPTION = """\
 Write a Qwen3-MoE or Mixtral model as the Compass model that computes the same, to be trained with MTP layers, our
@@ -39,7 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from otpo.cli.running.command import REFUSALS, refuse
 
     try:
-        _import(options)
+        with ended_by_signal(parser.prog):
+            _import(options)
     except REFUSALS as error:
         return refuse(parser.prog, error)
     return 0

@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from otpo.cli.launching.interrupt import ended_by_signal
 from otpo.cli.quantizing.options import check, make_parser
 
 
@@ -15,7 +16,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         check(options)
-        _quantize(options)
+        with ended_by_signal(parser.prog):
+            _quantize(options)
     except REFUSALS as error:
         return refuse(parser.prog, error)
     return 0

@@ -16,7 +16,6 @@ from moe_backbone.quantization.scales import from_fp8, input_scales, scales, to_
 from moe_backbone.quantization.scheme import (
     Target,
     find_targets,
-    is_ignored,
     make_scheme,
     require_compressed_tensors,
     require_full_precision,
@@ -80,6 +79,20 @@ def test_input_scales_are_those_of_drawn_documents_and_an_unseen_expert_has_its_
     served = every.largest_of_layers()
     torch.testing.assert_close(served.experts["gate_up"], torch.tensor([[9.0, 9]]) / 448)
     assert served.linears is every.linears
+
+
+def test_inputs_of_zeros_alone_clip_nothing_that_comes_later():
+    args = make_scheme("static").input_activations
+    # Expert 1 has rows, and nothing but zeros goes into its second product; neither expert's linear layer sees any.
+    some = input_scales(observations([[2, 3]], [[4.0, 2.0]], [[5.0, 0.0]]), [0], args)
+    torch.testing.assert_close(some.experts["down"], torch.tensor([[5.0, 5.0]]) / 448)
+    torch.testing.assert_close(some.experts["gate_up"], torch.tensor([[4.0, 2.0]]) / 448)
+    assert not some.unseen and some.zeros == [("layer 3 expert 1, down", "its layer's largest")]
+    none = input_scales(observations([[2, 0]], [[4.0, 0.0]], [[0.0, 0.0]]), [0], args)
+    assert none.experts["down"].tolist() == [[1, 1]] and none.linears["q_proj"].tolist() == [1]
+    assert none.unseen == [(3, 1)] and none.zeros == [("layer 3 expert 0, down", "1"), ("q_proj", "1")]
+    later = torch.tensor([[300.0, -2.0]])
+    assert from_fp8(to_fp8(later, none.linears["q_proj"], args), none.linears["q_proj"], args).tolist() == [[288, -2]]
 
 
 @pytest.mark.parametrize("kind", ["static", "dynamic"])
@@ -234,7 +247,7 @@ def test_weights_before_and_after_are_counted(tmp_path):
 
 def test_an_expert_of_zeros_stays_one(tmp_path):
     model = exported_model(tmp_path)
-    places = find_places(model, is_ignored)
+    places = find_places(model)
     tensors = split_experts(read_tensors(tmp_path / "exported"), 5)
     name = "model.layers.0.mlp.experts.2.down_proj.weight"
     tensors |= state_tensors({name: torch.zeros(tensors[name].shape)})
@@ -246,7 +259,7 @@ def test_an_expert_of_zeros_stays_one(tmp_path):
 
 def test_what_cannot_be_held_or_found_is_refused(tmp_path):
     model = exported_model(tmp_path)
-    places = find_places(model, is_ignored)
+    places = find_places(model)
     tensors = split_experts(read_tensors(tmp_path / "exported"), 5)
     name = "model.layers.0.mlp.experts.2.down_proj.weight"
     broken = tensors | state_tensors({name: torch.full(tensors[name].shape, torch.nan)})

@@ -9,7 +9,7 @@ from quantization_helpers import VARIANTS, documents, exported_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from moe_backbone.quantization.observing import observe, padded
-from moe_backbone.quantization.scheme import is_ignored
+from moe_backbone.quantization.staying import is_ignored
 from moe_backbone.quantization.tapping import find_places, tapped
 
 
@@ -54,7 +54,7 @@ def by_hand(experts, hidden, index):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_tapped_model_answers_as_before(tmp_path, variant):
     model = exported_model(tmp_path, **VARIANTS[variant])
-    places = find_places(model, is_ignored)
+    places = find_places(model)
     before = model.config._experts_implementation
     ids = token_ids(2, 7)
     with torch.no_grad():
@@ -73,7 +73,7 @@ def test_a_tapped_model_answers_as_before(tmp_path, variant):
 
 def test_the_tap_goes_when_a_forward_fails(tmp_path):
     model = exported_model(tmp_path)
-    places = find_places(model, is_ignored)
+    places = find_places(model)
     before = model.config._experts_implementation
     with pytest.raises(IndexError), tapped(model, places, Passing()):
         model(torch.tensor([[10_000]]))
@@ -84,7 +84,7 @@ def test_the_tap_goes_when_a_forward_fails(tmp_path):
 @torch.no_grad()
 def test_rows_and_largest_values_are_those_of_a_loop_over_tokens(tmp_path):
     model = exported_model(tmp_path)
-    places = find_places(model, is_ignored)
+    places = find_places(model)
     found = documents(5, 1, 12, 3, 2)
     observed = observe(model, places, [found[:2], found[2:]])
     assert observed.tokens_N.tolist() == [5, 1, 12, 3, 2]
@@ -118,7 +118,7 @@ def test_rows_and_largest_values_are_those_of_a_loop_over_tokens(tmp_path):
 
 def test_batches_of_other_sizes_observe_the_same(tmp_path):
     model = exported_model(tmp_path, num_shared_experts=1)
-    places = find_places(model, is_ignored)
+    places = find_places(model)
     found, told = documents(5, 1, 12, 3, 2), []
     one = observe(model, places, [[document] for document in found], told.append)
     all_at_once = observe(model, places, [found])
@@ -130,7 +130,7 @@ def test_batches_of_other_sizes_observe_the_same(tmp_path):
 
 def test_values_that_are_not_finite_name_a_document(tmp_path):
     model = exported_model(tmp_path)
-    places = find_places(model, is_ignored)
+    places = find_places(model)
     with torch.no_grad():
         model.model.embed_tokens.weight[7] = torch.inf
     with pytest.raises(ValueError, match=r"Document 1 .*not finite"):
@@ -147,10 +147,10 @@ def test_padding_stands_behind_documents():
 def test_what_is_not_covered_is_refused(tmp_path):
     sizes = {"num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
     with pytest.raises(ValueError, match="LlamaForCausalLM has no experts"):
-        find_places(LlamaForCausalLM(LlamaConfig(vocab_size=20, **sizes)), is_ignored)
+        find_places(LlamaForCausalLM(LlamaConfig(vocab_size=20, **sizes)))
     with pytest.raises(ValueError, match=r"moe_intermediate_size=3.*multiple of 4"):
-        find_places(compass_model(moe_intermediate_size=3), is_ignored)
+        find_places(compass_model(moe_intermediate_size=3))
     model = compass_model()
     model.model.layers[0].mlp.experts.has_bias = True
     with pytest.raises(ValueError, match="its experts have biases"):
-        find_places(model, is_ignored)
+        find_places(model)

@@ -3,6 +3,7 @@
 import json
 import re
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from otpo.cli import quantize
 from otpo.cli.main import COMMANDS, main
-from otpo.cli.quantizing.documents import batches, encode
+from otpo.cli.quantizing.documents import batches, encode, longest_document
 from otpo.cli.quantizing.measuring import change, losses, mean_loss
 from otpo.cli.quantizing.options import make_parser
 from otpo.cli.quantizing.report import draw_lines, markdown, table
@@ -46,7 +47,12 @@ def data(tmp_path):
 
 def options(data, **changes):
     chosen = {"dataset_name": data, "test_split_size": 8, "device": "cpu", "min_rows_per_expert": 12}
-    return [word for name, value in {**chosen, **changes}.items() for word in (f"--{name}", str(value))]
+    return [
+        word
+        for name, value in {**chosen, **changes}.items()
+        if value is not None
+        for word in (f"--{name}", str(value))
+    ]
 
 
 def test_the_command_is_listed():
@@ -64,7 +70,8 @@ def test_help_needs_neither_torch_nor_a_library():
 @needs_compressed_tensors
 def test_a_compass_model_becomes_fp8_with_a_report(folder, data, tmp_path, capsys):
     out = tmp_path / "fp8"
-    assert main(["quantize", folder, str(out), *options(data), "--max_shard_size", "60KB"]) == 0
+    given = options(data, calibration_tokens=150)
+    assert main(["quantize", folder, str(out), *given, "--max_shard_size", "60KB"]) == 0
     text = capsys.readouterr().out
     assert "Qwen3MoeForCausalLM, exported from CompassForCausalLM, 38 matrices become FP8" in text
     assert {path.name for path in tmp_path.iterdir()} == {"compass", "documents.jsonl", "fp8"}
@@ -111,6 +118,56 @@ def test_dynamic_scales_need_no_documents_and_an_exported_model_is_read_as_it_is
     assert model.model.embed_tokens.weight.dtype == torch.bfloat16
     report = json.loads((out / "quantization_report.json").read_text())
     assert report["models"] == [] and report["draws"] == {}
+    unread = ("calibration", "min_rows_per_expert", "calibration_tokens", "max_train_rows", "max_length")
+    assert {report["options"][name] for name in unread} == {None}
+
+
+@needs_compressed_tensors
+def test_documents_of_dynamic_scales_are_the_reports(folder, data, tmp_path):
+    out = tmp_path / "fp8"
+    given = options(data, input_scales="dynamic", min_rows_per_expert=None)
+    assert main(["quantize", folder, str(out), *given]) == 0
+    report = json.loads((out / "quantization_report.json").read_text())
+    assert [row["name"] for row in report["models"]] == ["full precision", "FP8"]
+    assert report["held_out"]["documents"] == 8 and report["draws"] == {}
+    chosen = [report["options"][name] for name in ("calibration", "max_train_rows", "max_eval_rows", "max_length")]
+    assert chosen == [None, None, 256, 128]
+
+
+@needs_compressed_tensors
+def test_draws_that_take_all_documents_are_not_compared(folder, data, tmp_path, capsys):
+    out = tmp_path / "fp8"
+    assert main(["quantize", folder, str(out), *options(data, calibration="uniform")]) == 0
+    report = json.loads((out / "quantization_report.json").read_text())
+    assert [row["name"] for row in report["models"]] == [
+        *("full precision", "FP8 (written)", "FP8, a scale an expert"),
+    ]
+    assert set(report["draws"]) == {"uniform"}
+    for text in (capsys.readouterr().out, (out / "quantization_report.md").read_text()):
+        assert "both draws take all 32 documents" in text and "aware" not in text
+
+
+@needs_compressed_tensors
+def test_documents_end_where_the_model_has_no_positions(folder, tmp_path, capsys):
+    path = tmp_path / "long.jsonl"
+    path.write_text("".join(json.dumps({"input_ids": [3 + n, *[4, 5] * 80]}) + "\n" for n in range(4)))
+    out, given = tmp_path / "fp8", options(path, test_split_size=1, min_rows_per_expert=1)
+    refused = refusal(quantize.main, capsys, [folder, str(out), *given, "--max_length", "129"])
+    assert "`--max_length 129`: the model has 128 positions" in refused and "Set `--max_length 128`" in refused
+    assert main(["quantize", folder, str(out), *given, "--skip_report"]) == 0
+    report = json.loads((out / "quantization_report.json").read_text())
+    assert report["options"]["max_length"] == 128
+    assert report["draws"]["expert_aware"]["tokens"] == report["draws"]["expert_aware"]["documents"] * 128
+
+
+def test_the_longest_document_is_what_the_model_has_positions_for():
+    def config(positions):
+        found = SimpleNamespace(max_position_embeddings=positions)
+        return SimpleNamespace(get_text_config=lambda: found)
+
+    assert longest_document(config(128), None) == 128 and longest_document(config(128), 128) == 128
+    assert longest_document(config(4096), None) == 2048 and longest_document(config(4096), 4096) == 4096
+    assert longest_document(config(None), None) == 2048 and longest_document(config(None), 9999) == 9999
 
 
 @needs_compressed_tensors
@@ -144,7 +201,7 @@ def test_right_answers_are_counted_before_and_after(folder, data, tmp_path, monk
     prompts = tmp_path / "asked.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": f"{it}?", "answer": it}) + "\n" for it in WORDS))
     out = tmp_path / "fp8"
-    asked = {"prompts": prompts, "judge": "exact_match", "max_new_tokens": 3}
+    asked = {"prompts": prompts, "judge": "exact_match", "max_new_tokens": 3, "calibration_tokens": 100}
     assert main(["quantize", folder, str(out), *options(data, **asked)]) == 0
     report = json.loads((out / "quantization_report.json").read_text())
     answered = {row["name"]: row["answers"] for row in report["models"] if "answers" in row}
@@ -163,6 +220,13 @@ def test_what_cannot_be_used_is_refused_in_a_line(folder, data, tmp_path, capsys
     assert "Set `--dataset_name`, or `--input_scales dynamic`" in refused()
     assert "Set `--dataset_name`, or `--skip_report`" in refused("--input_scales", "dynamic")
     assert "`--min_rows_per_expert 0`" in refused(*options(data, min_rows_per_expert=0))
+    dynamic = ("--input_scales", "dynamic", "--skip_report")
+    for name, value in (
+        *(("calibration", "uniform"), ("min_rows_per_expert", 256), ("calibration_tokens", 9), ("max_train_rows", 3)),
+        *(("dataset_name", data), ("dataset_train_split", "train"), ("max_length", 5), ("max_eval_rows", 2)),
+    ):
+        told = refused(*dynamic, f"--{name}", str(value))
+        assert f"`--{name} {value}` means nothing with `--input_scales dynamic" in told and "Drop it" in told
     assert "`--max_shard_size=5XB`" in refused(*options(data, max_shard_size="5XB"))
     assert "no column 'body'" in refused(*options(data, text_column="body")).replace("has no a", "has no")
     assert "`--prompts a.txt`" in refused(*options(data, prompts="a.txt"))
@@ -257,10 +321,18 @@ def test_the_table_says_what_was_not_measured():
     assert rows == [["full precision", "not measured", "", "0.500"], ["FP8", "1.2500", "+0.50000", "not asked"]]
     many = [{"layer": 1, "expert": number, "rows": number, "candidates": 9} for number in range(8)]
     found = {"documents": 1, "tokens": 2, "experts": 10, "fewest_rows": 0, "unfilled": many}
+    found |= {"candidates": 3, "zeros": []}
     lines = draw_lines({"draws": {"uniform": found}, "options": {"min_rows_per_expert": 8}})
     assert "2 of 10 experts have seen 8 rows or more, the least 0" in lines[0][1]
     assert "so its scales are its layer's largest" in lines[1][1] and "scales" not in lines[2][1]
     assert lines[-1][1] == "and 3 more, in quantization_report.json" and len(lines) == 7
+    assert lines[0][0] == "draws" and lines[0][1].startswith("both draws take the same 1 documents, 2 tokens")
+    zeros = [{"what": f"layer {number}", "scale": "1"} for number in range(6)]
+    both = {"uniform": found, "expert_aware": found | {"unfilled": [], "zeros": zeros}}
+    lines = draw_lines({"draws": both, "options": {"min_rows_per_expert": 8}})
+    assert lines[0][0] == "uniform" and "both" not in lines[0][1] and lines[7][0] == "expert_aware"
+    assert lines[8][1] == "layer 0: nothing but zeros goes in, so its scale is 1"
+    assert lines[-1][1] == "and 1 more of zeros, in quantization_report.json" and len(lines) == 14
 
 
 def test_the_parser_knows_what_the_library_has():

@@ -1,8 +1,9 @@
-"""Ctrl-C: one line that says how to go on, and the exit code that a shell gives it."""
+"""Ctrl-C and signals that end a command: one line that says how to go on, and the exit code that a shell gives it."""
 
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
@@ -31,6 +32,33 @@ def interruptible(prog: str, body: Callable[[], int], advice: Callable[[], str] 
             leave(EXIT_CODE)
         signal.signal(signal.SIGINT, before)
     return EXIT_CODE
+
+
+@contextmanager
+def ended_by_signal(prog: str) -> Iterator[None]:
+    """Lets SIGTERM and SIGHUP end a block tidily, as an exception: what is unfinished is removed on the way out.
+
+    The exit code is what a shell gives them, 128 and their number. Handlers that others set stay.
+
+    Args:
+        prog: How the command is called.
+    """
+
+    def end(number: int, frame: FrameType | None) -> NoReturn:
+        sys.stderr.write(f"{prog}: ended by {signal.Signals(number).name}; the next run starts anew\n")
+        raise SystemExit(128 + number)
+
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    taken = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]
+    if threading.current_thread() is not threading.main_thread():  # which handlers belong to
+        taken = []
+    for number in taken:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number in taken:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def leave_while_importing() -> None:

@@ -11,10 +11,32 @@ from otpo.data.loading import RowArguments, load_rows
 
 _COLUMNS = ("input_ids", "text", "messages", "prompt")
 _ANSWERS = ("completion", "chosen")
+_LENGTH = 2048
+
+
+def longest_document(config: Any, max_length: int | None) -> int:
+    """Tokens of a document at most: as many as are asked for, else 2048, and no more than the model has positions.
+
+    Args:
+        config: Of the model.
+        max_length: Of the command line; None for the default.
+
+    Raises:
+        ValueError: The model has fewer positions.
+    """
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if max_length is None:
+        return min(_LENGTH, positions or _LENGTH)
+    if positions is not None and max_length > positions:
+        raise ValueError(
+            f"`--max_length {max_length}`: the model has {positions} positions (`max_position_embeddings`), and was "
+            f"taught none behind them. Set `--max_length {positions}` or less, or leave it out."
+        )
+    return max_length
 
 
 def read_documents(options: Any, tokenizer: Any, vocab_size: int) -> tuple[list[list[int]], list[list[int]]]:
-    """Token ids of the documents to draw from, and of held-out ones, none of which `--skip_report` needs.
+    """Token ids of the documents to draw from, none of which dynamic scales need, and of held-out ones for the report.
 
     Args:
         options: Of the command.
@@ -34,6 +56,8 @@ def read_documents(options: Any, tokenizer: Any, vocab_size: int) -> tuple[list[
     )
     mixture = DatasetMixtureConfig(test_split_size=options.test_split_size)
     train, test = load_rows(data, mixture, seed=options.seed, evaluate=not options.skip_report)
+    if options.input_scales == "dynamic":
+        train = None
     name = str(options.dataset_name)
     return tuple(  # pyright: ignore[reportReturnType]
         [] if rows is None else encode(rows, name, tokenizer, vocab_size, options.text_column, options.max_length)

@@ -4,7 +4,6 @@ import argparse
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import torch
@@ -12,13 +11,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moe_backbone.conversion.exporting import cast_all, export_model
 from moe_backbone.conversion.tensors import Tensors, read_tensors, split_experts
+from moe_backbone.conversion.unfinished import unfinished_folder
 from moe_backbone.model.configuration_compass import CompassConfig
-from moe_backbone.quantization.scheme import Target, find_targets, is_ignored, require_full_precision
+from moe_backbone.quantization.scheme import Target, find_targets, require_full_precision
 from moe_backbone.quantization.tapping import Places, find_places
 from otpo.cli.converting.command import parse_size
 from otpo.cli.converting.source import open_source
 from otpo.cli.models import compass  # noqa: F401 - makes its models known to the Auto classes
 from otpo.cli.models.loading import default_device
+
+from .documents import longest_document
 
 
 class Opened(NamedTuple):
@@ -47,18 +49,23 @@ class Opened(NamedTuple):
 def opened(options: argparse.Namespace) -> Iterator[Opened]:
     """Opens a model; a Compass one is exported for that time beside the new folder.
 
+    Sets `max_length` of the options, where documents are named, to what the model allows.
+
     Raises:
-        ValueError: It can't be read, is quantized, or is of a kind that isn't covered.
+        ValueError: It can't be read, is quantized, is of a kind that isn't covered, or has fewer positions than
+            `max_length`.
     """
     source = open_source(options.model, options.revision, keep_dtype=options.dtype is None)
     require_full_precision(source.config)
+    if options.dataset_name is not None:
+        options.max_length = longest_document(source.config, options.max_length)
     dtype = None if options.dtype is None else getattr(torch, options.dtype)
     out = Path(options.out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as temporary:
+    with unfinished_folder(out) as temporary:
         folder, kind = source.folders[0], None
         if isinstance(source.config, CompassConfig):
-            folder = Path(temporary) / "exported"
+            folder = temporary / "exported"
             written = export_model(
                 source.config,
                 source.tensors,
@@ -82,7 +89,7 @@ def _loaded(options: argparse.Namespace, folder: Path, dtype: torch.dtype | None
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto", device_map={"": device})
     # The routers' loss only teaches, and transformers 5.23 can't compute it while a model answers a padded batch.
     model.config.output_router_logits = False
-    places = find_places(model.eval(), is_ignored)
+    places = find_places(model.eval())
     tensors = split_experts(read_tensors(folder), places.num_experts)
     if dtype is not None:
         tensors = cast_all(tensors, dtype)

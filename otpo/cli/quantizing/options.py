@@ -1,6 +1,7 @@
 """Options of `otpo quantize`, and what they contradict each other in."""
 
 import argparse
+from collections.abc import Iterable, Mapping
 
 from otpo.cli.converting.command import DTYPES
 
@@ -10,12 +11,29 @@ model, which is exported first, or an exported one, or another of transformers w
 
 What goes into each matrix is measured on documents. A router sends few tokens to some experts; `--calibration
 expert_aware` draws documents until each expert of each layer has seen its share of rows. The report compares both
-draws on held-out documents, and on right answers where `--prompts` names a file.
+draws on held-out documents, and on right answers where `--prompts` names a file. A run that was ended starts anew.
 
   otpo quantize runs/my-model served/my-model-fp8 --dataset_name otpo/demo-corpus
   otpo quantize served/my-model served/my-model-fp8 --dataset_name docs.jsonl --prompts held_out.jsonl --dtype bfloat16
   otpo quantize served/my-model served/my-model-fp8 --input_scales dynamic --skip_report
 """
+_OF_THE_DRAW: dict[str, object] = {
+    "calibration": "expert_aware",
+    "min_rows_per_expert": 256,
+    "calibration_tokens": 131072,
+    "max_train_rows": 2048,
+}
+_OF_DOCUMENTS: dict[str, object] = {
+    "dataset_name": None,
+    "dataset_config": None,
+    "dataset_train_split": "train",
+    "dataset_test_split": "test",
+    "test_split_size": None,
+    "text_column": None,
+    "max_eval_rows": 256,
+    "max_length": None,
+}
+"""Options that not every run reads, and what they are where one that does is not told."""
 # What the library calls these; its modules bring torch, which `--help` does without.
 _DRAWS = ("expert_aware", "uniform")
 _SCALES = ("static", "dynamic")
@@ -60,20 +78,17 @@ def make_parser() -> argparse.ArgumentParser:
     add(
         "--calibration",
         choices=_DRAWS,
-        default="expert_aware",
         help="the draw whose scales are written (expert_aware)",
     )
     add(
         "--min_rows_per_expert",
         type=int,
-        default=256,
         metavar="N",
         help="an expert's share: rows that each expert of each layer is to see (256)",
     )
     add(
         "--calibration_tokens",
         type=int,
-        default=131072,
         metavar="N",
         help="tokens that a draw takes at most, of either kind (131072)",
     )
@@ -81,18 +96,17 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("documents").add_argument
     add("--dataset_name", metavar="DATA", help="name on the Hub, local file, saved folder, or otpo/demo-corpus")
     add("--dataset_config", metavar="NAME", help="configuration on the Hub; of a bundled set its number of rows")
-    add("--dataset_train_split", default="train", metavar="SPLIT", help="to draw from (train)")
-    add("--dataset_test_split", default="test", metavar="SPLIT", help="held out, to compare by (test)")
+    add("--dataset_train_split", metavar="SPLIT", help="to draw from (train)")
+    add("--dataset_test_split", metavar="SPLIT", help="held out, to compare by (test)")
     add("--test_split_size", type=float, metavar="SIZE", help="cut a held-out split of this share or number of rows")
     add("--text_column", metavar="NAME", help="column of the documents (text, input_ids, messages or prompt)")
-    add("--max_train_rows", type=int, default=2048, metavar="N", help="documents to draw from at most (2048)")
-    add("--max_eval_rows", type=int, default=256, metavar="N", help="held-out documents at most (256)")
+    add("--max_train_rows", type=int, metavar="N", help="documents to draw from at most (2048)")
+    add("--max_eval_rows", type=int, metavar="N", help="held-out documents at most (256)")
     add(
         "--max_length",
         type=int,
-        default=2048,
         metavar="N",
-        help="tokens of a document at most; the rest is cut (2048)",
+        help="tokens of a document at most; the rest is cut (2048, or the model's positions where those are fewer)",
     )
 
     add = parser.add_argument_group("report").add_argument
@@ -105,7 +119,9 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def check(options: argparse.Namespace) -> None:
-    """Refuses what needs no file to be refused.
+    """Refuses what needs no file to be refused, and sets what an option is that was not given.
+
+    Options that nothing reads in such a run stay None.
 
     Raises:
         ValueError: The message names the option and what to set.
@@ -113,16 +129,43 @@ def check(options: argparse.Namespace) -> None:
     for name in _POSITIVE:
         value = getattr(options, name)
         least = 2 if name == "max_length" else 1  # a document of one token has no loss
-        if value < least:
+        if value is not None and value < least:
             raise ValueError(f"`--{name} {value}`: it must be at least {least}.")
-    if options.input_scales == "static" and options.dataset_name is None:
+    dynamic = options.input_scales == "dynamic"
+    if dynamic:
+        _refuse_unread(
+            options,
+            _OF_THE_DRAW,
+            "`--input_scales dynamic`, which draws no documents. Drop it, or set `--input_scales static`.",
+        )
+    if dynamic and options.skip_report:
+        reason = "`--input_scales dynamic --skip_report`, which reads no documents. Drop it, or `--skip_report`."
+        _refuse_unread(options, _OF_DOCUMENTS, reason)
+    elif options.dataset_name is None:
         raise ValueError(
-            "No documents are named, and `--input_scales static` measures on some. Set `--dataset_name`, or "
+            "No documents are named to compare by. Set `--dataset_name`, or `--skip_report`."
+            if dynamic
+            else "No documents are named, and `--input_scales static` measures on some. Set `--dataset_name`, or "
             "`--input_scales dynamic`."
         )
-    if options.dataset_name is None and not options.skip_report:
-        raise ValueError("No documents are named to compare by. Set `--dataset_name`, or `--skip_report`.")
+    else:
+        _set_defaults(options, _OF_DOCUMENTS)
+    if not dynamic:
+        _set_defaults(options, _OF_THE_DRAW)
     if options.skip_report and options.prompts is not None:
         raise ValueError(
             f"`--prompts {options.prompts}` is of the report, which `--skip_report` leaves out. Drop one."
         )
+
+
+def _refuse_unread(options: argparse.Namespace, names: Iterable[str], reason: str) -> None:
+    for name in names:
+        value = getattr(options, name)
+        if value is not None:
+            raise ValueError(f"`--{name} {value}` means nothing with {reason}")
+
+
+def _set_defaults(options: argparse.Namespace, defaults: Mapping[str, object]) -> None:
+    for name, value in defaults.items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)

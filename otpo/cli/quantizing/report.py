@@ -40,26 +40,37 @@ def _interval(found: dict[str, Any]) -> str:
 
 
 def draw_lines(report: dict[str, Any]) -> list[tuple[str, str]]:
-    """A line for each draw, and one for each expert that it left short, the first few."""
+    """A line for each draw, and one for each expert that it left short or matrix that got zeros, the first few.
+
+    A single draw stands for both: they took the same documents.
+    """
     lines = []
+    wanted = report["options"]["min_rows_per_expert"]
     for name, found in report["draws"].items():
-        wanted = report["options"]["min_rows_per_expert"]
-        experts = found["experts"]
-        short = found["unfilled"]
+        experts, short = found["experts"], found["unfilled"]
         line = f"{found['documents']:,} documents, {found['tokens']:,} tokens; "
+        if len(report["draws"]) == 1:
+            whole = found["documents"] == found["candidates"]
+            line = f"both draws take {'all' if whole else 'the same'} {line}they are not compared; "
         line += (
             f"all {experts:,} experts of all layers have seen {wanted:,} rows or more"
             if not short
             else f"{experts - len(short):,} of {experts:,} experts have seen {wanted:,} rows or more"
         )
-        lines.append((name, f"{line}, the least {found['fewest_rows']:,}"))
-        for entry in short[:_SHOWN]:
-            told = f"layer {entry['layer']} expert {entry['expert']}: {entry['rows']:,} of {wanted:,} rows; "
-            told += f"all candidates have {entry['candidates']:,}"
-            lines.append(("", told + (", so its scales are its layer's largest" if not entry["rows"] else "")))
-        if len(short) > _SHOWN:
-            lines.append(("", f"and {len(short) - _SHOWN:,} more, in {REPORT}.json"))
+        lines.append((name if len(report["draws"]) > 1 else "draws", f"{line}, the least {found['fewest_rows']:,}"))
+        told = [_unfilled(entry, wanted) for entry in short[:_SHOWN]]
+        told += [f"and {len(short) - _SHOWN:,} more, in {REPORT}.json"] if len(short) > _SHOWN else []
+        zeros = [f"{it['what']}: nothing but zeros goes in, so its scale is {it['scale']}" for it in found["zeros"]]
+        told += zeros[:_SHOWN]
+        told += [f"and {len(zeros) - _SHOWN:,} more of zeros, in {REPORT}.json"] if len(zeros) > _SHOWN else []
+        lines += [("", text) for text in told]
     return lines
+
+
+def _unfilled(entry: dict[str, Any], wanted: int) -> str:
+    told = f"layer {entry['layer']} expert {entry['expert']}: {entry['rows']:,} of {wanted:,} rows; "
+    told += f"all candidates have {entry['candidates']:,}"
+    return told + (", so its scales are its layer's largest" if not entry["rows"] else "")
 
 
 def write(report: dict[str, Any], folder: Path) -> None:

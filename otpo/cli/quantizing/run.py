@@ -92,8 +92,11 @@ def quantize(options: argparse.Namespace) -> None:
         if static:
             with _progress("documents", len(train)) as done:
                 observed = observe(source.model, source.places, batches(train, options.batch_size), done)
-            for kind in DRAWS:
-                draws[kind], found[kind] = _drawn(kind, observed, options, scheme)
+            taken = {kind: _draw(kind, observed, options) for kind in DRAWS}
+            # Draws that take the same documents have the same scales: there is nothing to compare.
+            differ = len(set(map(frozenset, taken.values()))) > 1
+            for kind in DRAWS if differ else (options.calibration,):
+                draws[kind], found[kind] = _drawn(taken[kind], observed, options, scheme)
         if not options.skip_report:
             run.measure("full precision")
 
@@ -106,22 +109,28 @@ def quantize(options: argparse.Namespace) -> None:
     _show(report, options.out)
 
 
+def _draw(kind: str, observed: Observations, options: argparse.Namespace) -> list[int]:
+    share, budget = options.min_rows_per_expert, options.calibration_tokens
+    return draw(kind, observed.rows_NLE, observed.tokens_N, share, budget, options.seed)
+
+
 def _drawn(
-    kind: str, observed: Observations, options: argparse.Namespace, scheme: Any
+    numbers: list[int], observed: Observations, options: argparse.Namespace, scheme: Any
 ) -> tuple[dict[str, Any], InputScales]:
     """What a draw took, for the report, and the scales that it gives."""
     share = options.min_rows_per_expert
-    numbers = draw(kind, observed.rows_NLE, observed.tokens_N, share, options.calibration_tokens, options.seed)
     scales = input_scales(observed, numbers, scheme.input_activations)
     rows_LE = observed.rows_NLE[numbers].sum(0)
     unfilled = find_unfilled(numbers, observed.rows_NLE, observed.layers, share)
     return {
         "documents": len(numbers),
+        "candidates": len(observed.tokens_N),
         "tokens": int(observed.tokens_N[numbers].sum()),
         "experts": rows_LE.numel(),
         "fewest_rows": int(rows_LE.min()),
         "unfilled": [entry._asdict() for entry in unfilled],
         "never_seen": [{"layer": layer, "expert": expert} for layer, expert in scales.unseen],
+        "zeros": [entry._asdict() for entry in scales.zeros],
         "layers": [
             {
                 "layer": layer,
@@ -162,9 +171,10 @@ def _measure_rounded(run: _Run, written: Tensors, found: dict[str, InputScales])
         return
     chosen = run.options.calibration
     for kind in (chosen, *(kind for kind in found if kind != chosen)):
-        name = f"FP8, {kind}{' (written)' if kind == chosen else ''}"
-        run.measure(name, RoundedInputs(args, found[kind].largest_of_layers()))
-        run.measure(f"FP8, {kind}, a scale an expert", RoundedInputs(args, found[kind]), ask=False)
+        name = f"FP8, {kind}" if len(found) > 1 else "FP8"
+        written_too = " (written)" if kind == chosen else ""
+        run.measure(f"{name}{written_too}", RoundedInputs(args, found[kind].largest_of_layers()))
+        run.measure(f"{name}, a scale an expert", RoundedInputs(args, found[kind]), ask=False)
 
 
 def _report(run: _Run, draws: dict[str, Any], written: Tensors, seconds: float) -> dict[str, Any]:
