@@ -6,7 +6,6 @@ from importlib import import_module
 import pytest
 import torch
 import transformers
-from cli_helpers import arguments, refusal
 from datasets import Dataset
 from fsdp_helpers import FSDP2, PLAIN, STEPS, adapter, farthest, history, start, weights, words, worst_gradient
 from fsdp_worker import Record
@@ -14,8 +13,6 @@ from helpers import make_pairs, save_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, Qwen3MoeConfig
 
 from moe_backbone import CompassConfig
-from otpo.cli import align
-from otpo.cli.launching.engine import require_whole_rows
 
 pytestmark = pytest.mark.lengthy
 CLOSE = 1e-5
@@ -192,30 +189,3 @@ def test_checkpoints_resume_in_two_processes_and_in_one(models, data, tmp_path):
             for name, weight in read(tmp_path / folder / kind).items():
                 bound = 0 if processes == 2 else CLOSE
                 torch.testing.assert_close(weight, saved[name], rtol=0, atol=bound, msg=f"{folder} {kind} {name}")
-
-
-@pytest.mark.usefixtures("own_process")
-@pytest.mark.parametrize(
-    ("command", "size", "engine", "message"),
-    [
-        ("align", {"CP": "2"}, "FSDP", "cp_size=2` with `otpo align`: the preference loss .*Set it to 1"),
-        ("align", {"SP": "4"}, "DEEPSPEED", "sp_size=4` with `otpo align`"),
-        ("pretrain", {"CP": "2"}, "FSDP", "a row holds several documents"),
-        ("sft", {"CP": "2"}, "DEEPSPEED", "cp_size=2` works beside FSDP alone. Set `--accelerate_config fsdp2`"),
-        ("sft", {"SP": "2"}, "FSDP", "sp_size=2` works beside DEEPSPEED alone. Set `--accelerate_config zero3`"),
-    ],
-)
-def test_parts_of_rows_are_refused_where_a_command_needs_whole_ones(command, size, engine, message):
-    environ = {f"PARALLELISM_CONFIG_{name}_SIZE": value for name, value in size.items()}
-    require_whole_rows(command, {engine: ""}, environ)  # which accelerate reads where this is set alone
-    environ["ACCELERATE_USE_PARALLELISM_CONFIG"] = "true"
-    with pytest.raises(ValueError, match=message):
-        require_whole_rows(command, {engine: ""}, environ)
-    require_whole_rows(command, {}, dict.fromkeys(environ, "1") | {"ACCELERATE_USE_PARALLELISM_CONFIG": "true"})
-
-
-def test_the_command_refuses_it_before_it_loads_anything(capsys, monkeypatch, pairs_file, tmp_path, own_process):
-    monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
-    monkeypatch.setenv("PARALLELISM_CONFIG_CP_SIZE", "2")
-    argv = arguments("nowhere", pairs_file, tmp_path)
-    assert "`parallelism_config_cp_size=2` with `otpo align`" in refusal(align.main, capsys, argv)
