@@ -29,7 +29,10 @@ CONFIGURED = ["--accelerator_config", '{"use_configured_state": true}']
 
 
 class Record(TrainerCallback):
-    """Writes each step's gradients, whole and by name, and ends the process after the step that it is told."""
+    """Writes each step's gradients, whole and by name, and ends the process after the step that it is told.
+
+    Also how many numbers of each weight the first process holds, and over which dimensions of which mesh it is spread.
+    """
 
     die_at: int | None = None
 
@@ -37,10 +40,21 @@ class Record(TrainerCallback):
         found = {name: whole(each.grad) for name, each in model.named_parameters() if each.grad is not None}
         if args.process_index == 0:
             torch.save(found, Path(args.output_dir) / f"gradients-{state.global_step}.pt")
+            parts = {name: part_of(each) for name, each in model.named_parameters() if isinstance(each, DTensor)}
+            (Path(args.output_dir) / "parts.json").write_text(json.dumps(parts))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == self.die_at:
             os._exit(17)
+
+
+def part_of(weight: DTensor) -> dict[str, Any]:
+    local = weight.to_local()
+    mesh = weight.device_mesh
+    return {
+        "mesh": dict(zip(mesh.mesh_dim_names or (), mesh.shape, strict=True)),
+        "held": local.numel() / weight.numel(),
+    }
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
