@@ -1,5 +1,6 @@
 """FSDP2 in two processes is one process that takes the rows of both, for each command and Mixture-of-Experts model."""
 
+import json
 import shutil
 from importlib import import_module
 
@@ -18,6 +19,13 @@ pytestmark = pytest.mark.lengthy
 CLOSE = 1e-5
 OPTIONS = {"align": {"ot_reg": 0.1}, "sft": {}, "pretrain": {"sequence_length": 32}}
 SPREAD = {"expert_parallel_size": 2, "expert_parallel_backend": "transformers"}
+LORA = {
+    "use_peft": True,
+    "lora_r": 4,
+    "lora_dropout": 0,
+    "lora_target_modules": ["q_proj", "v_proj"],
+    "lora_target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+}
 SPREAD_CASES = [("align", "compass"), ("align", "qwen3_moe"), ("sft", "mixtral"), ("pretrain", "compass")]
 CASES = [
     *(("align", name) for name in ("compass", "tied", "qwen3_moe", "mixtral")),
@@ -70,14 +78,14 @@ def data(pairs_file, tmp_path_factory):
     return {"align": pairs_file} | {command: str(folder / f"{command}.jsonl") for command in rows}
 
 
-def ran(folder, models, data, cases, launcher=FSDP2, processes=2, **changes):
-    """The folder of runs of several commands in one launch, and what the launch said."""
+def ran(folder, models, data, cases, launcher=FSDP2, processes=2, more=(), **changes):
+    """The folder of runs of several commands in one launch, and what the launch said; `more` are whole commands."""
     argvs = [
         words(models[name], data[command], folder / f"{command}-{name}", **{**OPTIONS[command], **changes})
         for command, name in cases
     ]
     commands = [{"command": case[0], "argv": argv} for case, argv in zip(cases, argvs, strict=True)]
-    done = start(folder, commands, launcher, processes)
+    done = start(folder, [*commands, *more], launcher, processes)
     assert done.returncode == 0, (done.stdout + done.stderr)[-9000:]
     return folder, done.stdout
 
@@ -89,6 +97,17 @@ def runs(models, data, tmp_path_factory):
     return folder
 
 
+def resumed_runs(folder, models, data, **changes):
+    """Runs of a whole model and of an adapter, each with another one that goes on from its second step."""
+    made = []
+    for kind, name, options in (("full", "mixtral", {}), ("lora", "qwen3_moe", LORA)):
+        given = {**OPTIONS["align"], **changes, **options, "save_steps": 2}
+        for run, checkpoint in ((kind, None), (f"{kind}-again", folder / kind / "checkpoint-2")):
+            argv = words(models[name], data["align"], folder / run, **given, resume_from_checkpoint=checkpoint)
+            made.append({"command": "align", "argv": argv})
+    return made
+
+
 @pytest.fixture(scope="module")
 def spread(models, data, tmp_path_factory):
     """Runs whose experts transformers spreads over two processes, beside an FSDP2 of its own over all of them."""
@@ -98,7 +117,8 @@ def spread(models, data, tmp_path_factory):
         if processes not in made:
             folder = tmp_path_factory.mktemp("spread")
             changes = {**SPREAD, "use_cpu": True, "per_device_train_batch_size": 4 // processes}
-            made[processes], said = ran(folder, models, data, SPREAD_CASES, PLAIN, processes, **changes)
+            more = resumed_runs(folder, models, data, **changes) if processes > 2 else ()
+            made[processes], said = ran(folder, models, data, SPREAD_CASES, PLAIN, processes, more, **changes)
             assert "over 2 process(es), in" in said
             assert "transformers' own, with FSDP2" in said
         return made[processes]
@@ -130,7 +150,7 @@ def test_two_processes_are_one(runs, models, data, tmp_path, monkeypatch, comman
 
 
 @pytest.mark.usefixtures("own_process")
-@pytest.mark.parametrize("processes", [2])
+@pytest.mark.parametrize("processes", [2, 4])
 @pytest.mark.parametrize(("command", "name"), SPREAD_CASES)
 def test_spread_experts_beside_fsdp(spread, models, data, tmp_path, monkeypatch, command, name, processes):
     pytest.importorskip("moe_backbone.expert_parallel.native_trainer")
@@ -139,13 +159,24 @@ def test_spread_experts_beside_fsdp(spread, models, data, tmp_path, monkeypatch,
     assert_same(two, models, data, tmp_path, monkeypatch, command, name, **same)
 
 
-LORA = {
-    "use_peft": True,
-    "lora_r": 4,
-    "lora_dropout": 0,
-    "lora_target_modules": ["q_proj", "v_proj"],
-    "lora_target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
-}
+def test_four_processes_are_a_mesh_of_two_by_two(spread):
+    """An expert is in two of them, a half in each; all else is in all four. And both kinds of checkpoints resume."""
+    pytest.importorskip("moe_backbone.expert_parallel.native_trainer")
+    folder = spread(4)
+    parts = json.loads((folder / "sft-mixtral" / "parts.json").read_text())
+    experts = {name for name in parts if ".experts." in name}
+    assert len(experts) == 4 and len(parts) > 10
+    for name, part in parts.items():
+        assert part["mesh"] == ({"efsdp": 2, "ep": 2} if name in experts else {"fsdp": 4}), name
+        assert part["held"] == pytest.approx(0.25, abs=0.05), name
+    for kind, read in (("full", weights), ("lora", adapter)):
+        expected, found = (history(folder / run) for run in (kind, f"{kind}-again"))
+        assert found == expected and len(set(found)) == STEPS, kind
+        saved = read(folder / kind)
+        for name, weight in read(folder / f"{kind}-again").items():
+            torch.testing.assert_close(weight, saved[name], rtol=0, atol=0, msg=f"{kind} {name}")
+
+
 RESUMED = {
     "whole": ("align", "compass", {}, "FULL_STATE_DICT"),
     "parts": ("pretrain", "compass", {}, "SHARDED_STATE_DICT"),
