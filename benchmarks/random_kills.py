@@ -36,7 +36,8 @@ from benchmarks.launching.materials import make_materials
 from benchmarks.launching.processes import Ports, count_gpus, side_by_side
 
 COLUMNS = ("kill", "engine", "adapter", "status", "reason", "phase", "moment_s", "killed", "resumed_from", "losses")
-COLUMNS += ("weights", "noise_losses", "noise_weights", "seconds", "steps", "save_steps", "seed", "gpus")
+COLUMNS += ("weights", "noise_losses", "noise_weights", "seconds", "steps", "save_steps", "schedule", "seed", "gpus")
+SCHEDULE = "linear"
 KINDS = ("experts-zero1", "experts-zero2", "experts-zero3", "experts-transformers", "fsdp2", "ddp")
 VERSIONS = ("transformers", "trl", "accelerate", "deepspeed", "peft")
 
@@ -50,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not chosen:
         console.print(f"`--engines {' '.join(args.engines)}`: none of them runs here. There are {', '.join(KINDS)}.")
         return 2
-    about = {"steps": args.steps, "save_steps": args.save_steps, "seed": args.seed, "gpus": gpus}
+    about = {"steps": args.steps, "save_steps": args.save_steps, "schedule": SCHEDULE, "seed": args.seed, "gpus": gpus}
     about |= harness.describe_machine(*VERSIONS)
     draws = draw_kills(chosen, args.kills, args.seed)
     rows = kept_rows(args.output, about)
@@ -59,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         args.folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
         folder, ports = Path(name), Ports()
-        setting = Setting(make_materials(folder / "materials"), gpus > 0, False, args.steps, args.save_steps)
+        setting = Setting(make_materials(folder / "materials"), gpus > 0, False, args.steps, args.save_steps, SCHEDULE)
         needed = list(dict.fromkeys(draw.row for draw in missing))
         runs = args.uninterrupted or (2 if gpus else 1)
 

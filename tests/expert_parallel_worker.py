@@ -223,7 +223,7 @@ def arguments(folder: Path, **changes: Any) -> TrainingArguments:
         "bf16": False,
         "learning_rate": 0.01,
         "adam_epsilon": 1e-4,
-        "lr_scheduler_type": "constant",
+        "lr_scheduler_type": "linear",  # a rate that stands still would hide what a resumed run's is
         "disable_tqdm": True,
         **changes,
     }

@@ -26,14 +26,16 @@ PLAIN = ("--multi_gpu", "--num_machines", "1", "--mixed_precision", "no")
 """Options of accelerate's launcher: with FSDP2, and with nothing, for experts that transformers spreads."""
 
 
-def start(folder: Path, cases: list[dict[str, Any]], launcher: Any = FSDP2, processes: int = 2) -> Any:
-    """Runs commands one after the other in the same processes."""
+def start(
+    folder: Path, cases: list[dict[str, Any]], launcher: Any = FSDP2, processes: int = 2, **variables: str
+) -> Any:
+    """Runs commands one after the other in the same processes; `variables` are of their environment."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "cases.json").write_text(json.dumps(cases))
     launch = ["-m", "accelerate.commands.launch", *launcher, "--num_processes", str(processes)]
     launch += ["--main_process_port", "0", "--dynamo_backend", "no"]
     worker = [str(ROOT / "tests" / "fsdp_worker.py"), str(folder / "cases.json")]
-    return python(*launch, *worker, timeout=300 * processes, TRITON_INTERPRET="0")
+    return python(*launch, *worker, timeout=300 * processes, TRITON_INTERPRET="0", **variables)
 
 
 def history(folder: Path, name: str = "loss", step: int = STEPS) -> list[float]:

@@ -109,6 +109,7 @@ class Setting(NamedTuple):
         bf16: Whether the trainings compute in bfloat16, in float32 otherwise.
         steps: Of each training.
         save_steps: Steps between checkpoints; the last step has one.
+        schedule: Of the learning rate. One that stands still hides whether a resumed run has its schedule's.
     """
 
     materials: Path
@@ -116,6 +117,7 @@ class Setting(NamedTuple):
     bf16: bool
     steps: int
     save_steps: int
+    schedule: str = "constant"
 
 
 def command_line(row: Row, setting: Setting, output: Path, port: int = 0, rank_batch: int = 2) -> list[str]:
@@ -135,7 +137,7 @@ def command_line(row: Row, setting: Setting, output: Path, port: int = 0, rank_b
     options = [*_options_of(row.case, setting.materials), "--output_dir", str(output)]
     options += ["--per_device_train_batch_size", str(rank_batch), "--max_steps", str(setting.steps)]
     options += ["--save_strategy", "steps", "--save_steps", str(setting.save_steps), "--logging_steps", "1"]
-    options += ["--learning_rate", "0.01", "--lr_scheduler_type", "constant", "--adam_epsilon", "1e-4"]
+    options += ["--learning_rate", "0.01", "--lr_scheduler_type", setting.schedule, "--adam_epsilon", "1e-4"]
     options += ["--report_to", "none", "--disable_tqdm", "true", "--bf16", str(setting.bf16).lower(), "--seed", "7"]
     if engine.processes == 1:
         options += ["--gradient_accumulation_steps", "2"]

@@ -21,6 +21,7 @@ from .resume import (
     check_adapter_checkpoint,
     check_layout,
     fit_checkpoint,
+    follow_schedule,
     has_adapter,
     restore_steps,
     restore_untrained,
@@ -110,6 +111,13 @@ class ExpertParallelMixin(StateLast):
             self.converted = checkpoint if fit_checkpoint(checkpoint, self._layout(), config, frozen) else None
         parent: Any = super()
         return parent.train(resume_from_checkpoint, *args, **kwargs)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Loads the schedule as the parent class does; the optimizer's states came with the weights."""
+        super()._load_optimizer_and_scheduler(checkpoint)  # pyright: ignore[reportAttributeAccessIssue]
+        trainer: Any = self
+        if checkpoint is not None and has_adapter(trainer.model):
+            follow_schedule(trainer.optimizer, trainer.lr_scheduler)
 
     def _load_best_model(self) -> None:
         """Loads the best checkpoint in the format that it has: one of another layout is converted, if it was not."""

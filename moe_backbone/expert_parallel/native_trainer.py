@@ -26,6 +26,7 @@ from .resume import (
     Layout,
     StateLast,
     check_adapter_checkpoint,
+    follow_schedule,
     has_adapter,
     has_native_states,
     write_layout,
@@ -124,6 +125,7 @@ class NativeExpertParallelMixin(StateLast):
             load_optimizer_distributed(trainer.model, _plain(trainer.optimizer), f"{checkpoint}/{OPTIMIZER_FOLDER}")
         schedule = torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True)
         trainer.lr_scheduler.load_state_dict(_of_groups(schedule, len(trainer.optimizer.param_groups)))
+        follow_schedule(trainer.optimizer, trainer.lr_scheduler)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         model = model or self.model  # pyright: ignore[reportAttributeAccessIssue]

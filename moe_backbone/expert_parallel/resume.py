@@ -153,6 +153,24 @@ def fit_checkpoint(
     return True
 
 
+def follow_schedule(optimizer: Any, schedule: Any) -> None:
+    """Sets the learning rates of an optimizer's groups to those of a schedule that was loaded.
+
+    A schedule of torch's gives its rate to the optimizer as it steps, not as it is loaded, since an optimizer's own
+    state has the rates too. Where that state is another (of adapters), the first resumed step would take the rate of a
+    new run.
+
+    Args:
+        optimizer: With `param_groups`.
+        schedule: With `get_last_lr`; where all its rates are the same, its groups may be more or fewer.
+    """
+    rates, groups = schedule.get_last_lr(), optimizer.param_groups
+    if len(set(rates)) == 1:
+        rates = rates[:1] * len(groups)
+    for group, rate in zip(groups, rates, strict=True):
+        group["lr"] = rate
+
+
 def restore_steps(optimizer: Any, steps: int) -> None:
     """Sets the number of steps that an optimizer under DeepSpeed has taken, which Adam's bias correction follows."""
     for state in optimizer.optimizer.state.values():

@@ -25,7 +25,8 @@ from otpo.plain_model import has_adapter
 from otpo.training.displacement import find_fall
 from otpo.weighting.registry import kinds_of
 
-from .launching.engine import count_rows, describe_run, rows_in_step
+from .launching.engine import count_rows, describe_run
+from .launching.shared_rows import rows_in_step
 from .models.experts import Request, read_request, set_trainers_experts
 from .models.loading import (
     find_origin,

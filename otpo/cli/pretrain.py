@@ -21,8 +21,9 @@ from moe_backbone.pretraining.documents import Stage, read_mixture
 from moe_backbone.pretraining.trainer import PretrainingConfig, PretrainingTrainer
 from otpo.data.loading import RowArguments
 
-from .launching.engine import count_rows, describe_run, rows_in_step
+from .launching.engine import count_rows, describe_run
 from .launching.expert_parallel import trainer_class
+from .launching.shared_rows import rows_in_step
 from .models.loading import require_folder
 from .options.run_options import Given, RunArguments, make_grouped_parser, read_command_line
 from .pretraining.compiling import compile_for_run

@@ -27,7 +27,8 @@ from trl.chat_template_utils import get_training_chat_template, has_generation_m
 from otpo.data.instruction_checks import check_instructions, instruction_form, is_conversational
 from otpo.data.loading import RowArguments, load_rows
 
-from .launching.engine import count_rows, describe_run, rows_in_step
+from .launching.engine import count_rows, describe_run
+from .launching.shared_rows import describe_sharing, rows_in_step
 from .models.experts import read_request, set_trainers_experts
 from .models.loading import (
     find_origin,
@@ -202,8 +203,10 @@ def describe(trainer: SFTTrainer, parsed: tuple[Any, ...]) -> dict[str, str]:
     if args.packing:
         lines["packing"] = f"{args.packing_strategy}, blocks of up to {args.max_length} tokens"
     lines |= parsed[0].notes
+    lines |= describe_sharing(trainer.accelerator)
     if trainer.aux_loss_enabled:
-        balance = f"load-balancing loss weighed with {trainer.router_aux_loss_coef:g}, no z-loss"
+        part = " over each process's part of the rows" if "context" in lines else ""
+        balance = f"load-balancing loss{part} weighed with {trainer.router_aux_loss_coef:g}, no z-loss"
         lines["experts"] = "; ".join(filter(None, [lines.get("experts"), balance]))
     return {**lines, **describe_mtp(trainer.model)}
 

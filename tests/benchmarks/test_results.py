@@ -162,3 +162,14 @@ def test_what_is_said_of_the_launch_matrix_was_measured():
     assert len(rows) == 78 and all(row["status"] == "ok" for row in rows)
     assert max(float(row["difference"]) for row in rows) < 3e-6 and {row["gpus"] for row in rows} == {"2"}
     assert "78 rows, all within 3e-6 of it" in " ".join((ROOT / "docs" / "launching.md").read_text().split())
+
+
+def test_what_is_said_of_kills_was_measured():
+    rows = read_rows(RESULTS / "random_kills_cpu.csv")
+    assert len(rows) == 20 and {row["status"] for row in rows} == {"ok"} and {row["gpus"] for row in rows} == {"0"}
+    assert {(float(row["losses"]), float(row["weights"])) for row in rows} == {(0.0, 0.0)}
+    engines = {"ddp", "experts-transformers", "experts-zero1", "experts-zero2", "experts-zero3"}
+    assert {(row["engine"], row["adapter"]) for row in rows} == {(e, a) for e in engines for a in ("full", "lora")}
+    assert {row["phase"] for row in rows} > {"while saving a checkpoint", "between checkpoints"}
+    page = " ".join((ROOT / "docs" / "launching.md").read_text(encoding="utf-8").split())
+    assert "with all engines but FSDP2: [each kill](../benchmarks/results/random_kills_cpu.csv)" in page

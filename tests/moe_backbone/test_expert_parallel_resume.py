@@ -14,6 +14,7 @@ from compass_helpers import compass_model
 from expert_parallel_helpers import ENVIRONMENT, FIRST, LAST, by_step, result, start
 from transformers import AutoModelForCausalLM
 
+from moe_backbone.expert_parallel.resume import follow_schedule
 from otpo.cli.running.checkpoints import find_checkpoint
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is an extra")
@@ -126,6 +127,16 @@ def test_a_schedule_fits_another_number_of_groups_if_they_have_one_learning_rate
     assert _of_groups(state, 4) == wider and _of_groups(wider, 2) == state
     with pytest.raises(ValueError, match=r"2 groups of weights have learning rates of their own, and this run has 1"):
         _of_groups({**state, "base_lrs": [0.1, 0.2]}, 1)
+
+
+def test_rates_of_a_schedule_are_those_of_all_groups_or_of_each():
+    groups = [{"lr": 0.1, "params": []}, {"lr": 0.1, "params": []}]
+    optimizer = SimpleNamespace(param_groups=groups)
+    for rates, want in (([0.05], [0.05] * 2), ([0.04] * 3, [0.04] * 2), ([0.03, 0.02], [0.03, 0.02])):
+        follow_schedule(optimizer, SimpleNamespace(get_last_lr=lambda rates=rates: rates))
+        assert [group["lr"] for group in groups] == want
+    with pytest.raises(ValueError, match=r"shorter|longer"):
+        follow_schedule(optimizer, SimpleNamespace(get_last_lr=lambda: [0.1, 0.2, 0.3]))
 
 
 def test_checkpoints_of_other_runs_are_refused_by_transformers_own(tmp_path):

@@ -1,12 +1,12 @@
 """FSDP2 in two processes is one process that takes the rows of both, for each command and Mixture-of-Experts model."""
 
+import json
 import shutil
 from importlib import import_module
 
 import pytest
 import torch
 import transformers
-from cli_helpers import arguments, refusal
 from datasets import Dataset
 from fsdp_helpers import FSDP2, PLAIN, STEPS, adapter, farthest, history, start, weights, words, worst_gradient
 from fsdp_worker import Record
@@ -14,13 +14,18 @@ from helpers import make_pairs, save_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, Qwen3MoeConfig
 
 from moe_backbone import CompassConfig
-from otpo.cli import align
-from otpo.cli.launching.engine import require_whole_rows
 
 pytestmark = pytest.mark.lengthy
 CLOSE = 1e-5
 OPTIONS = {"align": {"ot_reg": 0.1}, "sft": {}, "pretrain": {"sequence_length": 32}}
 SPREAD = {"expert_parallel_size": 2, "expert_parallel_backend": "transformers"}
+LORA = {
+    "use_peft": True,
+    "lora_r": 4,
+    "lora_dropout": 0,
+    "lora_target_modules": ["q_proj", "v_proj"],
+    "lora_target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+}
 SPREAD_CASES = [("align", "compass"), ("align", "qwen3_moe"), ("sft", "mixtral"), ("pretrain", "compass")]
 CASES = [
     *(("align", name) for name in ("compass", "tied", "qwen3_moe", "mixtral")),
@@ -73,14 +78,14 @@ def data(pairs_file, tmp_path_factory):
     return {"align": pairs_file} | {command: str(folder / f"{command}.jsonl") for command in rows}
 
 
-def ran(folder, models, data, cases, launcher=FSDP2, processes=2, **changes):
-    """The folder of runs of several commands in one launch, and what the launch said."""
+def ran(folder, models, data, cases, launcher=FSDP2, processes=2, more=(), **changes):
+    """The folder of runs of several commands in one launch, and what the launch said; `more` are whole commands."""
     argvs = [
         words(models[name], data[command], folder / f"{command}-{name}", **{**OPTIONS[command], **changes})
         for command, name in cases
     ]
     commands = [{"command": case[0], "argv": argv} for case, argv in zip(cases, argvs, strict=True)]
-    done = start(folder, commands, launcher, processes)
+    done = start(folder, [*commands, *more], launcher, processes)
     assert done.returncode == 0, (done.stdout + done.stderr)[-9000:]
     return folder, done.stdout
 
@@ -92,6 +97,17 @@ def runs(models, data, tmp_path_factory):
     return folder
 
 
+def resumed_runs(folder, models, data, **changes):
+    """Runs of a whole model and of an adapter, each with another one that goes on from its second step."""
+    made = []
+    for kind, name, options in (("full", "mixtral", {}), ("lora", "qwen3_moe", LORA)):
+        given = {**OPTIONS["align"], **changes, **options, "save_steps": 2}
+        for run, checkpoint in ((kind, None), (f"{kind}-again", folder / kind / "checkpoint-2")):
+            argv = words(models[name], data["align"], folder / run, **given, resume_from_checkpoint=checkpoint)
+            made.append({"command": "align", "argv": argv})
+    return made
+
+
 @pytest.fixture(scope="module")
 def spread(models, data, tmp_path_factory):
     """Runs whose experts transformers spreads over two processes, beside an FSDP2 of its own over all of them."""
@@ -101,7 +117,8 @@ def spread(models, data, tmp_path_factory):
         if processes not in made:
             folder = tmp_path_factory.mktemp("spread")
             changes = {**SPREAD, "use_cpu": True, "per_device_train_batch_size": 4 // processes}
-            made[processes], said = ran(folder, models, data, SPREAD_CASES, PLAIN, processes, **changes)
+            more = resumed_runs(folder, models, data, **changes) if processes > 2 else ()
+            made[processes], said = ran(folder, models, data, SPREAD_CASES, PLAIN, processes, more, **changes)
             assert "over 2 process(es), in" in said
             assert "transformers' own, with FSDP2" in said
         return made[processes]
@@ -133,7 +150,7 @@ def test_two_processes_are_one(runs, models, data, tmp_path, monkeypatch, comman
 
 
 @pytest.mark.usefixtures("own_process")
-@pytest.mark.parametrize("processes", [2])
+@pytest.mark.parametrize("processes", [2, 4])
 @pytest.mark.parametrize(("command", "name"), SPREAD_CASES)
 def test_spread_experts_beside_fsdp(spread, models, data, tmp_path, monkeypatch, command, name, processes):
     pytest.importorskip("moe_backbone.expert_parallel.native_trainer")
@@ -142,13 +159,24 @@ def test_spread_experts_beside_fsdp(spread, models, data, tmp_path, monkeypatch,
     assert_same(two, models, data, tmp_path, monkeypatch, command, name, **same)
 
 
-LORA = {
-    "use_peft": True,
-    "lora_r": 4,
-    "lora_dropout": 0,
-    "lora_target_modules": ["q_proj", "v_proj"],
-    "lora_target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
-}
+def test_four_processes_are_a_mesh_of_two_by_two(spread):
+    """An expert is in two of them, a half in each; all else is in all four. And both kinds of checkpoints resume."""
+    pytest.importorskip("moe_backbone.expert_parallel.native_trainer")
+    folder = spread(4)
+    parts = json.loads((folder / "sft-mixtral" / "parts.json").read_text())
+    experts = {name for name in parts if ".experts." in name}
+    assert len(experts) == 4 and len(parts) > 10
+    for name, part in parts.items():
+        assert part["mesh"] == ({"efsdp": 2, "ep": 2} if name in experts else {"fsdp": 4}), name
+        assert part["held"] == pytest.approx(0.25, abs=0.05), name
+    for kind, read in (("full", weights), ("lora", adapter)):
+        expected, found = (history(folder / run) for run in (kind, f"{kind}-again"))
+        assert found == expected and len(set(found)) == STEPS, kind
+        saved = read(folder / kind)
+        for name, weight in read(folder / f"{kind}-again").items():
+            torch.testing.assert_close(weight, saved[name], rtol=0, atol=0, msg=f"{kind} {name}")
+
+
 RESUMED = {
     "whole": ("align", "compass", {}, "FULL_STATE_DICT"),
     "parts": ("pretrain", "compass", {}, "SHARDED_STATE_DICT"),
@@ -192,30 +220,3 @@ def test_checkpoints_resume_in_two_processes_and_in_one(models, data, tmp_path):
             for name, weight in read(tmp_path / folder / kind).items():
                 bound = 0 if processes == 2 else CLOSE
                 torch.testing.assert_close(weight, saved[name], rtol=0, atol=bound, msg=f"{folder} {kind} {name}")
-
-
-@pytest.mark.usefixtures("own_process")
-@pytest.mark.parametrize(
-    ("command", "size", "engine", "message"),
-    [
-        ("align", {"CP": "2"}, "FSDP", "cp_size=2` with `otpo align`: the preference loss .*Set it to 1"),
-        ("align", {"SP": "4"}, "DEEPSPEED", "sp_size=4` with `otpo align`"),
-        ("pretrain", {"CP": "2"}, "FSDP", "a row holds several documents"),
-        ("sft", {"CP": "2"}, "DEEPSPEED", "cp_size=2` works beside FSDP alone. Set `--accelerate_config fsdp2`"),
-        ("sft", {"SP": "2"}, "FSDP", "sp_size=2` works beside DEEPSPEED alone. Set `--accelerate_config zero3`"),
-    ],
-)
-def test_parts_of_rows_are_refused_where_a_command_needs_whole_ones(command, size, engine, message):
-    environ = {f"PARALLELISM_CONFIG_{name}_SIZE": value for name, value in size.items()}
-    require_whole_rows(command, {engine: ""}, environ)  # which accelerate reads where this is set alone
-    environ["ACCELERATE_USE_PARALLELISM_CONFIG"] = "true"
-    with pytest.raises(ValueError, match=message):
-        require_whole_rows(command, {engine: ""}, environ)
-    require_whole_rows(command, {}, dict.fromkeys(environ, "1") | {"ACCELERATE_USE_PARALLELISM_CONFIG": "true"})
-
-
-def test_the_command_refuses_it_before_it_loads_anything(capsys, monkeypatch, pairs_file, tmp_path, own_process):
-    monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
-    monkeypatch.setenv("PARALLELISM_CONFIG_CP_SIZE", "2")
-    argv = arguments("nowhere", pairs_file, tmp_path)
-    assert "`parallelism_config_cp_size=2` with `otpo align`" in refusal(align.main, capsys, argv)

@@ -21,9 +21,9 @@ def requested_engines(
     """
     environ = environ or {}
     requested = {}
-    if _is_on(environ.get("ACCELERATE_USE_DEEPSPEED")):
+    if is_on(environ.get("ACCELERATE_USE_DEEPSPEED")):
         requested["DEEPSPEED"] = "the accelerate config (ACCELERATE_USE_DEEPSPEED)"
-    if _is_on(environ.get("ACCELERATE_USE_FSDP")):
+    if is_on(environ.get("ACCELERATE_USE_FSDP")):
         requested["FSDP"] = "the accelerate config (ACCELERATE_USE_FSDP)"
     if deepspeed:
         requested["DEEPSPEED"] = f"`deepspeed={deepspeed}`"
@@ -48,43 +48,6 @@ def require_accelerator(requested: Mapping[str, str], on_cpu: str | None) -> Non
             f"{source} asks for {engine} and {on_cpu} for the CPU, where accelerate would leave {engine} out and "
             "train a whole copy in each process. Remove one of the two."
         )
-
-
-def require_whole_rows(command: str, engines: Mapping[str, str], environ: Mapping[str, str]) -> None:
-    """Raises a `ValueError` when accelerate would share the tokens of a row among processes and the command can't.
-
-    accelerate's `ParallelismConfig` has two ways: context parallelism (`cp_size`) by torch beside FSDP2, and sequence
-    parallelism (`sp_size`) by DeepSpeed. Both cut a batch along its tokens, and attention alone sees whole rows. TRL's
-    SFT knows of them. `DPOTrainer` sums a response's log-probabilities within a process and takes the sigmoid of the
-    sums, and OTPO's transport takes the states of all tokens of both responses. `cp_size` drops attention masks, which
-    keep the documents of a packed row apart.
-
-    Args:
-        command: Of `otpo`.
-        engines: Engines and what asked for them, of [`requested_engines`].
-        environ: The environment that `accelerate launch` prepared.
-    """
-    if not _is_on(environ.get("ACCELERATE_USE_PARALLELISM_CONFIG")):
-        return
-    reasons = {
-        "align": "the preference loss and its token weights are of whole responses, and TRL's DPO trainer has no sum "
-        "over the processes that share one. Set it to 1; for long pairs use zero3 or fsdp2, `gradient_checkpointing`, "
-        "`row_layout` and `max_length`",
-        "pretrain": "a row holds several documents, which attention would no longer keep apart. Set it to 1",
-    }
-    needed = {"cp": "FSDP", "sp": "DEEPSPEED"}
-    for name, engine in needed.items():
-        size = environ.get(f"PARALLELISM_CONFIG_{name.upper()}_SIZE") or "1"
-        if size == "1":
-            continue
-        if command in reasons:
-            raise ValueError(f"`parallelism_config_{name}_size={size}` with `otpo {command}`: {reasons[command]}.")
-        if engine not in engines:
-            config = "fsdp2" if engine == "FSDP" else "zero3"
-            raise ValueError(
-                f"`parallelism_config_{name}_size={size}` works beside {engine} alone. Set `--accelerate_config "
-                f"{config}`, or the size to 1."
-            )
 
 
 def require_deepspeed(requested: Mapping[str, str], installed: bool) -> None:
@@ -114,7 +77,7 @@ def cpu_request(use_cpu: bool, environ: Mapping[str, str]) -> str | None:
     """What asks for the CPU: the training option or accelerate's environment; None if neither does."""
     if use_cpu:
         return "`use_cpu=True`"
-    return "ACCELERATE_USE_CPU" if _is_on(environ.get("ACCELERATE_USE_CPU")) else None
+    return "ACCELERATE_USE_CPU" if is_on(environ.get("ACCELERATE_USE_CPU")) else None
 
 
 def describe_engine(accelerator: Any) -> str:
@@ -157,12 +120,6 @@ def describe_run(trainer: Any, model: str | None) -> dict[str, str]:
     if quantized or getattr(trainer.model, "is_quantized", False):
         lines["quantized"] = f"{_count_bytes(quantized)}; left as it was: {_count_bytes(plain)}"
     return lines
-
-
-def rows_in_step(trainer: Any) -> int:
-    """Rows of a step of the optimizer, over micro-batches and processes."""
-    args = trainer.args
-    return args.train_batch_size * args.gradient_accumulation_steps * trainer.accelerator.num_processes
 
 
 def count_rows(dataset: Any) -> str:
@@ -231,5 +188,6 @@ def _count_bytes(sizes: Mapping[str, int]) -> str:
     return ", ".join(parts) or "nothing"
 
 
-def _is_on(value: str | None) -> bool:
+def is_on(value: str | None) -> bool:
+    """Whether a variable of the environment says yes, as accelerate reads it."""
     return (value or "").lower() in {"1", "true", "yes", "y", "on"}

@@ -28,6 +28,7 @@ from otpo.cli.options.recipe import read_yaml
 from .engine import ENGINES, cpu_request, require_accelerator, require_deepspeed
 from .failures import collected, noted, outcome, say_error
 from .interrupt import EXIT_CODE, OTPO_LAUNCHER
+from .shared_rows import require_sharing_that_is_read
 
 _LOGGERS = ("torch.distributed.elastic.agent.server.api", "torch.distributed.elastic.multiprocessing.api")
 _PATIENCE = 5.0  # seconds in which a process that was told to stop ends
@@ -154,6 +155,9 @@ def parse_launch(options: Sequence[str], command: str, script_args: Sequence[str
     on_cpu = "`--cpu`" if args.cpu else "`use_cpu=True`" if use_cpu else None
     require_accelerator(asked, on_cpu)
     require_deepspeed(asked, find_spec("deepspeed") is not None)
+
+    if config is not None or not has_default:
+        require_sharing_that_is_read(args, config)
 
     # As many processes as the configuration wants: -1 is our word for one on each device.
     if args.num_processes is None and isinstance(config, ClusterConfig) and config.num_processes == -1:

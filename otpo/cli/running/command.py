@@ -26,11 +26,11 @@ from otpo.cli.launching.engine import (
     require_accelerator,
     require_deepspeed,
     require_engine,
-    require_whole_rows,
 )
 from otpo.cli.launching.failures import FOLDER, came_later, note, rank, say_error
 from otpo.cli.launching.interrupt import interruptible, leave
 from otpo.cli.launching.launch import check_options, default_launch, is_launched, launch, module_of
+from otpo.cli.launching.shared_rows import require_right_gradients, require_whole_rows
 from otpo.cli.options.preflight import check_options_alone
 from otpo.cli.options.redact import redact_text
 from otpo.cli.options.run_options import Given, changed_options, read_command_line
@@ -235,7 +235,7 @@ def _prepare(
             "them so. Set `expert_parallel_size`, or leave it out."
         )
     engines = requested_engines(values["deepspeed"], values["fsdp"], os.environ)
-    require_whole_rows(command.name, engines, os.environ)
+    require_whole_rows(command.name, engines, os.environ, values)
     if values["expert_parallel_size"] != 1:
         from otpo.cli.launching.expert_parallel import prepare
 
@@ -252,6 +252,7 @@ def _prepare(
     if parsed[0].ignore_bias_buffers:
         leave_boolean_buffers_to_ranks(trainer.model)
     require_engine(engines, trainer.accelerator.distributed_type.value, trainer.accelerator.num_processes)
+    require_right_gradients(trainer.accelerator)
     if checkpoint is not None:
         from otpo.cli.launching.expert_parallel import check_checkpoint
 
