@@ -83,6 +83,16 @@ def test_other_complaints_and_runs_without_an_adapter_pass_through():
     assert adapter_config(ModelConfig(lora_target_modules=["q_proj"])) is None
 
 
+def test_modules_that_transformers_has_spread_cannot_be_copied():
+    torchs = "Attempted to call copy_() on an invalid python storage."
+    model = ModelConfig(use_peft=True, lora_modules_to_save=["mlp"])
+    message = r"`lora_modules_to_save=mlp`: PEFT can't copy .*`expert_parallel_size` to 1"
+    with pytest.raises(ValueError, match=message), adapter_refusals(model):
+        raise RuntimeError(torchs)
+    with pytest.raises(RuntimeError, match="invalid python"), adapter_refusals(ModelConfig(use_peft=True)):
+        raise RuntimeError(torchs)
+
+
 @pytest.mark.usefixtures("own_process")
 def test_a_command_refuses_targets_that_are_not_there(capsys, compass_folder, pairs_file, tmp_path):
     options = {"use_peft": True, "lora_dropout": 0, "lora_target_modules": ["q"], "lora_modules_to_save": ["mlp"]}

@@ -18,6 +18,7 @@ _NOTHING = (
     r"No `target_modules` passed but also no `target_parameters` found",
 )
 _UNKNOWN_MODEL = r"Please specify `target_modules`"
+_NO_COPY = r"Attempted to call copy_\(\) on an invalid python storage"  # of torch, where PEFT copies a sharded module
 _UNSUPPORTED = r"Target module (\w+)\(.* is not supported"
 
 
@@ -53,7 +54,7 @@ def adapter_refusals(model: ModelConfig) -> Iterator[None]:
             warnings.filterwarnings("error", message=message, category=RuntimeWarning)
         try:
             yield
-        except (ValueError, RuntimeWarning) as error:
+        except (ValueError, RuntimeWarning, RuntimeError) as error:
             told = _in_options(str(error), model)
             if told is None:
                 raise
@@ -79,6 +80,12 @@ def _in_options(complaint: str, model: ModelConfig) -> str | None:
         return f"{modules} with {parameters} names nothing in the model to adapt{beside}. {by_end}."
     if re.match(_UNKNOWN_MODEL, complaint):
         return f"`use_peft=true` without `lora_target_modules`: PEFT knows none for this model. {by_end}."
+    if re.match(_NO_COPY, complaint) and model.lora_modules_to_save:
+        return (
+            f"`lora_modules_to_save={_shown(model.lora_modules_to_save)}`: PEFT can't copy modules that transformers "
+            "spreads over processes. Leave the option out and adapt them by `lora_target_modules` and "
+            "`lora_target_parameters`, or set `expert_parallel_size` to 1."
+        )
     unsupported = re.match(_UNSUPPORTED, complaint, re.DOTALL)
     if unsupported:
         return (
