@@ -2,11 +2,13 @@
 
 An adapter is small, so its optimizer's states are written whole: for each trained tensor its float32 values and the
 optimizer's means of gradients, under the tensor's name in the unspread model. They load into any number of processes,
-size of expert parallelism and engine. The model under the adapter is not written again.
+size of expert parallelism and engine. The model under the adapter is not written again. Beside the states stands what
+the tensors alone do not tell: the rank of each adapter and what its product is multiplied by.
 """
 
+import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +20,7 @@ from torch import Tensor
 from .resume import ADAPTER_STATES_FILE
 
 _REST_FILE = "adapter_run.bin"
+_SIZES = "adapters"
 VALUE = "fp32"
 """What a tensor's own values are called beside its states."""
 
@@ -51,6 +54,21 @@ def count_of_steps(optimizer: Any, steps: int, parameter: Tensor) -> Tensor:
     return torch.tensor(float(steps), device=parameter.device if beside else "cpu")
 
 
+class AdapterSize(NamedTuple):
+    """How large an adapter of one module is.
+
+    Attributes:
+        rank: r.
+        scaling: What the product of its factors is multiplied by; `lora_alpha / r`, or by `use_rslora` over its root.
+    """
+
+    rank: int
+    scaling: float
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} and scaling {self.scaling:g}"
+
+
 class SavedStates(NamedTuple):
     """An adapter's states in a checkpoint.
 
@@ -65,42 +83,69 @@ class SavedStates(NamedTuple):
     rest: dict[str, Any]
 
 
-def write_states(folder: str | Path, states: Mapping[str, Tensor], rest: Mapping[str, Any]) -> None:
+def write_states(
+    folder: str | Path, states: Mapping[str, Tensor], rest: Mapping[str, Any], sizes: Mapping[str, AdapterSize]
+) -> None:
     """Writes an adapter's states; one process calls it.
 
     Args:
         folder: `global_step*` in a checkpoint of the Trainer's.
         states: Whole tensors by name and key.
         rest: Numbers, strings and mappings of them.
+        sizes: Of the adapters, [`adapters.adapter_sizes`].
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / ADAPTER_STATES_FILE).unlink(missing_ok=True)  # of a run before, whose states are not of this step
-    torch.save(dict(rest), folder / _REST_FILE)
+    plain = {name: tuple(size) for name, size in sizes.items()}  # torch reads no classes of ours
+    torch.save({**rest, _SIZES: plain}, folder / _REST_FILE)
     unfinished = folder / f".{ADAPTER_STATES_FILE}"
     save_file({name: value.contiguous() for name, value in states.items()}, unfinished, metadata={"format": "pt"})
     os.replace(unfinished, folder / ADAPTER_STATES_FILE)  # a checkpoint that was killed while it was written has none
 
 
-def open_states(folder: str | Path, names: Iterable[str]) -> SavedStates:
+def open_states(
+    folder: str | Path, shapes: Mapping[str, Sequence[int]], sizes: Mapping[str, AdapterSize]
+) -> SavedStates:
     """Opens what [`write_states`] wrote.
 
     Args:
         folder: As there.
-        names: The run's trained tensors.
+        shapes: The run's trained tensors and the shape of each in the unspread model.
+        sizes: Of the run's adapters, [`adapters.adapter_sizes`]. A checkpoint of before they were written is compared
+            by the shapes of its tensors alone.
 
     Raises:
-        ValueError: The checkpoint's adapter has other tensors.
+        ValueError: The checkpoint's adapter has other tensors, another rank or another scaling.
     """
     folder = Path(folder)
     file = safe_open(folder / ADAPTER_STATES_FILE, "pt")
+    rest = torch.load(folder / _REST_FILE, weights_only=True)
     saved = set(file.keys())
     keys = sorted({name.rpartition(".")[2] for name in saved} - {VALUE})
-    wanted = {f"{name}.{key}" for name in names for key in (VALUE, *keys)}
+    wanted = {f"{name}.{key}" for name in shapes for key in (VALUE, *keys)}
     if saved != wanted:
-        raise ValueError(
-            f"`resume_from_checkpoint={folder.parent}` has an adapter of other tensors than this run's, such as "
-            f"{sorted(saved ^ wanted)[0].rpartition('.')[0]}. Set the options of the adapter (`lora_*`) as they "
-            "were, or start from its weights (`model_name_or_path`)."
-        )
-    return SavedStates(file, keys, torch.load(folder / _REST_FILE, weights_only=True))
+        raise _other_adapter(folder, f"of other tensors than this run's, such as {_name(sorted(saved ^ wanted)[0])}")
+    written: dict[str, Any] = rest.get(_SIZES, {})
+    for name, size in sizes.items():
+        before = AdapterSize(*written.get(name, size))
+        if before.rank != size.rank or not math.isclose(before.scaling, size.scaling, rel_tol=1e-6):
+            raise _other_adapter(folder, f"of {before} on {name}, and this run's has {size}")
+    for name in sorted(saved):
+        before, shape = tuple(file.get_slice(name).get_shape()), tuple(shapes[_name(name)])
+        if before != shape:
+            raise _other_adapter(folder, f"whose {_name(name)} is {before}, and this run's is {shape}")
+    return SavedStates(file, keys, rest)
+
+
+def _name(state: str) -> str:
+    """The name of the tensor that a state is of."""
+    return state.rpartition(".")[0]
+
+
+def _other_adapter(folder: Path, which: str) -> ValueError:
+    return ValueError(
+        f"`resume_from_checkpoint={folder.parent}` has an adapter {which}. Set the options of the adapter (`lora_*`, "
+        "such as `lora_r`, `lora_alpha` and `use_rslora`) as they were, or start from its weights "
+        "(`model_name_or_path`)."
+    )

@@ -19,7 +19,7 @@ from deepspeed.utils import (
 from torch import Tensor, nn
 
 from .adapter_files import VALUE, count_of_steps, open_states, write_states
-from .adapters import FactorA, FactorB
+from .adapters import FactorA, FactorB, adapter_sizes
 from .deepspeed_layer import ParallelExperts, parallel_experts
 
 
@@ -67,7 +67,7 @@ def save_states(engine: Any, folder: str | Path) -> None:
         rest["steps"] = engine.global_steps - engine.skipped_steps
         rest["loss_scale"] = _numbers(getattr(optimizer, "loss_scaler", None))
         rest["scheduler"] = engine.lr_scheduler.state_dict() if engine.lr_scheduler is not None else None
-        write_states(folder, states, rest)
+        write_states(folder, states, rest, adapter_sizes(engine.module))
     dist.barrier()
 
 
@@ -82,7 +82,9 @@ def load_states(engine: Any, folder: str | Path) -> None:
         ValueError: The checkpoint's adapter is not that of the model.
     """
     model, optimizer = engine.module, engine.optimizer
-    saved = open_states(folder, [name for name, _, _ in _trained(model)])
+    ep_size = _any_layer(model).ep_size
+    shapes = {name: _whole_shape(parameter, factor, ep_size) for name, parameter, factor in _trained(model)}
+    saved = open_states(folder, shapes, adapter_sizes(model))
 
     # What the engine counts. Another engine than DeepSpeed leaves its own counts, of which the steps are common.
     for name in _COUNTED:
@@ -148,6 +150,12 @@ def _join(part: Tensor, factor: FactorA | FactorB | None, layer: ParallelExperts
     parts = [torch.empty_like(part) for _ in ranks] if dist.get_rank() == 0 else None
     dist.gather(part.contiguous(), parts, dst=0, group=group)
     return None if parts is None else factor.join(parts, factor.experts)
+
+
+def _whole_shape(parameter: Any, factor: FactorA | FactorB | None, ep_size: int) -> tuple[int, ...]:
+    """The shape of a parameter in the unspread model; under ZeRO-3 its own is empty while it is not fetched."""
+    shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+    return shape if factor is None else factor.whole_shape(shape, ep_size)
 
 
 def _part(whole: Tensor, parameter: nn.Parameter, factor: FactorA | FactorB | None, layer: ParallelExperts) -> Tensor:

@@ -13,11 +13,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from peft.tuners.lora.layer import ParamWrapper
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from torch import Tensor, nn
 from transformers.integrations.moe import _grouped_linear
+
+from .adapter_files import AdapterSize
 
 TENSORS = ("gate_up_proj", "down_proj")
 """Tensors of experts that may have an adapter, by transformers' names, in the order in which a row meets them."""
@@ -79,6 +79,11 @@ class FactorA(_Factor):
         """The whole factor of its parts, in the order of their processes."""
         return torch.cat(list(parts))
 
+    @staticmethod
+    def whole_shape(part: Sequence[int], ep_size: int) -> tuple[int, int]:
+        """The shape of the whole factor by that of a part."""
+        return part[0] * ep_size, part[1]
+
     def forward(self, x_NI: Tensor, ends_e: Tensor) -> Tensor:
         """Rows of the rank, `(N, r)`, padded with zeros to a width that grouped products take."""
         weight = self.local_weight()
@@ -99,6 +104,11 @@ class FactorB(_Factor):
     def join(parts: Sequence[Tensor], experts: int) -> Tensor:
         """The whole factor of its parts, in the order of their processes."""
         return torch.stack([part.unflatten(1, (-1, experts)) for part in parts], 2).flatten(1)
+
+    @staticmethod
+    def whole_shape(part: Sequence[int], ep_size: int) -> tuple[int, int]:
+        """The shape of the whole factor by that of a part."""
+        return part[0], part[1] * ep_size
 
     def forward(self, x_Nr: Tensor, ends_e: Tensor) -> Tensor:
         """Rows that go out, `(N, O)`, from those of [`FactorA`]."""
@@ -137,45 +147,11 @@ class SpreadAdapter(ParamWrapper):
         )
 
 
-def check_adapters(model: Any) -> None:
-    """Raises a `ValueError` where a model has an adapter whose experts can't be spread; the message says what to set.
-
-    Args:
-        model: A model, or a `PeftModel` around it.
-    """
-    configs = getattr(model, "peft_config", None) or {}
-    for config in configs.values():
-        if config.peft_type.value != "LORA":
-            raise ValueError(
-                f"An adapter of type {config.peft_type.value} can't be trained with spread experts, LoRA can. Set "
-                "`use_peft` with the options `lora_*`, or `expert_parallel_size` to 1."
-            )
-    for name, module in model.named_modules():
-        block = getattr(module, "experts", None)
-        if not isinstance(block, nn.Module) or isinstance(module, ParamWrapper):
-            continue
-        inner = block
-        for wrapper in wrappers_around(block):
-            if wrapper.parameter_name not in TENSORS:
-                raise ValueError(
-                    f"`lora_target_parameters` names `{wrapper.parameter_name}` of {name}.experts, and adapters of "
-                    f"spread experts are those of {' and '.join(TENSORS)}. Name these, or set `expert_parallel_size` "
-                    "to 1."
-                )
-            inner = wrapper.base_layer
-        if isinstance(inner, AuxiliaryTrainingWrapper | BaseTunerLayer):
-            raise ValueError(
-                f"`lora_modules_to_save` or `lora_target_modules` names {name}.experts as a whole. Spread experts "
-                "are trained by `lora_target_parameters` (`mlp.experts.gate_up_proj`, `mlp.experts.down_proj`), or "
-                "without an adapter."
-            )
-        for tensor in TENSORS:
-            weight = getattr(inner, tensor, None)
-            if weight is not None and (not weight.is_floating_point() or weight.element_size() == 1):
-                raise ValueError(
-                    f"{name}.experts holds {weight.dtype}, and quantized experts can't be spread. Load the model "
-                    "without `load_in_4bit` and `load_in_8bit`, or set `expert_parallel_size` to 1."
-                )
+def holds_experts(module: nn.Module) -> bool:
+    """Whether a module has the stacked tensors of experts itself, whatever it is called and whoever spreads them."""
+    own = [getattr(module, "_parameters", {}).get(tensor) for tensor in TENSORS]
+    # Under ZeRO-3 a tensor is empty while it is not fetched, and its shape is kept beside it.
+    return all(tensor is not None and len(getattr(tensor, "ds_shape", tensor.shape)) == 3 for tensor in own)
 
 
 def wrappers_around(module: nn.Module) -> Iterator[ParamWrapper]:
@@ -183,6 +159,27 @@ def wrappers_around(module: nn.Module) -> Iterator[ParamWrapper]:
     while isinstance(module, ParamWrapper):
         yield module
         module = module.base_layer
+
+
+def adapter_sizes(model: nn.Module) -> dict[str, AdapterSize]:
+    """The sizes of a model's LoRA adapters that are trained, by the name of their module and their own.
+
+    Args:
+        model: A `PeftModel`, its experts spread or not: the names are the same.
+    """
+    return {
+        f"{name}.{adapter}": AdapterSize(int(module.r[adapter]), float(scaling))
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLayer)
+        for adapter, scaling in module.scaling.items()
+        if _is_trained(module, adapter)
+    }
+
+
+def _is_trained(layer: Any, adapter: str) -> bool:
+    if adapter in layer.lora_A:
+        return layer.lora_A[adapter].weight.requires_grad
+    return adapter in layer.lora_embedding_A and layer.lora_embedding_A[adapter].requires_grad
 
 
 def spread_adapters(experts: nn.Module, ep_size: int, ep_rank: int) -> list[nn.Parameter]:

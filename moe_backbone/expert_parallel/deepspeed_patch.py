@@ -146,6 +146,9 @@ def _parse_plain(parse: Any) -> Any:
         adapted = self.model
         if not has_adapter(adapted):
             return parse(self)
+        from .adapter_checks import check_adapters
+
+        check_adapters(adapted)  # a trainer's check comes after TRL has made the engine of its reference
         plain = adapted.get_base_model()
         prefix = next(name for name, module in adapted.named_modules() if module is plain)
         self.model = plain

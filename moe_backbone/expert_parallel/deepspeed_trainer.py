@@ -71,7 +71,7 @@ class ExpertParallelMixin(StateLast):
         super().__init__(*args, **kwargs)
         trainer: Any = self
         if has_adapter(trainer.model):
-            from .adapters import check_adapters
+            from .adapter_checks import check_adapters
 
             check_adapters(trainer.model)
             check_optimizer(trainer.args.optim)

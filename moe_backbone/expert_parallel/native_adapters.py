@@ -11,13 +11,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
 from moe_backbone.memcpy_experts import ADAPTERS, NAME
 
+from .adapter_checks import check_adapters
 from .adapter_files import VALUE, count_of_steps, open_states, write_states
-from .adapters import FactorA, FactorB, SpreadAdapter, check_adapters, wrappers_around
+from .adapters import FactorA, FactorB, SpreadAdapter, adapter_sizes, wrappers_around
 from .resume import check_adapter_checkpoint, find_adapter_states
 
 
@@ -94,16 +96,18 @@ def spread_native_adapters(model: Any) -> int:
         How many modules of experts have an adapter.
 
     Raises:
-        ValueError: See [`adapters.check_adapters`].
+        ValueError: See [`adapter_checks.check_adapters`].
     """
     check_adapters(model)
     distributed = model.get_base_model().config.distributed_config
     ep_size, divisor = distributed.ep_size, distributed.dp_size
     adapted = 0
-    for block in list(model.modules()):
-        wrappers = [] if isinstance(block, SpreadAdapter) else list(wrappers_around(getattr(block, "experts", block)))
-        adapted += bool(wrappers)
-        for wrapper in wrappers:
+    for outermost in list(model.modules()):
+        # The check has left none that is not around experts. Those inside one have become spread with it.
+        if not isinstance(outermost, ParamWrapper) or isinstance(outermost, SpreadAdapter):
+            continue
+        adapted += 1
+        for wrapper in wrappers_around(outermost):
             mesh = wrapper.get_param().device_mesh
             wrapper.__class__ = NativeAdapter
             wrapper.num_experts //= ep_size
@@ -175,7 +179,7 @@ def save_native_states(model: Any, optimizer: Any, folder: str | Path) -> None:
         for key, value in {VALUE: parameter.detach().float(), **kept}.items():
             states[f"{name}.{key}"] = whole_tensor(value, factor).cpu().clone()
     if dist.get_rank() == 0:
-        write_states(folder, states, {"steps": steps})
+        write_states(folder, states, {"steps": steps}, adapter_sizes(model))
     dist.barrier()
 
 
@@ -194,7 +198,8 @@ def load_native_states(model: Any, optimizer: Any, checkpoint: str | Path) -> No
     check_adapter_checkpoint(checkpoint)
     folder: Any = find_adapter_states(checkpoint)
     trained = _trained(model)
-    saved = open_states(folder, [name for name, *_ in trained])
+    shapes = {name: _whole_shape(parameter, factor) for name, parameter, factor in trained}
+    saved = open_states(folder, shapes, adapter_sizes(model))
     for name, parameter, factor in trained:
         state = optimizer.state[parameter]
         state["step"] = count_of_steps(optimizer, saved.rest["steps"], parameter)
@@ -211,6 +216,13 @@ def _trained(model: nn.Module) -> list[tuple[str, nn.Parameter, Any]]:
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
     ]
+
+
+def _whole_shape(parameter: Any, factor: Any) -> tuple[int, ...]:
+    """The shape that [`whole_tensor`] gives a parameter."""
+    if factor is None:
+        return tuple(parameter.shape)
+    return factor.whole_shape(parameter.to_local().shape, parameter.device_mesh.size())
 
 
 def _like(parameter: Any, whole: Tensor, factor: Any) -> Tensor:

@@ -15,7 +15,6 @@ from trl import (
     ModelConfig,
     ScriptArguments,
     TrlParser,
-    get_peft_config,
     get_quantization_config,
 )
 
@@ -27,6 +26,7 @@ from otpo.weighting.registry import kinds_of
 
 from .launching.engine import count_rows, describe_run
 from .launching.shared_rows import rows_in_step
+from .models.adapters import adapter_config, adapter_refusals
 from .models.experts import Request, read_request, set_trainers_experts
 from .models.loading import (
     find_origin,
@@ -120,16 +120,17 @@ def make_trainer(
     other = None
     if reference is not None:
         other = load_reference(reference, args, {**mtp_options(reference_config), **shared}, quantization)
-    trainer = of_class(
-        load_adapted(origin, args, kwargs, quantization) if origin.adapted else origin.name,
-        other,
-        args=args,
-        train_dataset=train,
-        eval_dataset=evaluation,
-        processing_class=load_processor(origin, trusted),
-        quantization_config=None if origin.adapted else quantization,
-        peft_config=get_peft_config(model),
-    )
+    with adapter_refusals(model):
+        trainer = of_class(
+            load_adapted(origin, args, kwargs, quantization) if origin.adapted else origin.name,
+            other,
+            args=args,
+            train_dataset=train,
+            eval_dataset=evaluation,
+            processing_class=load_processor(origin, trusted),
+            quantization_config=None if origin.adapted else quantization,
+            peft_config=adapter_config(model),
+        )
     freeze_adapters_of_mtp(trainer.model)
     return trainer
 

@@ -19,7 +19,6 @@ from trl import (
     SFTConfig,
     SFTTrainer,
     TrlParser,
-    get_peft_config,
     get_quantization_config,
 )
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
@@ -29,6 +28,7 @@ from otpo.data.loading import RowArguments, load_rows
 
 from .launching.engine import count_rows, describe_run
 from .launching.shared_rows import describe_sharing, rows_in_step
+from .models.adapters import adapter_config, adapter_refusals
 from .models.experts import read_request, set_trainers_experts
 from .models.loading import (
     find_origin,
@@ -122,15 +122,16 @@ def make_trainer(data: SftArguments, args: SFTConfig, model: ModelConfig, mixtur
     kwargs = on_one_device(args, {**model_options(data), **mtp_options(config), **chosen})
     quantization = get_quantization_config(model)
     args.model_init_kwargs = None if origin.adapted else kwargs
-    trainer = of_class(
-        load_adapted(origin, args, kwargs, quantization) if origin.adapted else origin.name,
-        args=args,
-        train_dataset=train,
-        eval_dataset=evaluation,
-        processing_class=processor,
-        quantization_config=None if origin.adapted else quantization,
-        peft_config=get_peft_config(model),
-    )
+    with adapter_refusals(model):
+        trainer = of_class(
+            load_adapted(origin, args, kwargs, quantization) if origin.adapted else origin.name,
+            args=args,
+            train_dataset=train,
+            eval_dataset=evaluation,
+            processing_class=processor,
+            quantization_config=None if origin.adapted else quantization,
+            peft_config=adapter_config(model),
+        )
     set_trainers_experts(experts, trainer, data)
     freeze_adapters_of_mtp(trainer.model)
     require_rows(train, trainer.train_dataset, args)

@@ -49,6 +49,8 @@ def prepare(values: Mapping[str, Any], environ: MutableMapping[str, str]) -> lis
                 f"`{option}=true` with `expert_parallel_size={size}`: quantized weights can't be spread over "
                 f"processes. Leave `{option}` out, or set `expert_parallel_size` to 1."
             )
+    if values.get("use_peft"):
+        _require_tensors_of_experts(values.get("lora_target_parameters") or [])
     if "WORLD_SIZE" not in environ:
         raise ValueError(
             f"`expert_parallel_size={size}` needs several processes. Add `--num_processes N`, a multiple of {size}."
@@ -175,6 +177,19 @@ def describe_native(options: RunArguments, model: Any) -> dict[str, str]:
     from moe_backbone.expert_parallel.native import require_native_expert_parallelism
 
     return {"parallel": require_native_expert_parallelism(model, options.expert_parallel_size)}
+
+
+def _require_tensors_of_experts(targets: list[str]) -> None:
+    """Raises a `ValueError` by names alone, before a model is loaded; the trainer's check knows the model."""
+    from moe_backbone.expert_parallel.adapters import TENSORS
+
+    others = [target for target in targets if target.rpartition(".")[2] not in TENSORS]
+    if others:
+        raise ValueError(
+            f"`lora_target_parameters={' '.join(others)}` is no tensor of experts. Where these are spread, the option "
+            f"takes {' and '.join(f'mlp.experts.{tensor}' for tensor in TENSORS)} alone. Name linear modules of "
+            "attention in `lora_target_modules`, leave other tensors out, or set `expert_parallel_size` to 1."
+        )
 
 
 def _require_native(values: Mapping[str, Any]) -> None:
