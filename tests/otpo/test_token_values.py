@@ -236,6 +236,24 @@ def test_numbers_are_of_the_completion_or_of_the_answer_alone():
         ([[0, 14, 1]], r"has the span \[0, 14\) at chosen_weights\[0\]"),
         ([[-1, 2, 1]], r"has the span \[-1, 2\) at chosen_weights\[0\]"),
         ([[0.5, 2, 1]], r"has the span \[0.5, 2\) at chosen_weights\[0\]"),
+        ([[0, math.inf, 1]], r"has the span \[0, inf\) at chosen_weights\[0\], and its answer has 13 characters"),
+        ([[math.nan, 2, 1]], r"has the span \[nan, 2\) at chosen_weights\[0\]"),
+        ([[0, 10**400, 1]], r"has the span \[0, inf\) at chosen_weights\[0\]"),
+        ([[-(10**400), 2, 1]], r"has the span \[-inf, 2\) at chosen_weights\[0\]"),
+        (
+            [[0, 2, 1e300]],
+            r"has the weight 1e\+300 at chosen_weights\[0\], which float32 can't hold. Weights are 0, or",
+        ),
+        (
+            [1e300],
+            r"has the weight 1e\+300 at chosen_weights\[0\], which float32 can't hold.* from 1.18e-38 to 3.4e\+38",
+        ),
+        ([1.0, 1e-60], r"has the weight 1e-60 at chosen_weights\[1\], which float32 can't hold"),
+        ([10**400], r"has the weight 1000+ at chosen_weights\[0\]. Weights are finite numbers"),
+        (2.0, "has 2.0 in 'chosen_weights', which is no list. Give a weight for each token, or a list of"),
+        (np.float32(2), "in 'chosen_weights', which is no list"),
+        ("1 1", "has '1 1' in 'chosen_weights', which is no list"),
+        ({"start": 0}, "has {'start': 0} in 'chosen_weights', which is no list"),
     ],
 )
 def test_what_can_not_be_weights(weights, message):
@@ -250,6 +268,47 @@ def test_spans_need_text():
             given_weights({**row, "chosen": answer}, WHOLE, make_tokenizer())
     with pytest.raises(ValueError, match=r"has weights in 'chosen_weights' that can't be placed\. The comp"):
         given_weights({**row, "chosen": "THE RED SHIRT"}, WHOLE, make_tokenizer())
+
+
+@pytest.mark.parametrize("plain", [False, True], ids=["messages", "plain"])
+def test_white_space_around_an_answer_has_weights(plain):
+    """Where the template keeps it, it is the answer's: spans of it, and numbers for the answer's tokens alone."""
+    text = "  blue \n"
+    row = tokenized(text, [[0, 2, 9], [6, 8, 7]], plain=plain)
+    pieces = [make_tokenizer().decode([number]) for number in row["chosen_ids"]]
+    assert pieces[0].isspace() and pieces[-2].isspace()
+    begins = np.cumsum([0, *map(len, pieces)])[:-1]
+    want = [1 if begin >= 8 else 7 if begin + len(piece) > 6 else 9 if begin < 2 else 1
+            for begin, piece in zip(begins, pieces, strict=True)]  # fmt: skip
+    assert weights_of(row) == want
+    numbers = [float(place) for place in range(len(pieces) - 1)]
+    row |= {"chosen_weights": numbers, "rejected_weights": [1.0] * len(row["rejected_ids"])}
+    assert weights_of(row) == [*numbers, 1.0]
+
+
+def test_white_space_that_the_template_strips_has_no_weights():
+    tokenizer = make_tokenizer()
+    ids = tokenizer("blue\n<|end|>", add_special_tokens=False)["input_ids"]
+    found = span_tokens(tokenizer, ids, " \t blue", [(0, 4), (3, 7)])
+    assert found.in_spans[0].sum() == 1 and found.in_spans[1].tolist() == found.in_answer.tolist()
+    assert found.in_answer.tolist() == [True] * (len(ids) - 2) + [False] * 2
+    # One side is stripped and the other kept.
+    assert span_tokens(tokenizer, ids, " \t blue\n", [(7, 8)]).in_spans[0].tolist() == [False] * (len(ids) - 2) + [
+        True,
+        False,
+    ]
+    with pytest.raises(
+        ValueError, match=r"has nothing of the span \[0, 3\), ' \\t ', of the answer .* Leave the span"
+    ):
+        span_tokens(tokenizer, ids, " \t blue", [(0, 3)])
+    row = tokenized("blue", [[0, 2, 9]]) | {"chosen": [{"role": "assistant", "content": "  blue"}]}
+    with pytest.raises(ValueError, match=r"has weights in 'chosen_weights' that can't be placed\. .* span \[0, 2\)"):
+        given_weights(row, WHOLE, tokenizer)
+    for text in ("", "  "):  # of which the template has left nothing
+        end = [tokenizer.eos_token_id]
+        assert not span_tokens(tokenizer, end, text).in_answer.any()
+    kept = tokenizer("  <|end|>", add_special_tokens=False)["input_ids"]
+    assert span_tokens(tokenizer, kept, "  ", [(0, 2)]).in_spans[0].tolist() == [True] * (len(kept) - 1) + [False]
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["rows", "stream"])
