@@ -177,7 +177,10 @@ def _token_values(batch: PairBatch, name: str) -> Tensor:
     if name not in batch.token_values:
         raise ValueError(
             f"The batch has no {name!r} of its tokens. They are made when a dataset is prepared: pass it to the "
-            "trainer as `train_dataset` or `eval_dataset`, or to `evaluate`, under the options that are trained with."
+            "trainer as `train_dataset` or `eval_dataset`, or to `evaluate`. Set the weighting by its name in "
+            "`OTPOConfig`, or pass `otpo.weighting.diff` or `columns` as the trainer's `weighting`, alone or by "
+            "`functools.partial`. Around them, a callable of your own names what it looks at in an attribute "
+            "`token_values`, a tuple such as `(otpo.weighting.token_values.UNMATCHED,)`."
         )
     return batch.token_values[name]
 
