@@ -142,7 +142,7 @@ class OTPOConfig(DPOConfig):
         if not is_set and not read_from_file and self.dataloader_pin_memory and self.device.type != "mps":
             resolved: Any = self.accelerator_config
             resolved.non_blocking = True
-        self.filled_in = set_defaults(self)
+        self.filled_in, self.filled_in_for = set_defaults(self), self.weighting
         check_weighting(self)
         check_budget_options(self)
 
@@ -162,9 +162,24 @@ class OTPOConfig(DPOConfig):
         for name, default in getattr(self, "filled_in", {}).items():
             if getattr(self, name) == default:
                 setattr(other, name, None)
-        other.filled_in = set_defaults(other)
+        other.filled_in, other.filled_in_for = set_defaults(other), weighting
         check_weighting(other)
         return other
+
+    def check_again(self) -> None:
+        """Checks what may have been set since the options were made; the trainer calls it.
+
+        Raises:
+            ValueError: An option is outside its range, or `weighting` was set to another, whose defaults these
+                options have not.
+        """
+        made_for = getattr(self, "filled_in_for", self.weighting)  # of an older version's pickle it is not known
+        if self.weighting != made_for and self.weighting in weighting_names():
+            raise ValueError(
+                f"`weighting={self.weighting!r}` was set after these options were made for {made_for!r}, whose "
+                f"defaults they have. Take `args.with_weighting({self.weighting!r})`, or `OTPOConfig(weighting=...)`."
+            )
+        check_weighting(self)
 
     def describe_weighting(self) -> str:
         """The weighting and those of its options that matter, in one line."""

@@ -8,6 +8,8 @@ registries too.
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from math import inf
+from numbers import Real
 from typing import Any
 
 from .lazy import load
@@ -60,6 +62,8 @@ class Option:
         needed: What to set where the weighting can't do without the option and it is None. Empty: None is fine.
         shown: Whether the line that describes the weighting names the option, given the `OTPOConfig`.
         shared: Whether the option also acts where no weighting takes it, such as in TRL's loss.
+        own_defaults: Whether weightings may have their own defaults of it. Its field in `OTPOConfig` then is None
+            until it is set.
         bundled: Whether the function gets the value in the one object that its entry makes of such options.
     """
 
@@ -73,41 +77,55 @@ class Option:
     shown: Callable[[Any], bool] = always
     shared: bool = False
     bundled: bool = False
+    own_defaults: bool = False
 
     def describe(self, args: Any) -> str:
         """The option's name and its value in an `OTPOConfig`."""
         value = getattr(args, self.field)
-        return f"{self.field} {value}" if isinstance(value, str) else f"{self.field} {value:g}"
+        return f"{self.field} {value:g}" if isinstance(value, Real) else f"{self.field} {value}"
 
 
-def positive(name: str, value: float) -> None:
+def finite(name: str, value: Any) -> None:
+    """Raises a `ValueError` unless the value is a finite number; text, None and booleans are none."""
+    if not _within(value, lambda number: -inf < number < inf):
+        raise ValueError(f"`{name}` must be a finite number, got {value!r}.")
+
+
+def positive(name: str, value: Any) -> None:
     """Raises a `ValueError` unless the value is positive and finite."""
-    if not 0.0 < value < float("inf"):
-        raise ValueError(f"`{name}` must be a positive finite number, got {value}.")
+    if not _within(value, lambda number: 0.0 < number < inf):
+        raise ValueError(f"`{name}` must be a positive finite number, got {value!r}.")
 
 
-def at_least_one(name: str, value: int) -> None:
-    """Raises a `ValueError` unless the value is at least 1."""
-    if value < 1:
-        raise ValueError(f"`{name}` must be at least 1, got {value}.")
+def at_least_one(name: str, value: Any) -> None:
+    """Raises a `ValueError` unless the value is a whole number of at least 1."""
+    if not _within(value, lambda number: number >= 1):
+        raise ValueError(f"`{name}` must be at least 1, got {value!r}.")
+    if value == inf or value != int(value):
+        raise ValueError(f"`{name}` must be a whole number, got {value!r}.")
 
 
-def above_zero_to_one(name: str, value: float) -> None:
+def above_zero_to_one(name: str, value: Any) -> None:
     """Raises a `ValueError` unless the value is within (0, 1]."""
-    if not 0.0 < value <= 1.0:
-        raise ValueError(f"`{name}` must be within (0, 1], got {value}.")
+    if not _within(value, lambda number: 0.0 < number <= 1.0):
+        raise ValueError(f"`{name}` must be within (0, 1], got {value!r}.")
 
 
-def zero_to_one(name: str, value: float) -> None:
+def zero_to_one(name: str, value: Any) -> None:
     """Raises a `ValueError` unless the value is within [0, 1]."""
-    if not 0.0 <= value <= 1.0:
-        raise ValueError(f"`{name}` must be within [0, 1], got {value}.")
+    if not _within(value, lambda number: 0.0 <= number <= 1.0):
+        raise ValueError(f"`{name}` must be within [0, 1], got {value!r}.")
 
 
-def zero_to_one_or_none(name: str, value: float | None) -> None:
+def zero_to_one_or_none(name: str, value: Any) -> None:
     """Raises a `ValueError` unless the value is None or within [0, 1]."""
-    if value is not None and not 0.0 <= value <= 1.0:
-        raise ValueError(f"`{name}` must be within [0, 1], got {value}.")
+    if value is not None:
+        zero_to_one(name, value)
+
+
+def _within(value: Any, fits: Callable[[Any], bool]) -> bool:
+    """Whether a value is a number that fits; text, None and booleans are none."""
+    return isinstance(value, Real) and not isinstance(value, bool) and bool(fits(value))
 
 
 def alternatives(names: Iterable[str]) -> str:

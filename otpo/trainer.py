@@ -61,6 +61,7 @@ from .training.whole_layers import gather_whole_layers, require_trained_leaves
 from .transport.solve import warn_unsolved
 from .trl_seam import REFERENCE_COLUMNS, TOKEN_VALUES, ConvertedWeights, FullySharded
 from .weighting import PairBatch, TokenWeights, Weighting
+from .weighting.callables import same_weighting, values_of_callable
 from .weighting.registry import make_weighting, split, values_of
 
 if TYPE_CHECKING:
@@ -98,10 +99,12 @@ class OTPOTrainer(FullySharded, ConvertedWeights, DPOTrainer):
         optimizers: As in [`trl.DPOTrainer`].
         quantization_config: As in [`trl.DPOTrainer`].
         peft_config: As in [`trl.DPOTrainer`].
-        weighting: Your own callable (see `otpo.weighting.batch`), in place of `args.weighting`.
+        weighting: Your own callable (see `otpo.weighting.batch`), in place of `args.weighting`. The numbers of tokens
+            that it looks at are found as [`otpo.weighting.callables.values_of_callable`] says.
 
     Raises:
-        ValueError: An option or a row of the data can't be trained with; the message names it.
+        ValueError: An option or a row of the data can't be trained with, or `ld_alpha` is set beside a callable
+            as `weighting`; the message names it.
         FloatingPointError: In training, a hidden state or a log-probability is not finite. On a GPU a step is found
             out in the next one, or before anything is logged, evaluated or saved.
     """
@@ -149,6 +152,14 @@ class OTPOTrainer(FullySharded, ConvertedWeights, DPOTrainer):
             raise TypeError(f"`args` must be an `OTPOConfig`, got a `{type(args).__name__}`.")
         if isinstance(weighting, str):
             raise TypeError(f"Set `OTPOConfig(weighting={weighting!r})`: the argument `weighting` takes a callable.")
+        args.check_again()
+        if weighting is not None and args.ld_alpha is not None:
+            raise ValueError(
+                f"`ld_alpha={args.ld_alpha!r}` beside a callable as `weighting`: TRL's loss would multiply the "
+                "callable's weights by it past the shorter response. Leave `ld_alpha` None, with another "
+                "`OTPOConfig.weighting` than 'ld', and let the callable do it, such as "
+                "`functools.partial(otpo.weighting.ld, alpha=0.5)`."
+            )
         check_datasets(
             train_dataset,
             eval_dataset,
@@ -158,8 +169,9 @@ class OTPOTrainer(FullySharded, ConvertedWeights, DPOTrainer):
         check_layer_before_loading(model, args)
 
         # TRL's constructor calls our methods, which read these attributes.
-        self.weighting = weighting or make_weighting(args)
-        self._token_values = () if weighting else values_of(args.weighting)  # made of the data
+        self.weighting = make_weighting(args) if weighting is None else weighting
+        # Numbers of tokens that are made of the data.
+        self._token_values = values_of(args.weighting) if weighting is None else values_of_callable(weighting)
         self.prepared_datasets = PreparedDatasets()
         self._own_names: frozenset[str] | None = None  # of its datasets, once all are prepared
         self._evaluated: Any = None
@@ -193,7 +205,7 @@ class OTPOTrainer(FullySharded, ConvertedWeights, DPOTrainer):
 
         self._look_at_models()
         if self._token_values:
-            trl_seam.require_rows_of_tokens(self, args.weighting)
+            trl_seam.require_rows_of_tokens(self, args.weighting if weighting is None else str(weighting))
             self._collate_stored_rows()
         self._own_names = frozenset(self.dropped_pairs)
         # Where the device works on its own, a training step does not wait for what it has to check and to log.
@@ -263,9 +275,8 @@ class OTPOTrainer(FullySharded, ConvertedWeights, DPOTrainer):
         """The weighting that is used and its options, in one line."""
         if type(self).token_weights is not OTPOTrainer.token_weights:
             return f"{type(self).__name__}.token_weights"
-        named = make_weighting(self.args)
-        own, its = (each.func if isinstance(each, partial) else each for each in (self.weighting, named))
-        return self.args.describe_weighting() if own is its else "a weighting of your own"
+        is_named = same_weighting(self.weighting, make_weighting(self.args))
+        return self.args.describe_weighting() if is_named else "a weighting of your own"
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Trains as [`trl.DPOTrainer`] does; callbacks that look at the weights get to know the trainer first.

@@ -11,6 +11,9 @@ from .preferences import PairRule
 from .spans import span_tokens
 from .token_values import scored_part
 
+# Of float32, in which weights are stored.
+_LEAST, _MOST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
+
 
 def given_weights(row: Mapping[str, Any], rule: PairRule, tokenizer: Any) -> tuple[Any, Any]:
     """The weights in a row's columns `chosen_weights` and `rejected_weights`, of the tokens that are scored.
@@ -39,9 +42,14 @@ def given_weights(row: Mapping[str, Any], rule: PairRule, tokenizer: Any) -> tup
             raise ValueError(
                 f"has no '{side}_weights'. Give a weight for each token, or a list of [start, end, weight]."
             )
+        if not _is_list(given):
+            raise ValueError(
+                f"has {given!r} in '{side}_weights', which is no list. Give a weight for each token, or a list of "
+                "[start, end, weight]."
+            )
         columns[side] = list(given)
     first = next((given[0] for given in columns.values() if given), [])
-    make = _of_spans if isinstance(first, Sequence | np.ndarray) else _of_tokens
+    make = _of_spans if _is_list(first) else _of_tokens
     chosen, rejected = (
         scored_part(row, side, make(row, side, given, tokenizer), rule) for side, given in columns.items()
     )
@@ -51,7 +59,7 @@ def given_weights(row: Mapping[str, Any], rule: PairRule, tokenizer: Any) -> tup
 def _of_tokens(row: Mapping[str, Any], side: str, given: list[Any], tokenizer: Any) -> np.ndarray:
     column, ids = f"{side}_weights", row[f"{side}_ids"]
     for place, weight in enumerate(given):
-        if isinstance(weight, Sequence | np.ndarray):
+        if _is_list(weight):
             raise ValueError(
                 f"has {weight!r} at {column}[{place}], and numbers of tokens beside it. Give one or other."
             )
@@ -84,14 +92,11 @@ def _of_spans(row: Mapping[str, Any], side: str, given: list[Any], tokenizer: An
         )
     spans, weights = [], np.ones(len(ids), np.float32)
     for place, span in enumerate(given):
-        if (
-            not isinstance(span, Sequence | np.ndarray)
-            or len(span) != 3
-            or not all(_is_number(number) for number in span)
-        ):
+        if not _is_list(span) or len(span) != 3 or not all(_is_number(number) for number in span):
             raise ValueError(f"has {span!r} at {column}[{place}], which is no [start, end, weight].")
-        start, end, weight = span
-        if start != int(start) or end != int(end) or not 0 <= start < end <= len(answer):
+        (start, end), weight = (_as_float(index) for index in span[:2]), span[2]
+        # NaN and infinity are in no answer, so that only finite numbers are rounded.
+        if not 0 <= start < end <= len(answer) or start != int(start) or end != int(end):
             raise ValueError(
                 f"has the span [{start:g}, {end:g}) at {column}[{place}], and its answer has {len(answer)} "
                 "characters. Spans are whole numbers with 0 <= start < end, within the answer."
@@ -120,8 +125,29 @@ def _answer(row: Mapping[str, Any], side: str, tokenizer: Any) -> str | None:
 
 
 def _require_weight(weight: Any, where: str) -> None:
-    if not _is_number(weight) or not math.isfinite(weight) or weight < 0:
+    value = _as_float(weight) if _is_number(weight) else math.nan
+    if not math.isfinite(value) or value < 0:
         raise ValueError(f"has the weight {weight!r} at {where}. Weights are finite numbers of at least 0.")
+    if value > _MOST or 0 < value < _LEAST:
+        raise ValueError(
+            f"has the weight {weight!r} at {where}, which float32 can't hold. Weights are 0, or from "
+            f"{_LEAST:.3g} to {_MOST:.3g}."
+        )
+
+
+def _as_float(number: Any) -> float:
+    """A number in float64, infinite where it is an integer that is too large."""
+    try:
+        return float(number)
+    except OverflowError:
+        return math.inf if number > 0 else -math.inf
+
+
+def _is_list(value: Any) -> bool:
+    """Whether a value is a sequence of others; text is none."""
+    if isinstance(value, np.ndarray):
+        return value.ndim > 0
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
 
 
 def _is_number(value: Any) -> bool:

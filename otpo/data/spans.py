@@ -1,6 +1,7 @@
 """Spans of an answer's characters as tokens of its completion. Shapes: n tokens, S spans."""
 
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,27 +28,49 @@ def span_tokens(
     Tokens that hold parts of the same sign (a Thai vowel on its consonant, an emoji's bytes) count as one: all of them
     are in the span when the sign is. So no tokenizer's own offsets are trusted.
 
+    A template may strip the white space around an answer, on either side. What of it the completion has counts as the
+    answer's.
+
     Args:
         tokenizer: Which the tokens are of.
         token_ids: A completion, n tokens: the answer, perhaps between what its chat template adds.
-        answer: As it was given to the template, which may strip it.
+        answer: As it was given to the template.
         spans: `[start, end)` in characters of the answer.
 
     Raises:
-        ValueError: The completion does not hold the answer as it is.
+        ValueError: The completion does not hold the answer as it is, or nothing of a span of it.
     """
     pieces = split_pieces(tokenizer, token_ids)
-    text, kept = "".join(piece.text for piece in pieces), answer.strip()
+    text, kept = "".join(piece.text for piece in pieces), answer.strip() or answer
     begin = _last_place(text, kept, pieces, set(tokenizer.all_special_ids), token_ids)
+    if begin < 0 and not answer.strip():  # nothing but white space, which the template has stripped
+        kept, begin = "", len(text)
     if begin < 0:
         raise ValueError(
             f"The completion {text!r} does not hold the answer {answer!r}: its spans can't be found. Use a tokenizer "
             "and a chat template that leave the answer's text as it is."
         )
-    shift = begin - (len(answer) - len(answer.lstrip()))
-    in_answer = _overlapping(pieces, len(token_ids), begin, begin + len(kept))
-    found = [_overlapping(pieces, len(token_ids), start + shift, end + shift) for start, end in spans]
-    return SpanTokens(in_answer, np.array(found, dtype=bool).reshape(len(spans), len(token_ids)) & in_answer)
+    ahead = answer.index(kept)  # white space before it, and what of that the completion has
+    first = begin - _common_start(text[:begin][::-1], answer[:ahead][::-1])
+    last = begin + len(kept)
+    last += _common_start(text[last:], answer[ahead + len(kept) :])
+    shift = begin - ahead
+    found = []
+    for start, end in spans:
+        inside = _overlapping(pieces, len(token_ids), max(start + shift, first), min(end + shift, last))
+        if not inside.any():
+            raise ValueError(
+                f"The completion {text!r} has nothing of the span [{start}, {end}), {answer[start:end]!r}, of the "
+                f"answer {answer!r}: the chat template strips it. Leave the span out."
+            )
+        found.append(inside)
+    in_answer = _overlapping(pieces, len(token_ids), first, last)
+    return SpanTokens(in_answer, np.array(found, dtype=bool).reshape(len(spans), len(token_ids)))
+
+
+def _common_start(text: str, other: str) -> int:
+    """How many characters both begin with."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(text, other, strict=False)))
 
 
 def _last_place(text: str, answer: str, pieces: Sequence[Piece], special: set[int], token_ids: Sequence[int]) -> int:
@@ -68,7 +91,7 @@ def _overlapping(pieces: Sequence[Piece], size: int, start: int, stop: int) -> N
     begin = 0
     for piece in pieces:
         end = begin + len(piece.text)
-        if begin < stop and start < end:
+        if start < stop and begin < stop and start < end:
             result[piece.tokens.start : piece.tokens.stop] = True
         begin = end
     return result

@@ -4,9 +4,13 @@ A prepared row holds them as lists, a number for each token that is scored after
 log-probabilities of the reference. So they follow truncation, need no work in the training step and reach any layout.
 """
 
+import hashlib
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from difflib import SequenceMatcher
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -96,12 +100,28 @@ def tokenizer_of(processing_class: Any) -> Any:
     return processing_class.tokenizer if isinstance(processing_class, ProcessorMixin) else processing_class  # pyright: ignore[reportAttributeAccessIssue]
 
 
+def code_of(function: Any) -> str | None:
+    """A hash of the file that a callable's module is of, which holds its code and the constants that it reads.
+
+    None where there is no file, and for a script or a notebook, whose functions `datasets` hashes whole.
+    """
+    while isinstance(function, partial):
+        function = function.func
+    module = getattr(function, "__module__", None) or type(function).__module__
+    file = getattr(sys.modules.get(module), "__file__", None)
+    if module == "__main__" or file is None or not Path(file).is_file():
+        return None
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest()
+
+
 class _Values:
     """Makes the columns of a row."""
 
     def __init__(self, kinds: tuple[TokenValues, ...], rule: PairRule, tokenizer: Any, name: str) -> None:
         self.kinds, self.rule, self.tokenizer, self.name = kinds, rule, tokenizer, name
-        self.version = __version__  # what `datasets` stores is found again by what this object holds
+        # What `datasets` stores is found again by what this object holds. It knows functions by their names alone.
+        self.version = __version__
+        self.code = [code_of(kind.load()) for kind in kinds]
 
     def __call__(self, row: dict[str, Any], index: int) -> dict[str, Any]:
         made: dict[str, Any] = {}

@@ -12,9 +12,11 @@ PREFIX = "ot_"
 """`OTPOConfig` has each of these options under this prefix."""
 
 
-def _said(help: str, check: Callable[[str, Any], None], shown: Callable[[Any], bool] = never) -> dict[str, Any]:
+def _said(
+    help: str, check: Callable[[str, Any], None], shown: Callable[[Any], bool] = never, *, own_defaults: bool = False
+) -> dict[str, Any]:
     """What an [`Option`] says beside its name and default; `shown` is called with an `OTPOConfig`."""
-    return {"help": help, "check": check, "shown": shown}
+    return {"help": help, "check": check, "shown": shown, "own_defaults": own_defaults}
 
 
 def _listed(helps: dict[Any, str]) -> str:
@@ -59,7 +61,10 @@ class TransportOptions:
     reg: float = field(
         default=1.0,
         metadata=_said(
-            "Weight of the plan's entropy, > 0. Small values (0.02) concentrate the weights.", positive, always
+            "Weight of the plan's entropy, > 0. Small values (0.02) concentrate the weights.",
+            positive,
+            always,
+            own_defaults=True,
         ),
     )
     reg_m: float = field(
@@ -74,6 +79,7 @@ class TransportOptions:
             f"Cost between two tokens: {_listed({name: kind.help for name, kind in COSTS.items()})}.",
             one_of(COSTS),
             lambda args: args.ot_cost != "euclidean",
+            own_defaults=True,
         ),
     )
     cost_scale: CostScale = field(

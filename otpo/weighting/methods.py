@@ -4,6 +4,7 @@ Shapes: B pairs, T positions; weights are `(2B, T)`, in the dtype of the log-pro
 """
 
 from collections.abc import Sequence
+from math import frexp
 
 import torch
 from torch import Tensor
@@ -132,7 +133,9 @@ def product(batch: PairBatch, *, factors: Sequence[Weighting]) -> TokenWeights:
     for factor in factors:
         answer = factor(batch)
         weights, numbers = answer if isinstance(answer, TokenWeights) else (answer, {})
-        values, metrics = values * weights, {**metrics, **numbers}
+        weights = weights if weights.is_floating_point() else weights.to(values.dtype)  # a mask, or counts
+        # Scaled before and behind, so that factors of any size neither overflow nor vanish.
+        values, metrics = _scaled(values * _scaled(weights, batch), batch), {**metrics, **numbers}
     return TokenWeights(within_budget(values, batch), metrics)
 
 
@@ -150,18 +153,34 @@ def within_budget(values: Tensor, batch: PairBatch) -> Tensor:
     Returns:
         `(2B, T)` in the dtype of the values, zero outside the mask.
     """
-    values = values.masked_fill(~batch.mask, 0.0)
+    values = _scaled(values, batch)
     total = values.sum(1, keepdim=True)
     least = torch.finfo(values.dtype).tiny
     scaled = values * (batch.shorter / total.clamp(min=least))
     return torch.where(total >= least, scaled, budget(batch).to(values.dtype)).masked_fill(~batch.mask, 0.0)
 
 
+def _scaled(values: Tensor, batch: PairBatch) -> Tensor:
+    """Values of which each response's largest is within [0.5, 1), so that no sum or product of them overflows.
+
+    They are divided by powers of two, which rounds nothing: the proportions stay the same to the last bit.
+    """
+    values = values.masked_fill(~batch.mask, 0.0)
+    if not values.shape[1]:
+        return values
+    exponent = torch.frexp(values.amax(1, keepdim=True)).exponent
+    # The inverse of a subnormal number is infinite.
+    return torch.ldexp(values, -exponent.clamp(min=frexp(torch.finfo(values.dtype).tiny)[1]))
+
+
 def _token_values(batch: PairBatch, name: str) -> Tensor:
     if name not in batch.token_values:
         raise ValueError(
             f"The batch has no {name!r} of its tokens. They are made when a dataset is prepared: pass it to the "
-            "trainer as `train_dataset` or `eval_dataset`, or to `evaluate`, under the options that are trained with."
+            "trainer as `train_dataset` or `eval_dataset`, or to `evaluate`. Set the weighting by its name in "
+            "`OTPOConfig`, or pass `otpo.weighting.diff` or `columns` as the trainer's `weighting`, alone or by "
+            "`functools.partial`. Around them, a callable of your own names what it looks at in an attribute "
+            "`token_values`, a tuple such as `(otpo.weighting.token_values.UNMATCHED,)`."
         )
     return batch.token_values[name]
 

@@ -7,53 +7,21 @@ An option that `DPOConfig` lacks needs one line in `OTPOConfig` besides, `name: 
 because type checkers read the fields of a dataclass off the body of its class.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from otpo.lazy import load
-from otpo.registry import Option, Registered, above_zero_to_one, never, zero_to_one, zero_to_one_or_none
+from otpo.registry import Option, above_zero_to_one, finite, never, zero_to_one, zero_to_one_or_none
 from otpo.transport.options import TRANSPORT_OPTIONS, TransportOptions
 
+from .kind import WeightingKind
 from .token_values import GIVEN, UNMATCHED, TokenValues
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Iterator, Mapping
 
     from .batch import Weighting
-
-
-@dataclass(frozen=True)
-class WeightingKind(Registered):
-    """A token weighting.
-
-    Its function takes a [`PairBatch`] and the keywords of its options and returns weights or [`TokenWeights`]. Its
-    `help` says what a token weighs.
-
-    Attributes:
-        options: The fields of `OTPOConfig` that it takes, and which of its keywords each is for.
-        bundle: Makes of an `OTPOConfig` one object that the function takes as its keyword `options`, in place of a
-            keyword for each option that says `bundled`.
-        values: Numbers of tokens that it looks at and that are made of the data before training.
-        needs_reference: Whether it looks at the reference's log-probabilities.
-        looks: What it looks at, in plain words, where its help does not say so.
-        defaults: Its own defaults of options that others share, by the field of `OTPOConfig`.
-    """
-
-    options: tuple[Option, ...] = ()
-    bundle: "Callable[[Any], Any] | None" = None
-    values: tuple[TokenValues, ...] = ()
-    needs_reference: bool = False
-    looks: str = ""
-    defaults: "Mapping[str, Any]" = field(default_factory=dict, hash=False)
-
-    def __call__(self, args: Any) -> "Weighting":
-        """The weighting with its options set from an `OTPOConfig`."""
-        own = [option for option in self.options if option.keyword and not option.bundled]
-        keywords: dict[str, Any] = {str(option.keyword): getattr(args, option.field) for option in own}
-        if self.bundle is not None:
-            keywords["options"] = self.bundle(args)
-        return partial(self.load(), **keywords) if keywords else self.load()
 
 
 _HIDDEN_LAYER = Option(
@@ -62,7 +30,9 @@ _HIDDEN_LAYER = Option(
     -1,
     "Hidden states that the weights are made of: 0 for the embeddings, l for the output of the l-th layer, negative "
     "from the end; -1 for the last, after the final norm; between 0 and 1, that share of the model's depth.",
+    check=finite,  # whether the model has that layer is known when there is a model
     shown=lambda args: args.hidden_layer != -1,
+    own_defaults=True,
     shared=True,  # a weighting of the user's own gets these states too
 )
 
@@ -248,7 +218,7 @@ def registered_option(name: str) -> Any:
         KeyError: No entry has such an option.
     """
     option = registered_options()[name]
-    default = None if own_defaults(name) else option.default
+    default = None if option.own_defaults else option.default
     return field(default=default, metadata={"help": f"{option.help}{default_note(option)}"})
 
 
@@ -266,7 +236,7 @@ def default_note(option: Option) -> str:
 
 def with_defaults(values: "Mapping[str, Any]") -> dict[str, Any]:
     """Options by name, in which those that are None have the default of the weighting that is among them."""
-    names = [name for name in registered_options() if own_defaults(name) and name in values]
+    names = [name for name, option in registered_options().items() if option.own_defaults and name in values]
     if "weighting" not in values or not names:
         return dict(values)
     return {**values, **{name: default_of(name, values["weighting"]) for name in names if values[name] is None}}
@@ -284,8 +254,9 @@ def default_of(option: str, weighting: Any) -> Any:
 
 def set_defaults(args: Any) -> dict[str, Any]:
     """Sets the options of an `OTPOConfig` that are None to the default of its weighting; returns these by name."""
-    names = [name for name in registered_options() if own_defaults(name) and getattr(args, name) is None]
-    found = {name: default_of(name, args.weighting) for name in names}
+    unset = [name for name, option in registered_options().items() if option.own_defaults]
+    unset = [name for name in unset if getattr(args, name, ...) is None]
+    found = {name: default_of(name, args.weighting) for name in unset}
     for name, value in found.items():
         setattr(args, name, value)
     return found
@@ -295,7 +266,8 @@ def check_weighting(args: Any) -> None:
     """Checks the weighting's name and the options of all weightings in an `OTPOConfig`.
 
     Raises:
-        ValueError: A name or a value is outside its range, or the weighting needs an option that is not set.
+        ValueError: A name or a value is outside its range, or the weighting needs an option that is not set, or that
+            the configuration's class lacks.
     """
     if args.weighting not in weighting_names():
         raise ValueError(
@@ -303,8 +275,16 @@ def check_weighting(args: Any) -> None:
             f"'{JOINT}' joins them, as in 'otpo{JOINT}diff'. To use your own weighting, pass a callable as the "
             "trainer's argument `weighting`."
         )
-    for option in registered_options().values():
-        option.check(option.field, getattr(args, option.field))
+    for option in _options_of(args.weighting):
+        if not hasattr(args, option.field):
+            raise ValueError(
+                f"`weighting={args.weighting!r}` takes the option `{option.field}`, which `{type(args).__name__}` has "
+                f"not. Take a dataclass that inherits from it and has the line `{option.field}: "
+                f"{option.kind.__name__} = registered_option({option.field!r})`."
+            )
+    for option in registered_options().values():  # a weighting of the user's may have options that another has not
+        if hasattr(args, option.field):
+            option.check(option.field, getattr(args, option.field))
     for option in _options_of(args.weighting):
         if option.needed and getattr(args, option.field) is None:
             raise ValueError(f"`weighting={args.weighting!r}` needs `{option.field}`, got None. {option.needed}")

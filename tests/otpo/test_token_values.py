@@ -1,18 +1,21 @@
-"""Numbers of tokens that are made of the data: an alignment and the user's weights, on all ways to the step."""
+"""Numbers of tokens that are made of the data: an alignment, and all ways of them to the step."""
 
+import contextlib
+import importlib
 import math
+import shutil
+import sys
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from datasets import load_dataset
 from helpers import (
-    assert_same_parameters,
     history,
     make_pairs,
-    make_plain_pairs,
-    make_tokenizer,
     make_trainer,
     options,
     train_and_evaluate,
@@ -21,10 +24,10 @@ from weighting_helpers import with_weights
 
 from otpo import OTPOTrainer, trl_seam
 from otpo.data.given_weights import given_weights
-from otpo.data.preferences import PairRule, RowError
-from otpo.data.spans import span_tokens
-from otpo.data.token_values import unmatched, unmatched_sides, unmatched_tokens
+from otpo.data.preferences import PairRule
+from otpo.data.token_values import code_of, unmatched, unmatched_sides, unmatched_tokens, with_token_values
 from otpo.explain import explain_rows
+from otpo.weighting.token_values import TokenValues
 
 WHOLE = PairRule(None, "keep_start", False)
 
@@ -154,160 +157,39 @@ def test_a_subclass_weighs_them_and_explain_shows_them(model_folder, tmp_path):
     assert pair.weighting == "diff, diff_base 0"
 
 
+@pytest.mark.parametrize("kind", ["by name", "function", "partial"])
+def test_what_is_stored_is_made_anew_when_its_function_changes(kind, model_folder, tmp_path, monkeypatch):
+    """`datasets` finds what it has stored by a hash of the map's function, in which an importable one is a name."""
+    monkeypatch.syspath_prepend(tmp_path)
+    make_pairs(4).to_json(tmp_path / "pairs.jsonl")  # stored on the disk, unlike rows in memory
+    text = (
+        "CONSTANT = {}\n\ndef values(row, rule, tokenizer):\n"
+        "    return [CONSTANT] * len(row['chosen_ids']), [CONSTANT] * len(row['rejected_ids'])\n"
+    )
+    made = []
+    for constant in (5, 5, 7):
+        (tmp_path / "own_values.py").write_text(text.format(constant))
+        sys.modules.pop("own_values", None)
+        shutil.rmtree(tmp_path / "__pycache__", ignore_errors=True)
+        importlib.invalidate_caches()
+        module = importlib.import_module("own_values")
+        function = {"by name": "own_values:values", "function": module.values, "partial": partial(module.values)}[kind]
+        rows = load_dataset("json", data_files=str(tmp_path / "pairs.jsonl"), split="train", cache_dir=str(tmp_path))
+        rows = rows.map(lambda row: {"prompt_ids": [1, 2], "chosen_ids": [3] * 4, "rejected_ids": [5] * 3})
+        found = with_token_values(
+            rows, [TokenValues("own", function)], WHOLE, None, "train", first=contextlib.nullcontext()
+        )
+        assert set(found[0]["chosen_own"]) == {constant}
+        made.append(found._fingerprint)
+    assert made[0] == made[1] != made[2]
+
+
+def test_code_without_a_file_of_its_own_has_no_hash():
+    assert code_of(eval("lambda row: row", {"__name__": "nowhere"})) is None
+    assert code_of(partial(unmatched_tokens)) == code_of(unmatched) != code_of(given_weights)
+
+
 def test_images_have_no_prepared_rows():
     trl_seam.require_rows_of_tokens(SimpleNamespace(), "diff")
     with pytest.raises(ValueError, match=r"`weighting='diff'` looks at the tokens of prepared rows, and pairs"):
         trl_seam.require_rows_of_tokens(SimpleNamespace(_is_vision_dataset=True), "diff")
-
-
-# The user's weights
-
-
-def tokenized(chosen: str, weights: Any, *, plain: bool = False) -> dict[str, Any]:
-    """A row as TRL's tokenization leaves it, after the prompt; the rejected answer is a word."""
-    tokenizer = make_tokenizer()
-    row: dict[str, Any] = {"prompt_ids": [1, 2], "chosen_weights": weights, "rejected_weights": [1.0]}
-    for side, text in (("chosen", chosen), ("rejected", "no")):
-        row[f"{side}_ids"] = tokenizer(f"{text}<|end|>", add_special_tokens=False)["input_ids"]
-        row[side] = f"{text}<|end|>" if plain else [{"role": "assistant", "content": text}]
-    spans = isinstance(weights, list) and weights and isinstance(weights[0], list)
-    row["rejected_weights"] = [] if spans else [1.0] * len(row["rejected_ids"])
-    return row
-
-
-def weights_of(row: dict[str, Any], rule: PairRule = WHOLE) -> list[float]:
-    return [round(float(each), 6) for each in given_weights(row, rule, make_tokenizer())[0]]
-
-
-@pytest.mark.parametrize("plain", [False, True], ids=["messages", "plain"])
-def test_spans_are_of_characters(plain):
-    text = "the red shirt costs twenty dollars"
-    spans = [[4, 7, 3.0], [14, 19, 0.0], [15, 16, 7.0]]
-    row = tokenized(text, spans, plain=plain)
-    begin, want = 0, []
-    for number in row["chosen_ids"]:
-        end = begin + len(make_tokenizer().decode([number]))
-        want.append(next((weight for start, stop, weight in spans[::-1] if start < end and begin < stop), 1.0))
-        begin = end
-    assert weights_of(row) == want and set(want) >= {1.0, 3.0, 7.0} and want[-1] == 1.0
-    row["rejected_weights"] = [[0, 1, 2.0]]
-    assert weights_of({**row, "chosen_weights": [[0, 1, 1]]}) == [1.0] * len(want)
-    assert weights_of({**row, "chosen_weights": []}) == [1.0] * len(want)
-    assert weights_of({**row, "chosen_weights": [], "rejected_weights": []}) == [1.0] * len(want)
-
-
-def test_spans_cover_whole_signs():
-    text = "ราคา ฿3,856 ค่ะ"
-    row = tokenized(text, [[text.index("฿"), text.index("฿") + 1, 5]])
-    got = weights_of(row)
-    count = len(make_tokenizer()("฿", add_special_tokens=False)["input_ids"])
-    assert count > 1 and got.count(5.0) >= count and got[0] == got[-1] == 1.0
-
-
-def test_numbers_are_of_the_completion_or_of_the_answer_alone():
-    row = tokenized("the red shirt", None)
-    size = len(row["chosen_ids"])
-    whole = [0.5 * place for place in range(size)]
-    assert weights_of({**row, "chosen_weights": whole}) == whole
-    assert weights_of({**row, "chosen_weights": whole[:-1]}) == [*whole[:-1], 1.0]
-    assert weights_of({**row, "chosen_weights": np.array(whole[:-1])}) == [*whole[:-1], 1.0]
-    # Truncation cuts weights off with their tokens: from the end, or from the start.
-    assert weights_of({**row, "chosen_weights": whole}, PairRule(4, "keep_start", False)) == whole[:2]
-    assert weights_of({**row, "chosen_weights": whole}, PairRule(3, "keep_end", False)) == whole[size - 2 :]
-
-
-@pytest.mark.parametrize(
-    ("weights", "message"),
-    [
-        ([1.0], r"has 1 numbers in 'chosen_weights', and its completion has (\d+) tokens, of which (\d+) are the ans"),
-        ([], "has 0 numbers in 'chosen_weights', and its completion has"),
-        ([1.0, [0, 2, 3.0]], r"has \[0, 2, 3.0\] at chosen_weights\[1\], and numbers of tokens beside it"),
-        ([[0, 2, 3.0], 1.0], r"has 1.0 at chosen_weights\[1\], which is no \[start, end, weight\]"),
-        ([1.0] * 40, "has 40 numbers in 'chosen_weights'.*Give a number for each of either, or spans of characters"),
-        ([1.0, math.nan], r"has the weight nan at chosen_weights\[1\]. Weights are finite numbers of at least 0"),
-        ([1.0, math.inf], r"has the weight inf at chosen_weights\[1\]"),
-        ([-0.5], r"has the weight -0.5 at chosen_weights\[0\]"),
-        ([None], r"has the weight None at chosen_weights\[0\]"),
-        (None, "has no 'chosen_weights'. Give a weight for each token, or a list of"),
-        ([[0, 3, -1.0]], r"has the weight -1.0 at chosen_weights\[0\]"),
-        ([[0, 3]], r"has \[0, 3\] at chosen_weights\[0\], which is no \[start, end, weight\]"),
-        ([[0, 3, None]], r"has \[0, 3, None\] at chosen_weights\[0\]"),
-        ([[0, 3, 1], [3, 3, 1]], r"has the span \[3, 3\) at chosen_weights\[1\], and its answer has 13 characters"),
-        ([[0, 14, 1]], r"has the span \[0, 14\) at chosen_weights\[0\]"),
-        ([[-1, 2, 1]], r"has the span \[-1, 2\) at chosen_weights\[0\]"),
-        ([[0.5, 2, 1]], r"has the span \[0.5, 2\) at chosen_weights\[0\]"),
-    ],
-)
-def test_what_can_not_be_weights(weights, message):
-    with pytest.raises(ValueError, match=message):
-        given_weights(tokenized("the red shirt", weights), WHOLE, make_tokenizer())
-
-
-def test_spans_need_text():
-    row = tokenized("the red shirt", [[0, 3, 2.0]])
-    for answer in (None, [{"role": "assistant", "content": [{"type": "text", "text": "the red shirt"}]}]):
-        with pytest.raises(ValueError, match="has spans of characters in 'chosen_weights', and no answer in plain"):
-            given_weights({**row, "chosen": answer}, WHOLE, make_tokenizer())
-    with pytest.raises(ValueError, match=r"has weights in 'chosen_weights' that can't be placed\. The comp"):
-        given_weights({**row, "chosen": "THE RED SHIRT"}, WHOLE, make_tokenizer())
-
-
-@pytest.mark.parametrize("stream", [False, True], ids=["rows", "stream"])
-def test_a_row_with_wrong_weights_is_named(stream, model_folder, tmp_path):
-    pairs = with_weights(make_pairs(6)).to_list()
-    pairs[4]["rejected_weights"] = [[0.0, 2.0, math.nan]]
-    data: Any = type(make_pairs(1)).from_list(pairs)
-    data = data.to_iterable_dataset() if stream else data
-    with pytest.raises(RowError, match=r"Row 4 of the train dataset has the weight nan at rejected_weights\[0\]"):
-        make_trainer(model_folder, tmp_path, data, weighting="columns", per_device_train_batch_size=2).train()
-
-
-def test_columns_that_are_missing_are_named(model_folder, tmp_path):
-    pairs = with_weights(make_pairs(6)).remove_columns("rejected_weights")
-    with pytest.raises(ValueError, match=r"reads the columns .* train dataset lacks \['rejected_weights'\]; it has"):
-        make_trainer(model_folder, tmp_path, pairs, weighting="columns")
-
-
-@pytest.mark.parametrize("form", ["spans", "tokens"])
-def test_ones_are_uniform_to_the_last_bit(form, model_folder, other_model_folder, tmp_path):
-    def ones(row: dict[str, Any]) -> dict[str, Any]:
-        return {f"{side}_weights": [[0.0, 2.0, 1.0]] for side in ("chosen", "rejected")}
-
-    pairs = make_pairs()
-    by_name: dict[str, Any] = {"uniform": pairs}
-    if form == "spans":
-        by_name["columns"] = pairs.map(ones)
-    else:
-        prepared: Any = make_trainer(model_folder, tmp_path, pairs).train_dataset
-        columns = {side: prepared[f"{side}_ids"] for side in ("chosen", "rejected")}
-        sides = {f"{side}_weights": [[1.0] * len(ids) for ids in column] for side, column in columns.items()}
-        by_name["columns"] = type(pairs).from_dict({**pairs.to_dict(), **sides})
-    runs = {
-        name: train_and_evaluate(
-            make_trainer(model_folder, tmp_path, data, ref_model=other_model_folder, weighting=name)
-        )
-        for name, data in by_name.items()
-    }
-    assert_same_parameters(runs["columns"].after, runs["uniform"].after)
-    assert runs["columns"].losses == runs["uniform"].losses
-
-
-def test_plain_text_ends_where_trl_ends_it(model_folder, tmp_path):
-    pairs = make_plain_pairs([("the box", " red shirt", " blue"), ("the box", " ten dollars", " twenty")] * 2)
-    text = pairs[0]["chosen"]
-    at = text.index("shirt")
-    pairs = pairs.map(lambda row: {"chosen_weights": [[at, at + 3, 4.0]], "rejected_weights": [[0, 2, 0.0]]})
-    trainer = make_trainer(model_folder, tmp_path, pairs, weighting="columns")
-    weights = scored(trainer, [0]).weights
-    assert set(weights[0].tolist()) == {0.0, 1.0, 4.0} and weights[1].sum() < 2
-
-
-@pytest.mark.parametrize("answer", ["k", "in", "think", "eos", "<"])
-def test_an_answer_is_found_behind_what_a_template_puts_before_it(tokenizer, answer):
-    """Qwen3's template writes an empty thought before an answer, and all end a turn by a special token behind it."""
-    assert tokenizer.eos_token in tokenizer.all_special_tokens
-    before = tokenizer(f"<think>\n\n</think>\n\n{answer} eos\n", add_special_tokens=False)["input_ids"]
-    ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
-    found = span_tokens(tokenizer, [*before, *ids, tokenizer.eos_token_id], answer, [(0, len(answer))])
-    assert found.in_answer.tolist() == [False] * len(before) + [True] * len(ids) + [False]
-    assert found.in_spans[0].tolist() == found.in_answer.tolist()

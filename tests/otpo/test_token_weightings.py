@@ -163,6 +163,33 @@ def test_the_budget_survives_any_scale(dtype):
         torch.testing.assert_close(got, (budget(batch) * batch.mask).to(dtype), rtol=1e-3, atol=0)
 
 
+@pytest.mark.parametrize("scale", [1e-44, 1e-38, 1e38, 3e38])
+def test_values_near_the_ends_of_float32_keep_their_proportions(scale):
+    """Their sum overflows, or is less than the smallest normal number."""
+    batch = make_batch([6, 4])
+    values = torch.full((2, 9), scale)
+    values[:, ::2] /= 2
+    want = within_budget(torch.where(values == values.max(), 1.0, 0.5), batch)
+    torch.testing.assert_close(within_budget(values, batch), want, rtol=0.2 if scale < 1e-40 else 1e-6, atol=0)
+    assert set((within_budget(0 * values, batch) - budget(batch) * batch.mask).flatten().tolist()) == {0.0}
+    torch.testing.assert_close(
+        product(batch, factors=[lambda _: values] * 2).values,
+        want**2 / (want**2).sum(1, True) * 4,
+        rtol=0.4 if scale < 1e-40 else 1e-5,
+        atol=0,
+    )
+
+
+def test_scaling_by_the_largest_changes_no_bit():
+    generator = torch.Generator().manual_seed(0)
+    values = torch.rand(BATCH.mask.shape, generator=generator) * BATCH.mask
+    total = values.sum(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+    assert torch.equal(within_budget(values, BATCH), values * (BATCH.shorter / total))
+    assert within_budget(torch.ones(2, 0), make_batch([0, 0], width=0)).shape == (2, 0)
+    masks = product(BATCH, factors=[lambda batch: batch.mask, lambda batch: batch.positions + 1]).values
+    torch.testing.assert_close(masks.sum(1), BATCH.shorter[:, 0].float())
+
+
 # What all of them are
 
 
