@@ -124,6 +124,20 @@ def local_folders(**named: str | None) -> list[Path]:
     return [folder for option, name in named.items() if name is not None for folder in _folders(option, name)]
 
 
+def model_digest(option: str, name: str | None) -> str:
+    """Of a local model's weights and files, its base's among them; of none, for a model of the Hub, always the same.
+
+    Args:
+        option: That names the model, for messages.
+        name: Folder, or name on the Hub.
+
+    Raises:
+        ValueError: See [`local_folders`].
+    """
+    folders = local_folders(**{option: name})
+    return f"{weights_digest(folders)} {model_files_digest(folders)}"
+
+
 def _folders(option: str, name: str) -> Iterator[Path]:
     if Path(name).is_dir() or name.startswith(("/", ".", "~")):
         origin = find_origin(option, name)
