@@ -129,8 +129,8 @@ def require_same_plan(folder: Path, plan: Mapping[str, Any], contents: Mapping[s
         if noted is None:
             raise ValueError(
                 f"`output: {folder}` has rounds of an older otpo, which did not note the contents of "
-                f"{sorted(contents)}. So nobody can tell whether they are of what is there now. Name another folder, or "
-                f"remove {folder} to start anew."
+                f"{sorted(contents)}. So nobody can tell whether they are of what is there now. Name another folder, "
+                f"or remove {folder} to start anew."
             )
         changed = sorted(name for name in {**noted, **contents} if noted.get(name) != contents.get(name))
         if changed:
