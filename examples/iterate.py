@@ -2,7 +2,8 @@
 
     python examples/iterate.py examples/iterate.yaml
 
-A round is `otpo pairs` and `otpo align`. A run that was killed goes on when the same command is given again.
+A round is `otpo pairs` and `otpo align`. A run that was killed goes on when the same command is given again, and is
+refused where the plan, or rows, judges' files or local models that it names, have changed.
 """
 
 import argparse

@@ -18,7 +18,8 @@ from otpo.pairs.sampling import SamplingOptions
 
 from .launching.interrupt import interruptible
 from .options.run_options import read_command_line
-from .pairing.loading import load_answering, load_prompts, make_judge, models_digest
+from .pairing.contents import CONTENTS
+from .pairing.loading import contents_of, load_answering, load_prompts, make_judge
 from .pairing.options import PairsArguments, check_options, identity_of, make_parser
 from .running.command import REFUSALS, refuse
 
@@ -51,14 +52,14 @@ def _run(argv: Sequence[str]) -> int:
         )
         rule = PairingRule(options.min_score_chosen, options.min_margin)
         prompts = load_prompts(options)
-        identity = {**identity_of(given.values), "prompts": prompts.digest, "weights": models_digest(options)}
+        identity = {**identity_of(given.values), **contents_of(options, prompts)}
         path = ledger_path(output)
         if output.exists() and not path.exists():
             raise ValueError(
                 f"`output={output}` is there, and no ledger {path.name} beside it tells the run that wrote it. Name "
                 "another file, or remove it."
             )
-        with open_ledger(path, identity, forget_failed=options.retry_failed) as ledger:
+        with open_ledger(path, identity, options.retry_failed, CONTENTS) as ledger:
             known = sum(number in ledger.entries for number in prompts.numbers)
             lines = {"prompts": f"{len(prompts.rows):,} of {options.dataset_name}, {options.num_samples} answers each"}
             if known < len(prompts.rows):

@@ -3,7 +3,7 @@
 import importlib.util
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -20,6 +20,8 @@ class Judge(Protocol):
 
     def __call__(self, prompt: Any, answers: list[str], row: Mapping[str, Any]) -> Sequence[float]:
         """One finite number for each answer, in their order; higher is better, any scale.
+
+        All three are copies, which a judge may change as it likes.
 
         Args:
             prompt: Text, or a list of messages, as it stands in the row.
@@ -86,11 +88,19 @@ def exact_match(prompt: Any, answers: list[str], row: Mapping[str, Any]) -> list
 def judged(judge: Judge, prompt: Any, answers: list[str], row: Mapping[str, Any]) -> list[float]:
     """Asks a judge and looks at what it says.
 
+    The judge gets copies, since prompt and row are written into the pair afterwards.
+
     Raises:
-        JudgeError: It raised, or did not give a finite number for each answer.
+        JudgeError: It raised, or did not give a finite number for each answer, in an order.
     """
     try:
-        given = judge(prompt, list(answers), row)
+        given = judge(_copied(prompt), list(answers), _copied(row))
+        # What can be gone through without being scores in the answers' order: keys, letters, and members.
+        if isinstance(given, (Mapping, str, bytes, bytearray, Set)):
+            raise TypeError(
+                f"it gave a {type(given).__name__}, {_shown(given)}: return a list of one number for each answer, in "
+                "the order of the answers"
+            )
         scores = [float(score) for score in given]
     except Exception as error:  # whatever a user's function raises is of this prompt alone
         text = " ".join(str(error).split())
@@ -130,6 +140,20 @@ def load_judge(name: str) -> Judge:
         what = "has no such name" if found is None else f"has a {type(found).__name__} of that name"
         raise ValueError(f"`judge={name}`: {home} {what}. Name a function that takes prompt, answers and row.")
     return cast(Judge, found)
+
+
+def _copied(value: Any) -> Any:
+    """A copy of rows and messages; what holds no others, such as text or a picture, is not copied."""
+    if isinstance(value, Mapping):
+        return {name: _copied(entry) for name, entry in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(map(_copied, value))
+    return value
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _run_file(path: Path) -> Any:

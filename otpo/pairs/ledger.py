@@ -20,7 +20,9 @@ def ledger_path(output: str | Path) -> Path:
 
 
 @contextmanager
-def open_ledger(path: Path, identity: Mapping[str, Any], forget_failed: bool = False) -> Iterator["Ledger"]:
+def open_ledger(
+    path: Path, identity: Mapping[str, Any], forget_failed: bool = False, contents: Mapping[str, str] | None = None
+) -> Iterator["Ledger"]:
     """The ledger of a run, begun, or taken up where an earlier run of the same options stopped.
 
     Args:
@@ -28,13 +30,15 @@ def open_ledger(path: Path, identity: Mapping[str, Any], forget_failed: bool = F
         identity: What makes the run what it is, as JSON values.
         forget_failed: Whether entries of prompts that failed are as if they were not there; a later entry of a row
             stands in the place of an earlier one.
+        contents: Entries of `identity` that are digests, by name, and what each is of. A ledger that lacks one was
+            written before that was noted, so nobody knows whether its entries are of the same.
 
     Raises:
         ValueError: The file is the ledger of a run with other options, each of which the message names with both
-            values, or can't be read.
+            values, lacks one of `contents`, or can't be read.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    known = _read(path, identity) if path.exists() else {}
+    known = _read(path, identity, contents or {}) if path.exists() else {}
     if forget_failed:
         known = {row: entry for row, entry in known.items() if entry["outcome"] != "failed"}
     with path.open("a", encoding="utf-8") as file:
@@ -78,13 +82,13 @@ def read_entries(path: Path) -> dict[int, dict[str, Any]]:
     return _parse(path, _whole_lines(path.read_bytes()))[1]
 
 
-def _read(path: Path, identity: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
+def _read(path: Path, identity: Mapping[str, Any], contents: Mapping[str, str]) -> dict[int, dict[str, Any]]:
     """The entries of a ledger, whose half-written end is cut off."""
     content = path.read_bytes()
     whole = _whole_lines(content)
     head, entries = _parse(path, whole)
     if entries:
-        _require_same(path, head, identity)
+        _require_same(path, head, identity, contents)
     # Without an entry nothing is lost, so a run that was refused does not keep another one from beginning.
     if not entries or len(whole) < len(content):
         os.truncate(path, len(whole) if entries else 0)
@@ -114,11 +118,22 @@ def _parse(path: Path, whole: bytes) -> tuple[Any, dict[int, dict[str, Any]]]:
     return head, entries
 
 
-def _require_same(path: Path, found: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
+def _require_same(
+    path: Path, found: Mapping[str, Any], identity: Mapping[str, Any], contents: Mapping[str, str]
+) -> None:
+    lacking = [f"`{name}` ({what})" for name, what in contents.items() if name not in found]
+    if lacking:
+        raise ValueError(
+            f"`output`: {path} is the ledger of an older otpo, which did not note {'; '.join(lacking)}. So nobody "
+            "can tell whether its pairs are of what is there now. Name another `output`, or remove the ledger to "
+            "start anew."
+        )
     other = [name for name in {**found, **identity} if found.get(name) != identity.get(name)]
     if other:
         told = "; ".join(
-            f"`{name}` was {_shown(found.get(name))} and is {_shown(identity.get(name))}" for name in other
+            f"`{name}` was {_shown(found.get(name))} and is {_shown(identity.get(name))}"
+            + (f" ({contents[name]})" if name in contents else "")
+            for name in other
         )
         raise ValueError(
             f"`output`: {path} is the ledger of another run: {told}. Set what it was, name another `output`, or "

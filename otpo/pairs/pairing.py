@@ -1,5 +1,6 @@
 """From the judged answers to a prompt to one pair, or to the reason why there is none."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -30,8 +31,9 @@ class PairingRule:
     """Which best and worst answers make a pair.
 
     Attributes:
-        min_score_chosen: The least score of a chosen answer; None for any.
-        min_margin: By how much the scores differ at least, >= 0. Scores that are equal never make a pair.
+        min_score_chosen: The least score of a chosen answer, rounding aside; None for any.
+        min_margin: By how much the scores differ at least, >= 0, rounding aside. Scores that are equal never make a
+            pair.
     """
 
     min_score_chosen: float | None = None
@@ -56,6 +58,14 @@ class Outcome(NamedTuple):
     reason: str = ""
     chosen: int | None = None
     rejected: int | None = None
+
+
+def reaches(value: float, least: float) -> bool:
+    """Whether a score or margin is at least `least`, rounding aside.
+
+    0.9 - 0.8 reaches 0.1, in float32 too, in which many judges count: a millionth of `least` is let pass.
+    """
+    return value >= least or math.isclose(value, least, rel_tol=1e-6, abs_tol=1e-12)
 
 
 def distinct(answers: Sequence[Answer]) -> list[Answer]:
@@ -99,9 +109,9 @@ def choose_pair(answers: Sequence[Answer], scores: Sequence[float], rule: Pairin
     margin = scores[best] - scores[worst]
     if margin <= 0:
         return Outcome("tie", "no answer is better than another")
-    if margin < rule.min_margin:
+    if not reaches(margin, rule.min_margin):
         return Outcome("tie", f"the scores differ by {margin:g}, less than `min_margin`")
-    if rule.min_score_chosen is not None and scores[best] < rule.min_score_chosen:
+    if rule.min_score_chosen is not None and not reaches(scores[best], rule.min_score_chosen):
         return Outcome("low", f"the best score is {scores[best]:g}, less than `min_score_chosen`")
     return Outcome("pair", "", best, worst)
 

@@ -11,7 +11,9 @@ CARRIED = ("tools", "chat_template_kwargs")
 
 
 def find_prompt(row: Mapping[str, Any]) -> Any:
-    """The prompt of a row: its `prompt`, or its `messages` up to the last of the assistant's.
+    """The prompt of a row: its `prompt`, or its `messages` without the assistant's that ends them.
+
+    Messages that end with another role's are a question that is open, and stay whole.
 
     Raises:
         ValueError: There is none to answer, as the end of "row 3 ...".
@@ -58,5 +60,4 @@ def prompt_tokens(tokenizer: Any, prompt: Any, row: Mapping[str, Any]) -> list[i
 def _without_last_answer(messages: Any) -> Any:
     if not isinstance(messages, list) or not all(isinstance(message, Mapping) for message in messages):
         return messages  # the check says what is wrong
-    last = max((place for place, message in enumerate(messages) if message.get("role") == "assistant"), default=None)
-    return messages if last is None else messages[:last]
+    return messages[:-1] if messages and messages[-1].get("role") == "assistant" else messages

@@ -3,6 +3,7 @@
 import csv
 import importlib
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,12 @@ from cli_helpers import ROOT
 from datasets import Dataset
 from helpers import WORDS
 from transformers import AutoModelForCausalLM
+
+from otpo.cli.iterating.plan import open_plan
+from otpo.cli.iterating.rounds import count_right, held_out_rows, run_round
+from otpo.cli.iterating.steps import greedy_answers, load_for_answers
+from otpo.cli.pairing.contents import model_digest
+from otpo.pairs.prompts import prompt_tokens
 
 pytestmark = pytest.mark.usefixtures("own_process")
 
@@ -84,6 +91,97 @@ def test_rounds_and_going_on(iterate, folder, tmp_path, capsys):
     assert "has the rounds of another plan, which differs in ['seed']" in capsys.readouterr().err
     assert iterate.main([plan(folder, output, rounds=3)]) == 0
     assert "Round 3 of 3" in capsys.readouterr().out
+
+
+@pytest.fixture
+def begun(folder, tmp_path) -> tuple[Path, str]:
+    """A copy of the folder, and a plan of it whose first answers are counted."""
+    mine = tmp_path / "mine"
+    shutil.copytree(folder, mine)
+    for name in ("pairs", "held"):
+        shutil.copy(mine / "judge.py", mine / f"{name}.py")
+        shutil.copy(mine / "prompts.jsonl", mine / f"{name}.jsonl")
+    values = yaml.safe_load(Path(plan(mine, tmp_path / "run")).read_text())
+    for part, name in (("pairs", "pairs"), ("held_out", "held")):
+        values[part] |= {"dataset_name": str(mine / f"{name}.jsonl"), "judge": f"{mine / name}.py:score"}
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(values))
+    open_plan(str(path))
+    (tmp_path / "run" / "start.json").write_text("{}")
+    open_plan(str(path))
+    return mine, str(path)
+
+
+@pytest.mark.parametrize(
+    ("file", "named"),
+    [
+        ("held.jsonl", "held_out.dataset_name"),
+        ("held.py", "held_out.judge"),
+        ("pairs.jsonl", "pairs.dataset_name"),
+        ("pairs.py", "pairs.judge"),
+        ("start/generation_config.json", "model_name_or_path"),
+    ],
+)
+def test_contents_of_a_plan_may_not_change(begun, file, named):
+    path = begun[0] / file
+    path.write_text(path.read_text().replace("red", "blue").replace("len(a)", "-len(a)").replace("{", "{ ", 1))
+    if path.suffix == ".json":
+        path.write_text(path.read_text() + " ")
+    with pytest.raises(ValueError, match=rf"of other contents: what \['{named}'\] name has changed since. Put back"):
+        open_plan(begun[1])
+    (begun[0].parent / "run" / "start.json").unlink()  # nothing is lost
+    open_plan(begun[1])
+
+
+def test_rounds_of_an_older_otpo_and_of_another_model_are_refused(begun):
+    noted = begun[0].parent / "run" / "iterate.json"
+    told = json.loads(noted.read_text())
+    del told["contents"]
+    noted.write_text(json.dumps(told))
+    with pytest.raises(
+        ValueError, match=r"has rounds of an older otpo, which did not note the contents of \['held_out"
+    ):
+        open_plan(begun[1])
+    done = begun[0].parent / "run" / "round2"
+    done.mkdir()
+    (done / "round.json").write_text('{"round": 2}')
+    (done / "begun.json").write_text(
+        json.dumps({"start": model_digest("model_name_or_path", str(begun[0] / "start"))})
+    )
+    assert run_round(2, begun[0] / "start", done, {}) == {"round": 2}
+    (begun[0] / "start" / "model.safetensors").write_bytes(b"other")
+    with pytest.raises(SystemExit, match=r"round2 was made of another model than .*start is now. Remove "):
+        run_round(2, begun[0] / "start", done, {})
+
+
+def test_held_out_prompts_are_read_as_pairs_reads_them(folder, tmp_path):
+    """Texts, and conversations with options of the template, on whatever device there is; one bad row is named."""
+    start, held_out = folder / "start", {"judge": "exact_match", "right_from": 1, "max_new_tokens": 8, "batch_size": 2}
+    held_out |= {"dataset_name": str(tmp_path / "held.jsonl"), "dataset_train_split": "train"}
+    texts = [{"prompt": "the red shirt", "answer": "a"}, {"prompt": "the", "answer": "b"}, {"prompt": "red blue"}]
+    Dataset.from_list(texts).to_json(tmp_path / "held.jsonl")
+    assert count_right(start, held_out, use_cpu=False) == {"right": 0, "held_out": 3, "judge_failed": 1}
+
+    model, tokenizer = load_for_answers(start, "cpu")
+    tokenizer.chat_template = "{{ tools }}{% for m in messages %}{{ m.content }}{% endfor %} {{ color }}"
+    asked = [{"role": "user", "content": "the"}]
+    rows = [{"tools": [{"name": "red"}]}, {"chat_template_kwargs": {"color": "blue"}}, {}]
+    seen, real = [], model.generate
+
+    def generate(**options):
+        seen.extend((options["input_ids"] * options["attention_mask"]).tolist())
+        return real(**options)
+
+    model.generate = generate
+    together = greedy_answers(model, tokenizer, [asked] * 3, 6, 3, rows)
+    for row, tokens in zip(rows, seen, strict=True):
+        expected = prompt_tokens(tokenizer, asked, row)
+        assert tokens == [0] * (len(tokens) - len(expected)) + expected
+    assert together == [greedy_answers(model, tokenizer, [asked], 6, 1, [row])[0] for row in rows]
+
+    Dataset.from_list([{"prompt": "the"}, {"prompt": " "}]).to_json(tmp_path / "held.jsonl")
+    with pytest.raises(ValueError, match=r"Row 1 of `held_out`: `dataset_name: .*` has an empty prompt"):
+        held_out_rows(held_out)
 
 
 @pytest.mark.parametrize(

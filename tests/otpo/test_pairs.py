@@ -17,6 +17,7 @@ from otpo.pairs.ledger import open_ledger
 from otpo.pairs.pairing import Answer, PairingRule, before_judging, choose_pair, distinct, preference_row
 from otpo.pairs.prompts import find_prompt, prompt_tokens
 from otpo.pairs.reward_model import RewardModel
+from otpo.pairs.run import judge_answers
 
 
 def texts(*words: str, ended: bool = True) -> list[Answer]:
@@ -68,6 +69,20 @@ def test_margins_and_least_scores():
         PairingRule(min_margin=-1)
 
 
+@pytest.mark.parametrize(
+    ("best", "worst", "least"),
+    [(0.9, 0.8, 0.1), (0.3, 0.2, 0.1), (1000.3, 1000.2, 0.1), torch.tensor([0.9, 0.8, 0.1]).tolist(), (1, 0, 1)],
+)
+def test_margins_and_least_scores_allow_for_rounding(best, worst, least):
+    for least_margin, kind in ((least, "pair"), (least * 1.0001, "tie")):
+        assert choose_pair(texts("a", "b"), [best, worst], PairingRule(min_margin=least_margin)).kind == kind
+    eight = sum([0.1] * 8)
+    assert eight < 0.8 and choose_pair(texts("a", "b"), [eight, 0], PairingRule(0.8)).kind == "pair"
+    assert choose_pair(texts("a", "b"), [0.79999, 0], PairingRule(0.8)).kind == "low"
+    assert choose_pair(texts("a", "b"), [0.3 - 0.1 * 3, -1], PairingRule(0.0)).kind == "pair"  # below 0 by 5e-17
+    assert choose_pair(texts("a", "b"), [1, 1], PairingRule(min_margin=0.0)).kind == "tie"
+
+
 @given(
     st.lists(st.tuples(st.sampled_from(["a", "b", "c ", "c", "", " "]), st.booleans(), st.integers(0, 2)), min_size=1)
 )
@@ -101,6 +116,16 @@ def test_distinct_answers_keep_the_one_that_ended():
         (lambda prompt, answers, row: None, "raised TypeError"),
         (lambda prompt, answers, row: ["good", "bad"], "raised ValueError"),
         (lambda prompt: [1, 2], "raised TypeError"),
+        (
+            lambda prompt, answers, row: {0: 0.9, 1: 0.1},
+            r"it gave a dict, \{0: 0.9, 1: 0.1\}: return a list of one num",
+        ),
+        (lambda prompt, answers, row: {0: 0.9, 1: 0.1}.keys(), "it gave a dict_keys"),
+        (lambda prompt, answers, row: Counter(answers), "it gave a Counter"),
+        (lambda prompt, answers, row: "31", "it gave a str, '31': return a list"),
+        (lambda prompt, answers, row: b"31", "it gave a bytes"),
+        (lambda prompt, answers, row: {3.0, 1.0}, "it gave a set"),
+        (lambda prompt, answers, row: frozenset({3.0, 1.0}), "it gave a frozenset"),
     ],
 )
 def test_bad_judges(judge, message):
@@ -115,6 +140,23 @@ def test_judges_may_give_arrays_and_cannot_change_the_answers():
 
     answers = ["a", "b"]
     assert judged(judge, "p", answers, {}) == [1.0, 2.0] and answers == ["a", "b"]
+
+
+def test_judges_cannot_change_what_becomes_the_pair():
+    def judge(prompt, answers, row):
+        row["prompt"][0]["content"] = row["tools"][0]["name"] = "mine"
+        row["chat_template_kwargs"].clear()
+        for answer in answers:
+            prompt.append({"role": "assistant", "content": answer})
+            prompt[0]["content"] += answer
+        row.pop("tools")
+        return [float(len(answer)) for answer in answers]
+
+    asked = [{"role": "user", "content": "Say!"}]
+    row = {"prompt": asked, "tools": [{"name": "search"}], "chat_template_kwargs": {"deep": ({"on": True},)}}
+    made = judge_answers(judge, PairingRule(), 0, asked, texts("aa", "b"), row)["pair"]
+    assert made["prompt"] == [{"role": "user", "content": "Say!"}] and made["chosen"][0]["content"] == "aa"
+    assert made["tools"] == [{"name": "search"}] and made["chat_template_kwargs"] == {"deep": ({"on": True},)}
 
 
 def test_checkers_score_the_share_that_is_right():
@@ -185,6 +227,9 @@ def test_prompts_are_found_and_tokenized():
     assert find_prompt({"prompt": [system, user], "messages": None}) == [system, user]
     assert find_prompt({"messages": [user, answer, user, answer]}) == [user, answer, user]
     assert find_prompt({"messages": [user]}) == [user]
+    assert find_prompt({"messages": [user, answer, user]}) == [user, answer, user]  # an open question
+    told = {"role": "tool", "content": "red"}
+    assert find_prompt({"messages": [user, answer, told]}) == [user, answer, told]
     tokenizer = make_tokenizer()
     assert prompt_tokens(tokenizer, "the red", {}) == tokenizer("the red")["input_ids"]
     told = tokenizer.decode(prompt_tokens(tokenizer, [user], {"tools": None}))
@@ -251,6 +296,12 @@ def test_a_ledger_of_other_options_is_refused(tmp_path):
         ledger.add([entry(0, "pair")])
     with open_ledger(path, {"seed": 2}) as ledger:
         assert ledger.counts == Counter(pair=1, tie=1)
+    contents = {"prompts": "the rows", "judge_code": "the judge's file"}
+    with (
+        pytest.raises(ValueError, match=r"of an older otpo, which did not note `prompts` \(the rows\); `judge_code`"),
+        open_ledger(path, {"seed": 2, "prompts": "a", "judge_code": "b"}, contents=contents),
+    ):
+        pass
     path.write_text('{"run": {"seed": 2}}\n{"row": 1, "outcome": "tie"}\nnonsense\n')
     with pytest.raises(ValueError, match=r"damaged in line 3\. Remove it"), open_ledger(path, {"seed": 2}):
         pass

@@ -11,6 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import moe_backbone  # noqa: F401 - makes Compass known to transformers
 from otpo.cli.main import main as otpo
+from otpo.pairs.prompts import prompt_tokens
+from otpo.pairs.sampling import end_tokens
 
 console = Console()
 """Where commands and tables are printed."""
@@ -41,34 +43,65 @@ def batches(rows: Sequence[Any], size: int) -> Iterator[list[Any]]:
         yield list(rows[begin : begin + size])
 
 
-def load_for_answers(folder: Path, device: str) -> tuple[Any, Any]:
-    """The model in a folder, in bfloat16 on a GPU, and its tokenizer, which pads on the left as generation needs."""
-    dtype = "auto" if device == "cpu" else torch.bfloat16
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    return model.to(device).eval(), AutoTokenizer.from_pretrained(folder, padding_side="left")
+def load_for_answers(
+    folder: str | Path, device: str | torch.device, revision: str = "main", trust_remote_code: bool = False
+) -> tuple[Any, Any]:
+    """A model, in bfloat16 on a GPU, and its tokenizer, which pads on the left.
+
+    Args:
+        folder: Of the model, or its name on the Hub.
+        device: Where it answers.
+        revision: Branch, tag or commit on the Hub.
+        trust_remote_code: Whether code that comes with it is run.
+    """
+    dtype = "auto" if torch.device(device).type == "cpu" else torch.bfloat16
+    options: Any = {"revision": revision, "trust_remote_code": trust_remote_code}
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
+    return model.to(device).eval(), AutoTokenizer.from_pretrained(folder, padding_side="left", **options)
 
 
 @torch.no_grad()
 def greedy_answers(
-    model: Any, tokenizer: Any, prompts: Sequence[Sequence[Mapping[str, str]]], tokens: int, size: int
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Any],
+    tokens: int,
+    size: int,
+    rows: Sequence[Mapping[str, Any]] | None = None,
 ) -> list[str]:
-    """A model's likeliest answer, token by token, to each conversation.
+    """A model's likeliest answer, token by token, to each prompt, which is read and ended as `otpo pairs` does.
 
     Args:
         model: In evaluation mode.
-        tokenizer: Pads on the left.
-        prompts: Conversations that end with the user's message.
+        tokenizer: Its tokenizer.
+        prompts: Of [`otpo.pairs.prompts.find_prompt`]: texts, or conversations.
         tokens: Most tokens of an answer.
         size: Prompts answered at a time.
+        rows: Of the prompts, whose `tools` and `chat_template_kwargs` the chat template gets; None without any.
 
     Returns:
         An answer for each prompt, without special tokens.
     """
+    asked = [
+        prompt_tokens(tokenizer, prompt, row)
+        for prompt, row in zip(prompts, [{}] * len(prompts) if rows is None else rows, strict=True)
+    ]
+    ends = end_tokens(model, tokenizer)
+    pad = next((token for token in (tokenizer.pad_token_id, *ends) if token is not None), 0)
     answers = []
-    for batch in batches(prompts, size):
-        inputs = tokenizer.apply_chat_template(
-            batch, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
-        ).to(model.device)
-        output = model.generate(**inputs, max_new_tokens=tokens, do_sample=False)
-        answers += tokenizer.batch_decode(output[:, inputs["input_ids"].size(1) :], skip_special_tokens=True)
+    for batch in batches(asked, size):
+        width = max(map(len, batch))
+        output = model.generate(
+            input_ids=torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in batch]).to(model.device),
+            attention_mask=torch.tensor(
+                [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in batch], device=model.device
+            ),
+            max_new_tokens=tokens,
+            do_sample=False,
+            pad_token_id=pad,
+            eos_token_id=ends or None,
+        )
+        for written in output[:, width:].tolist():
+            end = next((place for place, token in enumerate(written) if token in ends), None)
+            answers.append(tokenizer.decode(written[:end], skip_special_tokens=True))
     return answers

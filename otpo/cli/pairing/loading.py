@@ -1,10 +1,7 @@
 """The model that answers, the prompts and the judge, as the options name them."""
 
-import hashlib
-import json
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -21,9 +18,8 @@ from otpo.pairs.reward_model import RewardModel
 from otpo.pairs.sampling import Sampler, SamplingOptions, TransformersSampler, longest_prompt
 from otpo.pairs.vllm_sampling import vllm_answers
 
+from .contents import judge_digest, local_folders, model_files_digest, rows_digest, weights_digest
 from .options import PairsArguments
-
-_MEGABYTE = 1 << 20
 
 
 class Prompts(NamedTuple):
@@ -32,7 +28,7 @@ class Prompts(NamedTuple):
     Attributes:
         rows: Of the dataset.
         numbers: Number of each in the split that the user named.
-        digest: Of all prompts and numbers, which tells another file of the same name.
+        digest: Of all rows, whole, and their numbers, which tells another file of the same name.
     """
 
     rows: Dataset
@@ -77,32 +73,29 @@ def load_prompts(options: PairsArguments) -> Prompts:
     rows: Any = load_rows(source, DatasetMixtureConfig(), seed=options.seed, evaluate=False, check=check)[0]
     if not len(rows):
         raise ValueError(f"`dataset_name={options.dataset_name}` has no rows, so there are no prompts to answer.")
-    digest = hashlib.sha256()
     for number, row in zip(kept, rows, strict=True):
         try:
-            prompt = find_prompt(row)
+            find_prompt(row)
         except ValueError as error:
             raise RowError(f"Row {number} of `dataset_name={options.dataset_name}` {error}.") from error
-        digest.update(json.dumps([number, prompt], default=str).encode())
-    return Prompts(rows, kept, digest.hexdigest()[:16])
+    return Prompts(rows, kept, rows_digest(rows, kept))
 
 
-def models_digest(options: PairsArguments) -> str:
-    """What tells the weights of local models from others of the same path: those that answer, and the reward model's.
+def contents_of(options: PairsArguments, prompts: Prompts) -> dict[str, str | None]:
+    """Digests of what the options name, by the names of [`otpo.cli.pairing.contents.CONTENTS`].
 
-    Of each file of weights its name, its size and the first and last megabyte are taken, so that it costs no read of
-    a large model. Models of the Hub are told by their revision.
+    Raises:
+        ValueError: A model's folder or the judge's file does not exist.
     """
-    digest = hashlib.sha256()
-    for name in (options.model_name_or_path, options.reward_model_name_or_path):
-        for file in sorted(Path(name).glob("*")) if name is not None else ():
-            if file.suffix in (".safetensors", ".bin"):
-                size = file.stat().st_size
-                with file.open("rb") as content:
-                    digest.update(f"{file.name} {size}".encode() + content.read(_MEGABYTE))
-                    content.seek(max(0, size - _MEGABYTE))
-                    digest.update(content.read())
-    return digest.hexdigest()[:16]
+    folders = local_folders(
+        model_name_or_path=options.model_name_or_path, reward_model_name_or_path=options.reward_model_name_or_path
+    )
+    return {
+        "prompts": prompts.digest,
+        "weights": weights_digest(folders),
+        "model_files": model_files_digest(folders),
+        "judge_code": judge_digest(options.judge),
+    }
 
 
 def load_answering(options: PairsArguments, drawing: SamplingOptions) -> Answering:

@@ -23,14 +23,15 @@ the best and the worst become a pair; ties are dropped and counted. `otpo align`
   otpo pairs --config RECIPE.yaml --judge reward_model --reward_model_name_or_path REWARDS
   otpo align --model_name_or_path MODEL --dataset_name pairs.jsonl
 
-Prompts are the dataset's 'prompt', or its 'messages' up to the last answer. A judge of yours is a function that takes
-the prompt, the list of distinct answers and the row, and returns a score for each answer; naming it runs its module.
-Where it raises or gives something else, the prompt is marked as failed and the run goes on.
+Prompts are the dataset's 'prompt', or its 'messages' without an answer at their end. A judge of yours is a function
+that takes the prompt, the list of distinct answers and the row, and returns a score for each answer; naming it runs
+its module. Where it raises or gives something else, the prompt is marked as failed and the run goes on.
 
 Each answer has random numbers of its own, made from --seed, the prompt's row and the answer's number. The same command
 writes the same file on the same machine; another --batch_size changes answers by rounding alone. A run that was killed
 goes on when the same command is given again, from the ledger beside the file (FILE.ledger: all answers and scores),
-and ends with the same file. OTPO_TRACEBACK=1 in the environment shows where an error comes from.
+and ends with the same file; where rows, the judge's file or a local model changed, it is refused. OTPO_TRACEBACK=1 in
+the environment shows where an error comes from.
 """
 _MAY_CHANGE = {"output", "batch_size", "use_cpu", "retry_failed"}
 """Options with which a run may go on changed, beside those of every command: where it runs, and how fast."""
@@ -154,7 +155,11 @@ class OutputOptions:
 
     output: str | None = field(default=None, metadata={"help": "File to write the pairs to, such as pairs.jsonl."})
     retry_failed: bool = field(
-        default=False, metadata={"help": "Going on from a ledger, answer the prompts again that failed."}
+        default=False,
+        metadata={
+            "help": "Going on from a ledger, answer the prompts again that failed. With a judge whose file changed it "
+            "is another run."
+        },
     )
 
 
