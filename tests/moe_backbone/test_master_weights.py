@@ -116,7 +116,7 @@ def test_scales_and_left_out_steps_are_those_of_fused_adamw():
     weights, copies = weights_and_copies()
     optimizer = MasterAdamW(two_groups(weights), lr=1e-2)
     expected = torch.optim.AdamW(two_groups(copies), lr=1e-2, fused=True)
-    for found in (0.0, 1.0, 0.0):
+    for found in (0.0, 1.0, 0.0, 2.0):
         same_gradients(weights, copies)
         if found:
             weights[0].grad[0, 0] = copies[0].grad[0, 0] = torch.inf
