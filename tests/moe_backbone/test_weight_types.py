@@ -37,7 +37,7 @@ OPTIMIZERS = ["adamw_torch", "sgd", "adafactor", "adamw_bnb_8bit"]
 @pytest.mark.parametrize("optim", OPTIMIZERS)
 def test_no_engine_sums_in_bfloat16(engine, optim):
     choose_optimizer(training(optim, 1, engine))
-    with pytest.raises(ValueError, match="`gradient_accumulation_steps=4`.*`dtype` to float32"):
+    with pytest.raises(ValueError, match=r"`gradient_accumulation_steps=4`.*`dtype` to float32"):
         choose_optimizer(training(optim, 4, engine))
     with pytest.raises(ValueError, match="`gradient_accumulation_steps=4`"):
         model = nn.Linear(2, 2).to(HALF)
@@ -45,7 +45,7 @@ def test_no_engine_sums_in_bfloat16(engine, optim):
     assert choose_optimizer(training(optim, 4, engine, nn.Linear(2, 2))) == (None, optim)
 
 
-@pytest.mark.parametrize(("optim", "sums"), zip(OPTIMIZERS, [True, True, True, False], strict=True))
+@pytest.mark.parametrize(("optim", "sums"), [*zip(OPTIMIZERS, [True, True, True, False], strict=True)])
 def test_one_process_sums_in_float32_or_refuses(optim, sums):
     trainer = training(optim, 4)
     if sums:
@@ -67,7 +67,7 @@ def test_engines_keep_copies(engine, mixed, dtype):
 @pytest.mark.parametrize("optim", ["adamw_torch", "sgd"])
 def test_float16_is_refused_where_nobody_keeps_copies(engine, optim):
     model = nn.Linear(2, 2).half()
-    with pytest.raises(ValueError, match="`dtype=float16`.*Set `dtype` to bfloat16 or float32"):
+    with pytest.raises(ValueError, match=r"`dtype=float16`.*Set `dtype` to bfloat16 or float32"):
         choose_optimizer(training(optim, 1, engine, model))
     assert choose_optimizer(training(optim, 1, engine, model.requires_grad_(False))).told == optim
 
