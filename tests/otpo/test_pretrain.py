@@ -495,6 +495,7 @@ def test_two_processes_learn_what_one_learns(tokenizer_folder, documents, tmp_pa
         ({"label_smoothing_factor": 0.1}, "`label_smoothing_factor=0.1`"),
         ({"lr_scheduler_type": "warmup_stable_decay"}, "can't be used with `lr_scheduler_type=warmup_stable_decay`"),
         ({"use_liger_kernel": True}, "`use_liger_kernel`: Liger has no kernels for Compass"),
+        ({"dtype": "float16"}, "Weights in float16 (`dtype=float16`, or `dtype=auto` of such a checkpoint) lose"),
     ],
 )
 def test_refusals(tokenizer_folder, documents, tmp_path, capsys, changes, message):
