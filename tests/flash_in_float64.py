@@ -86,6 +86,7 @@ def _scores(query: Tensor, key: Tensor, causal: bool, scale: float, left: int) -
     scores = torch.einsum("nhd,mhd->hnm", query, _for_queries(key, query)) * scale
     if not causal:
         return scores
-    distance = torch.arange(len(query))[:, None] - torch.arange(len(key))
+    places = torch.arange(len(query)) + len(key) - len(query)  # counted from the segment's end, as there
+    distance = places[:, None] - torch.arange(len(key))
     sees = (distance >= 0) & ((distance <= left) | torch.tensor(left < 0))
     return scores.masked_fill(~sees, -math.inf)

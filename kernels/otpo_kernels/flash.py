@@ -185,21 +185,25 @@ def attend_within(
     longest: int,
     scale: float | None = None,
     left: int = -1,
+    keys: tuple[Tensor, int] | None = None,
 ) -> Tensor:
     """Causal attention of each token within its own segment, `[N, H, D]`, differentiable once.
 
     Args:
         query: `[N, H, D]`, float16 or bfloat16 on CUDA.
-        key: `[N, K, D]`, H a multiple of K.
-        value: `[N, K, D]`.
+        key: `[M, K, D]`, H a multiple of K.
+        value: `[M, K, D]`.
         ends: `[S + 1]` int32: 0, and where each segment ends.
         longest: A bound of the segments.
         scale: Multiplies the products of queries and keys; None for `D ** -0.5`.
         left: How many tokens before its own each one sees; -1 for all.
+        keys: `ends` and `longest` of the keys, of which a query sees those up to its own place, both counted from the
+            segment's end. None for those of the queries, and then M is N.
     """
     scale = query.size(-1) ** -0.5 if scale is None else scale
     parts = (part.contiguous() for part in (query, key, value))
-    return _attend_within(*parts, ends, longest, scale, left)[0]
+    ends_k, longest_k = (ends, longest) if keys is None else keys
+    return _attend_within(*parts, ends, ends_k, longest, longest_k, scale, left)[0]
 
 
 # The two operators are opaque to `torch.compile`, which could not trace the kernels' wrappers.
@@ -207,10 +211,18 @@ def attend_within(
 
 @torch.library.custom_op("otpo::attend_within", mutates_args=())
 def _attend_within(
-    query: Tensor, key: Tensor, value: Tensor, ends: Tensor, longest: int, scale: float, left: int
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    ends_q: Tensor,
+    ends_k: Tensor,
+    longest_q: int,
+    longest_k: int,
+    scale: float,
+    left: int,
 ) -> tuple[Tensor, Tensor]:
     query, key, value = (part.contiguous() for part in (query, key, value))
-    return flash_forward(query, key, value, Segments(ends, ends, longest, longest, True, left), scale)
+    return flash_forward(query, key, value, Segments(ends_q, ends_k, longest_q, longest_k, True, left), scale)
 
 
 @_attend_within.register_fake
@@ -227,13 +239,15 @@ def _attend_within_backward(
     value: Tensor,
     output: Tensor,
     log_mass: Tensor,
-    ends: Tensor,
-    longest: int,
+    ends_q: Tensor,
+    ends_k: Tensor,
+    longest_q: int,
+    longest_k: int,
     scale: float,
     left: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad, query, key, value = (part.contiguous() for part in (grad, query, key, value))
-    segments = Segments(ends, ends, longest, longest, True, left)
+    segments = Segments(ends_q, ends_k, longest_q, longest_k, True, left)
     return flash_backward(grad, query, key, value, output, log_mass, segments, scale)
 
 
@@ -243,12 +257,12 @@ def _(_grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: object) -> t
 
 
 def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:3], *output, inputs[3])
-    ctx.numbers = inputs[4:]
+    ctx.save_for_backward(*inputs[:3], *output, *inputs[3:5])
+    ctx.numbers = inputs[5:]
 
 
 def _gradients(ctx: Any, grad: Tensor, _grad_log_mass: Tensor) -> tuple[Tensor | None, ...]:
-    return *_attend_within_backward(grad, *ctx.saved_tensors, *ctx.numbers), None, None, None, None
+    return *_attend_within_backward(grad, *ctx.saved_tensors, *ctx.numbers), *[None] * 6
 
 
 _attend_within.register_autograd(_gradients, setup_context=_keep_for_backward)

@@ -6,6 +6,7 @@ out.
 """
 
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from accelerate import DistributedType
@@ -16,6 +17,9 @@ from .master_adamw import MasterAdamW
 
 _WHOLE = {DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU}
 _TINY = 1e-6  # as in torch.nn.utils.clip_grad_norm_
+
+_SCALES: WeakKeyDictionary[Any, dict[str, Tensor]] = WeakKeyDictionary()
+"""What each optimizer that was clipped in is to forget after its next step; a key's optimizer has the hook."""
 
 
 def takes_scales(optimizer: Any, engine: DistributedType) -> bool:
@@ -38,18 +42,32 @@ def takes_scales(optimizer: Any, engine: DistributedType) -> bool:
 def clip_in_optimizer(optimizer: Any, max_norm: float) -> Tensor:
     """Has an optimizer's next step clip its gradients to a norm, and leave the step out where the norm is not finite.
 
+    A second call before that step replaces the first.
+
     Args:
         optimizer: One that [`takes_scales`]. Gradients keep their values until its step.
         max_norm: > 0.
 
     Returns:
         The norm of all gradients before clipping, a scalar on their device.
+
+    Raises:
+        ValueError: `max_norm` is not above 0.
     """
+    if not max_norm > 0:
+        raise ValueError(
+            f"`max_norm={max_norm}` must be above 0. Don't call it for gradients that are not to be clipped."
+        )
     gradients = [each.grad for group in optimizer.param_groups for each in group["params"] if each.grad is not None]
     norm = _total_norm(gradients)
-    handle = optimizer.register_step_post_hook(lambda *_: _forget(optimizer, handle))
-    optimizer.grad_scale = ((norm + _TINY) / max_norm).clamp(min=1.0).float()
-    optimizer.found_inf = (~norm.isfinite()).float()
+    # One hook for all steps: torch goes through the hooks while it calls them, so that none may remove itself.
+    if optimizer not in _SCALES:
+        optimizer.register_step_post_hook(_forget)
+    scales = {"grad_scale": ((norm + _TINY) / max_norm).clamp(min=1.0).float()}
+    scales["found_inf"] = (~norm.isfinite()).float()
+    _SCALES[optimizer] = scales
+    for name, value in scales.items():
+        setattr(optimizer, name, value)
     return norm
 
 
@@ -63,7 +81,9 @@ def _total_norm(gradients: list[Tensor]) -> Tensor:
     return torch.linalg.vector_norm(torch.stack([each.to(norms[0].device, non_blocking=True) for each in norms]))
 
 
-def _forget(optimizer: Any, handle: Any) -> None:
-    """Ends the scales with the step that they were for."""
-    del optimizer.grad_scale, optimizer.found_inf
-    handle.remove()
+def _forget(optimizer: Any, *_: Any) -> None:
+    """Ends the scales with the step that they were for; fp16's scaler takes its own back itself."""
+    for name, value in _SCALES.get(optimizer, {}).items():
+        if getattr(optimizer, name, None) is value:
+            delattr(optimizer, name)
+    _SCALES[optimizer] = {}

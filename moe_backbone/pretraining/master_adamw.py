@@ -102,7 +102,7 @@ class MasterAdamW(torch.optim.Optimizer):
         torch._foreach_add_(steps, 1)
         numbers = step_numbers(torch.stack(steps), group["lr"], group["betas"], group["weight_decay"], scale, found)
         if found is not None:
-            torch._foreach_sub_(steps, [found] * len(steps))
+            torch._foreach_sub_(steps, [(found > 0).float()] * len(steps))  # a scaler may count more than one
         beta1, beta2 = group["betas"]
         compiled = device.type == "cuda" if self.compiled is None else self.compiled
         for weight, state, row in zip(weights, states, numbers.unbind(), strict=True):

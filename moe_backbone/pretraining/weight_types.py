@@ -7,6 +7,7 @@ from accelerate import DistributedType
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import Trainer
+from transformers.core_model_loading import build_glob_alternation
 
 from moe_backbone.model.router import CompassRouter
 
@@ -14,6 +15,9 @@ from .master_adamw import MasterAdamW
 
 _PLAIN = {DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU}
 _ADAMW = ("adamw_torch", "adamw_torch_fused")
+_MASTERED = {torch.bfloat16, torch.float32}
+# By names of `optim`: others' kernels want gradients of the weights' type, or read them as such.
+_TAKES_FLOAT32 = {"sgd", "adafactor", "rmsprop", "adagrad"}
 
 
 class Choice(NamedTuple):
@@ -30,13 +34,15 @@ def round_weights(model: Any) -> None:
     are.
 
     Args:
-        model: A transformers model, whose `_keep_in_fp32_modules` and `_keep_in_fp32_modules_strict` name parts of
-            parameters' names.
+        model: A transformers model, whose `_keep_in_fp32_modules` and `_keep_in_fp32_modules_strict` are patterns
+            that are searched for in parameters' names, as where transformers loads a model.
     """
     kept = [f"{name}." for name, module in model.named_modules() if isinstance(module, CompassRouter)]
-    parts = set(model._keep_in_fp32_modules or ()) | set(model._keep_in_fp32_modules_strict or ())
+    patterns = {*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}
+    # Compiled by transformers' own function, whose `*` is any text.
+    in_float32 = build_glob_alternation(sorted(patterns))[0] if patterns else None
     for name, weight in model.named_parameters():
-        if not name.startswith(tuple(kept)) and not parts & set(name.split(".")):
+        if not name.startswith(tuple(kept)) and not (in_float32 and in_float32.search(name)):
             weight.data = weight.data.to(torch.bfloat16)
 
 
@@ -45,44 +51,99 @@ def choose_optimizer(trainer: Any) -> Choice:
 
     Over several micro-batches gradients of bfloat16 weights are summed in float32 (`Tensor.grad_dtype`). DDP reduces
     gradients in the weights' type and takes no other, so it rounds each one once more, and can't sum micro-batches.
+    DeepSpeed, and FSDP under mixed precision, train float32 copies of the weights and sum in ways of their own.
 
     Args:
-        trainer: transformers' Trainer before it trains.
+        trainer: transformers' Trainer before it trains. Its model's `grad_dtype` is set.
 
     Raises:
-        ValueError: Gradients of bfloat16 weights would be summed in bfloat16.
+        ValueError: Gradients of bfloat16 weights would be summed in bfloat16, or weights are in float16 and nobody
+            keeps float32 copies.
     """
     args, engine = trainer.args, trainer.accelerator.distributed_type
-    name = str(getattr(args.optim, "value", args.optim))
     weights = [weight for weight in trainer.model.parameters() if weight.requires_grad]
     rounded = [weight for weight in weights if weight.dtype == torch.bfloat16]
-    if trainer.optimizer is not None or trainer.optimizer_cls_and_kwargs is not None:
-        name = "the caller's"
-    inexact = f"{name} on bfloat16 weights with moments in bfloat16: steps below a weight's rounding are lost"
-    if not rounded:
+    halves = [weight for weight in weights if weight.dtype == torch.float16]
+    name, of_masters = _name_optimizer(trainer)
+    if not rounded and not halves:
         return Choice(None, name)
-    if engine not in _PLAIN:
-        sharded = engine == DistributedType.DEEPSPEED or args.mixed_precision != "no"
-        return Choice(None, f"{name}, of whose weights {engine.value} keeps float32 copies" if sharded else inexact)
-    of_dtensors = any(isinstance(weight, DTensor) for weight in weights)
-    known = {torch.bfloat16, torch.float32}
-    if name not in _ADAMW or of_dtensors or any(weight.dtype not in known for weight in weights):
-        return Choice(None, inexact)
-    _sum_in_float32(rounded, engine, args.gradient_accumulation_steps)
+    if engine == DistributedType.DEEPSPEED or (engine == DistributedType.FSDP and args.mixed_precision != "no"):
+        _set_gradient_type(rounded, torch.bfloat16)
+        return Choice(None, f"{name}, of whose weights {engine.value} keeps float32 copies")
+    if halves:
+        raise float16_refusal()
+
+    plain = engine in _PLAIN and not any(isinstance(weight, DTensor) for weight in weights)
+    chosen = plain and name in _ADAMW and all(weight.dtype in _MASTERED for weight in weights)
+    _sum_in_float32(
+        rounded,
+        engine,
+        name,
+        args.gradient_accumulation_steps,
+        takes_float32=of_masters or chosen or name in _TAKES_FLOAT32,
+    )
+    reduced = "" if engine == DistributedType.NO else f"; {_reducer(engine)} reduces in bfloat16"
+    masters = "on float32 masters of the bfloat16 weights, moments in float32"
+    if of_masters:
+        return Choice(None, f"{name} {masters}{reduced}")
+    if not chosen:
+        return Choice(None, f"{name} on bfloat16 weights: steps below a weight's rounding are lost{reduced}")
     _, values = Trainer.get_optimizer_cls_and_kwargs(args, trainer.model)
     values = {each: value for each, value in values.items() if each != "fused"}
-    told = "AdamW on float32 masters of the bfloat16 weights, moments in float32"
-    return Choice((MasterAdamW, values), told if engine == DistributedType.NO else f"{told}; DDP reduces in bfloat16")
+    return Choice((MasterAdamW, values), f"AdamW {masters}{reduced}")
 
 
-def _sum_in_float32(weights: list[nn.Parameter], engine: DistributedType, micro_batches: int) -> None:
+def float16_refusal() -> ValueError:
+    """The error of a training whose weights are in float16 and of which nobody keeps float32 copies."""
+    return ValueError(
+        "Weights in float16 (`dtype=float16`, or `dtype=auto` of such a checkpoint) lose steps below their rounding, "
+        "and nobody keeps float32 copies here. Set `dtype` to bfloat16 or float32."
+    )
+
+
+def _name_optimizer(trainer: Any) -> tuple[str, bool]:
+    """The optimizer's name for a header, and whether it is a [`MasterAdamW`] that the caller has brought."""
+    if trainer.optimizer is not None:
+        brought = type(getattr(trainer.optimizer, "optimizer", trainer.optimizer))
+    elif trainer.optimizer_cls_and_kwargs is not None:
+        brought = trainer.optimizer_cls_and_kwargs[0]
+    else:
+        return str(getattr(trainer.args.optim, "value", trainer.args.optim)), False
+    of_masters = isinstance(brought, type) and issubclass(brought, MasterAdamW)
+    return f"the caller's {getattr(brought, '__name__', brought)}", of_masters
+
+
+def _sum_in_float32(
+    weights: list[nn.Parameter], engine: DistributedType, name: str, micro_batches: int, *, takes_float32: bool
+) -> None:
+    """Has micro-batches' gradients of bfloat16 weights summed in float32, or refuses; one is left in bfloat16."""
     if micro_batches == 1:
-        return
+        return _set_gradient_type(weights, torch.bfloat16)
+    if engine == DistributedType.NO and takes_float32:
+        return _set_gradient_type(weights, torch.float32)
+    others = ["`dtype` to float32"]
     if engine != DistributedType.NO:
-        raise ValueError(
-            f"`gradient_accumulation_steps={micro_batches}` with bfloat16 weights under DDP, which takes no "
-            "gradients in float32, so that micro-batches would be summed in bfloat16. Set `dtype` to float32, or "
-            "`gradient_accumulation_steps` to 1."
-        )
+        why = f"under {_reducer(engine)}"
+        others += ["`bf16` to true"] if engine == DistributedType.FSDP else []
+    else:
+        why = f"and {name if name.startswith('the caller') else f'`optim={name}`'}"
+        others += [] if name in _ADAMW else ["`optim` to adamw_torch_fused"]
+    raise ValueError(
+        f"`gradient_accumulation_steps={micro_batches}` with bfloat16 weights {why}, which takes no gradients in "
+        f"float32, so that micro-batches would be summed in bfloat16. Set {', '.join(others)}, or "
+        "`gradient_accumulation_steps` to 1."
+    )
+
+
+def _set_gradient_type(weights: list[nn.Parameter], dtype: torch.dtype) -> None:
+    """Sets `grad_dtype` both ways, since an earlier training of the same model may have left another."""
     for weight in weights:
-        weight.grad_dtype = torch.float32  # pyright: ignore[reportAttributeAccessIssue]
+        kept: Any = weight
+        if kept.grad_dtype != dtype:
+            grad, weight.grad = weight.grad, None  # torch refuses another type beside a gradient
+            kept.grad_dtype = dtype
+            weight.grad = None if grad is None else grad.to(dtype)
+
+
+def _reducer(engine: DistributedType) -> str:
+    return "DDP" if engine in _PLAIN else engine.value

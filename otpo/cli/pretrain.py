@@ -3,7 +3,6 @@
 Also the module that `accelerate launch -m otpo.cli.pretrain` runs in each process.
 """
 
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -11,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import set_seed
 from trl import ScriptArguments, TrlParser
 
@@ -29,7 +27,7 @@ from .options.run_options import Given, RunArguments, make_grouped_parser, read_
 from .pretraining.compiling import compile_for_run
 from .pretraining.data import find_sources, load_rows
 from .pretraining.model import load_tokenizer, make_model
-from .pretraining.options import ModelArguments, PretrainArguments, check_options, default_dtype
+from .pretraining.options import ModelArguments, PretrainArguments, check_options
 from .pretraining.stages import describe_stage, plan_stages, stage_settings
 from .running.command import REFUSALS, TrainingCommand, refuse, run
 from .running.model_card import Origin, with_model_card
@@ -158,13 +156,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _plan_runs(given: Given) -> list[tuple[TrainingCommand, list[str], Path | None]]:
     """The runs to make: each one's command, its own options, and the file to make when it has run."""
     values = given.values
-    default = {"dtype": default_dtype(given, torch.cuda.device_count(), os.environ)}
     if not values["mixture"]:
-        return [(replace(COMMAND, settings=default), [], None)]
+        return [(COMMAND, [], None)]
     mixture = read_mixture(values["mixture"])
 
     def command(stage: Stage) -> TrainingCommand:
-        settings = default | {"dataset_streaming": mixture.streaming, **stage_settings(stage, given.said)}
+        settings = {"dataset_streaming": mixture.streaming, **stage_settings(stage, given.said)}
         return replace(COMMAND, settings=settings, describe=partial(describe, stage=stage, said=given.said))
 
     if values["stage"] or len(mixture.stages) == 1:

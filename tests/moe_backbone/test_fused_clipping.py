@@ -10,6 +10,7 @@ from torch import nn
 
 from moe_backbone.pretraining import trainer as pretraining
 from moe_backbone.pretraining.fused_clipping import clip_in_optimizer, takes_scales
+from moe_backbone.pretraining.master_adamw import MasterAdamW
 
 
 def fused(model: nn.Module) -> torch.optim.Optimizer:
@@ -82,7 +83,49 @@ def test_scales_end_with_their_step():
         clip_in_optimizer(optimizer, 1.0)
         optimizer.step()
         assert not hasattr(optimizer, "grad_scale") and not hasattr(optimizer, "found_inf")
-    assert not optimizer._optimizer_step_post_hooks
+    assert len(optimizer._optimizer_step_post_hooks) == 1
+
+
+@pytest.mark.parametrize("of", [fused, lambda model: MasterAdamW(model.parameters(), lr=0.05, weight_decay=0.1)])
+def test_a_second_clipping_replaces_the_first_beside_other_hooks(of):
+    models = [nn.Linear(3, 2)]
+    models.append(copy.deepcopy(models[0]))
+    one, other = (of(model) for model in models)
+    for _ in range(2):
+        for model in models:
+            for parameter in model.parameters():
+                parameter.grad = torch.full_like(parameter, 3.0)
+        stepped = []
+        clip_in_optimizer(one, 1.0)
+        handle = one.register_step_post_hook(lambda *_, stepped=stepped: stepped.append(1))
+        clip_in_optimizer(one, 0.1)
+        one.step()
+        handle.remove()
+        clip_in_optimizer(other, 0.1)
+        other.step()
+        assert stepped == [1]
+    assert getattr(one, "grad_scale", None) is None and getattr(one, "found_inf", None) is None
+    for left, right in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(left, right)
+
+
+def test_scales_of_others_stay():
+    model = nn.Linear(3, 2)
+    optimizer = fused(model)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    clip_in_optimizer(optimizer, 1.0)
+    optimizer.step()
+    optimizer.grad_scale = optimizer.found_inf = torch.zeros(())  # fp16's scaler deletes them itself
+    optimizer.grad_scale = torch.ones(())
+    optimizer.step()
+    del optimizer.grad_scale, optimizer.found_inf
+
+
+@pytest.mark.parametrize("max_norm", [0.0, -1.0, float("nan")])
+def test_a_norm_to_clip_to_is_above_zero(max_norm):
+    with pytest.raises(ValueError, match=rf"`max_norm={max_norm}` must be above 0"):
+        clip_in_optimizer(fused(nn.Linear(3, 2)), max_norm)
 
 
 def test_a_run_goes_on_from_an_optimizer_that_is_not_fused(tmp_path):

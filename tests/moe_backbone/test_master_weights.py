@@ -116,12 +116,13 @@ def test_scales_and_left_out_steps_are_those_of_fused_adamw():
     weights, copies = weights_and_copies()
     optimizer = MasterAdamW(two_groups(weights), lr=1e-2)
     expected = torch.optim.AdamW(two_groups(copies), lr=1e-2, fused=True)
-    for found in (0.0, 1.0, 0.0):
+    for found in (0.0, 1.0, 0.0, 2.0):
         same_gradients(weights, copies)
         if found:
             weights[0].grad[0, 0] = copies[0].grad[0, 0] = torch.inf
         for each in (optimizer, expected):
             each.grad_scale, each.found_inf = torch.tensor(4.0), torch.tensor(found)
+        expected.found_inf.clamp_(max=1.0)  # which torch takes from its steps as it is
         before = [master(optimizer, weight).detach().clone() for weight in weights]
         optimizer.step()
         expected.step()

@@ -104,6 +104,69 @@ def test_without_ends_it_is_sdpa():
     assert torch.equal(answers[0][0], answers[1][0]) and torch.equal(answers[0][1], answers[1][1])
 
 
+def test_keys_of_other_lengths(kernel):
+    """Lengths are those of another object on a GPU, where a batch's tensors are copied one by one."""
+    torch.manual_seed(0)
+    query = torch.randn(1, 2, 5, 4, dtype=torch.float64)
+    key, value = (torch.randn(1, 2, 9, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    ends_q, ends_k = (torch.tensor(ends, dtype=torch.int32) for ends in ([0, 2, 5], [0, 5, 9]))
+    options = {"cu_seq_lens_q": ends_q, "max_length_q": 5, "cu_seq_lens_k": ends_k, "max_length_k": 5}
+    got, _ = varlen_attention_forward(torch.nn.Identity(), query, key, value, None, **options)
+    # A query sees the keys of its document up to its own place, both counted from the document's end.
+    seen = [(0, 4), (0, 5), (5, 7), (5, 8), (5, 9)]
+    mask = torch.tensor([[begin <= place < end for place in range(9)] for begin, end in seen])
+    want = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    torch.testing.assert_close(got, want.transpose(1, 2))
+    weights = torch.randn_like(want)
+    of_lengths = torch.autograd.grad((got * weights.transpose(1, 2)).sum(), (key, value))
+    for mine, other in zip(of_lengths, torch.autograd.grad((want * weights).sum(), (key, value)), strict=True):
+        torch.testing.assert_close(mine, other)
+    same = {"cu_seq_lens_q": ends_k, "max_length_q": 5, "cu_seq_lens_k": ends_k.clone(), "max_length_k": 5}
+    alone = {name: same[name] for name in ("cu_seq_lens_q", "max_length_q")}
+    two = [varlen_attention_forward(torch.nn.Identity(), key, key, value, None, **each)[0] for each in (same, alone)]
+    assert torch.equal(*two)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"softcap": 30.0}, r"`softcap=30.0`.*`attn_implementation` to eager"),
+        ({"s_aux": torch.ones(2)}, r"`s_aux=a tensor of shape \[2\]`.*`attn_implementation` to eager"),
+        ({"position_bias": torch.ones(1)}, r"`position_bias=a tensor"),
+        ({"is_causal": False}, r"`is_causal=False` of Identity.*`attn_implementation` to sdpa"),
+        ({"cu_seq_lens_k": torch.tensor([0, 4])}, r"`cu_seq_lens_k` and `max_length_k` go together"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_is_not_known_is_refused(kernel, changes, says):
+    part, options = torch.zeros(1, 1, 4, 8), {"cu_seq_lens_q": torch.tensor([0, 4]).int(), "max_length_q": 4}
+    with pytest.raises(ValueError, match=says):
+        varlen_attention_forward(torch.nn.Identity(), part, part, part, None, **options, **changes)
+    assert not kernel
+
+
+def test_what_a_module_or_its_shapes_say_is_not_left_out(kernel):
+    part, options = torch.zeros(1, 1, 4, 8), {"cu_seq_lens_q": torch.tensor([0, 4]).int(), "max_length_q": 4}
+    module: Any = torch.nn.Identity()
+    module.is_causal = False
+    with pytest.raises(ValueError, match="`is_causal=False` of Identity"):
+        varlen_attention_forward(module, part, part, part, None, **options)
+    varlen_attention_forward(module, part, part, part, None, is_causal=True, **options)
+    module.is_causal, module.layer_idx = True, 1
+    module.config = SimpleNamespace(layer_types=["full_attention", "chunked_attention"])
+    with pytest.raises(ValueError, match="`layer_types` has chunked_attention"):
+        varlen_attention_forward(module, part, part, part, None, **options)
+    longer = torch.zeros(1, 1, 6, 8)
+    with pytest.raises(ValueError, match=r"4 queries, and there are 6 keys.*`cu_seq_lens_k`"):
+        varlen_attention_forward(torch.nn.Identity(), part, longer, longer, None, **options)
+    with pytest.raises(ValueError, match="without `cu_seq_lens_q`"):
+        keys = {"cu_seq_lens_k": options["cu_seq_lens_q"], "max_length_k": 4}
+        varlen_attention_forward(torch.nn.Identity(), part, part, part, None, **keys)
+    with pytest.raises(ValueError, match="`s_aux="):  # `sdpa` would leave sinks out as well
+        varlen_attention_forward(torch.nn.Identity(), part, part, part, None, s_aux=torch.ones(1))
+    assert len(kernel) == 1
+
+
 def test_refusals():
     part = torch.zeros(2, 1, 4, 8)
     ends = torch.tensor([0, 4], dtype=torch.int32)

@@ -27,9 +27,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from moe_backbone import CompassConfig, CompassForCausalLM, preset
 from moe_backbone.model.saved_code import AUTO_MAP
 from otpo.cli import pretrain
-from otpo.cli.options.run_options import read_command_line
 from otpo.cli.pretraining import compiling
-from otpo.cli.pretraining import options as pretraining_options
 from otpo.cli.pretraining.data import find_sources, load_rows
 from otpo.cli.pretraining.model import parse_overrides
 
@@ -141,22 +139,6 @@ def test_bfloat16_weights_are_trained_by_float32_masters(tokenizer_folder, docum
     argv = arguments(tokenizer_folder, folder, dataset_name=documents, dtype="bfloat16", optim="adamw_torch")
     with pytest.raises(ValueError, match="Set `dtype` and `optim` as they were"):
         pretrain.main([*argv, "--resume_from_checkpoint", "true"])
-
-
-@pytest.mark.parametrize(
-    ("words", "devices", "found"),
-    [
-        ([], 1, "on-gpu"), ([], 0, "elsewhere"), ([], 2, "elsewhere"), (["--use_cpu", "true"], 1, "elsewhere"),
-        (["--bf16", "false"], 1, "elsewhere"), (["--num_processes", "2"], 1, "elsewhere"),
-        (["--deepspeed", "zero.json"], 1, "elsewhere"), (["--expert_parallel_size", "2"], 1, "elsewhere"),
-    ],
-)  # fmt: skip
-def test_the_default_type_of_weights(monkeypatch, words, devices, found):
-    monkeypatch.setattr(pretraining_options, "DTYPE", "elsewhere")
-    monkeypatch.setattr(pretraining_options, "DTYPE_ON_GPU", "on-gpu")
-    given = read_command_line(pretrain.make_parser(), words)
-    assert pretraining_options.default_dtype(given, devices, {}) == found
-    assert pretraining_options.default_dtype(given, devices, {"LOCAL_RANK": "0"}) == "elsewhere"
 
 
 @pytest.mark.lengthy
@@ -513,6 +495,7 @@ def test_two_processes_learn_what_one_learns(tokenizer_folder, documents, tmp_pa
         ({"label_smoothing_factor": 0.1}, "`label_smoothing_factor=0.1`"),
         ({"lr_scheduler_type": "warmup_stable_decay"}, "can't be used with `lr_scheduler_type=warmup_stable_decay`"),
         ({"use_liger_kernel": True}, "`use_liger_kernel`: Liger has no kernels for Compass"),
+        ({"dtype": "float16"}, "Weights in float16 (`dtype=float16`, or `dtype=auto` of such a checkpoint) lose"),
     ],
 )
 def test_refusals(tokenizer_folder, documents, tmp_path, capsys, changes, message):

@@ -18,7 +18,7 @@ from moe_backbone.packed_attention import choose_attention
 from moe_backbone.planning.counting import count_parameters
 from moe_backbone.pretraining.documents import Stage
 from moe_backbone.pretraining.trainer import PretrainingConfig
-from moe_backbone.pretraining.weight_types import round_weights
+from moe_backbone.pretraining.weight_types import float16_refusal, round_weights
 from otpo.cli.launching.engine import requested_engines
 from otpo.cli.launching.expert_parallel import model_options
 from otpo.cli.models.experts import read_request, set_experts
@@ -64,7 +64,10 @@ def make_model(
     spread = model_options(data)
     # Made in float32 and rounded, a seed gives the model that it gives in float32, and routers lose nothing.
     engines = requested_engines(args.deepspeed, args.fsdp, os.environ)
-    rounded = weights_dtype(model.dtype, config) == torch.bfloat16 and data.expert_parallel_size == 1 and not engines
+    kind = weights_dtype(model.dtype, config)
+    if kind == torch.float16 and not engines:  # which may keep float32 copies; the trainer looks again
+        raise float16_refusal()
+    rounded = kind == torch.bfloat16 and data.expert_parallel_size == 1 and not engines
     if rounded:
         options["dtype"] = "float32"
     if name is None and spread:  # transformers spreads experts as it loads a model

@@ -1,12 +1,9 @@
 """The options of `otpo pretrain` that are neither transformers' nor every command's, and which exclude each other."""
 
 import argparse
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from moe_backbone import PRESETS
-from otpo.cli.launching.engine import requested_engines
-from otpo.cli.launching.launch import is_launched
 from otpo.cli.options.run_options import Given, RunArguments
 from otpo.data.loading import RowArguments
 
@@ -19,10 +16,6 @@ _IN_A_SOURCE = {
     "max_eval_rows": "max_documents",
 }
 """Options that go with `dataset_name`, and what a mixture's source has in their place."""
-DTYPE = "float32"
-"""The type of the weights where nobody sets `dtype`."""
-DTYPE_ON_GPU = "float32"
-"""The same where one process trains on the only GPU, in bfloat16 and without an engine that shards."""
 
 
 @dataclass
@@ -93,10 +86,11 @@ class ModelArguments:
         default=None, metadata={"help": "Its branch, tag or commit on the Hub, of the tokenizer too. Unset: main."}
     )
     dtype: str = field(
-        default=DTYPE,
+        default="float32",
         metadata={
             "help": "Type of the weights; `auto` is the checkpoint's. AdamW trains bfloat16 weights by float32 "
-            "masters, half of each in the optimizer; routers stay float32.",
+            "masters, half of each in the optimizer; routers stay float32. float16 only where DeepSpeed, or FSDP "
+            "under mixed precision, keeps float32 copies.",
             "choices": ["auto", "bfloat16", "float16", "float32"],
         },
     )
@@ -138,20 +132,3 @@ def check_options(given: Given) -> None:
             )
         if values["dtype"] == "auto":
             raise ValueError("`dtype=auto` is the type of a checkpoint's weights. Name one for a new model.")
-
-
-def default_dtype(given: Given, devices: int, environ: Mapping[str, str]) -> str:
-    """The option `dtype` of a run that does not set it.
-
-    The process that launches others and those that it launches come to the same, or a resumed run would be another.
-
-    Args:
-        given: What the command line says.
-        devices: Number of GPUs; 0 without any.
-        environ: The environment of the process.
-    """
-    values = given.values
-    several = devices != 1 or given.launcher or given.recipe_launcher or is_launched(environ)
-    sharded = requested_engines(values["deepspeed"], values["fsdp"], environ) or values["expert_parallel_size"] != 1
-    other = values["use_cpu"] or values["fp16"] or values["bf16"] is False
-    return DTYPE if several or sharded or other else DTYPE_ON_GPU
