@@ -173,3 +173,13 @@ def test_what_is_said_of_kills_was_measured():
     assert {row["phase"] for row in rows} > {"while saving a checkpoint", "between checkpoints"}
     page = " ".join((ROOT / "docs" / "launching.md").read_text(encoding="utf-8").split())
     assert "with all engines but FSDP2: [each kill](../benchmarks/results/random_kills_cpu.csv)" in page
+
+
+def test_the_table_of_benchmarks_names_what_is_committed():
+    table = (RESULTS.parent / "README.md").read_text().split("\n## ")[0]
+    rows = {found[1]: line for line in table.splitlines() if (found := re.search(r"-m benchmarks\.(\w+)", line))}
+    assert len(rows) > 10
+    for name, line in rows.items():
+        committed = any(RESULTS.glob(f"{name}_*.csv"))
+        assert not (committed and re.search(r"\| not measured", line)), name
+        assert committed or "not measured yet" in line or not re.search(rf"results/{name}_", line), name
