@@ -23,7 +23,7 @@ import math
 import os
 import random
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,20 @@ from benchmarks.launching.killing import PARTS, Draw, KilledRun, Moments, differ
 from benchmarks.launching.materials import make_materials
 from benchmarks.launching.processes import Ports, count_gpus, side_by_side
 
-COLUMNS = ("kill", "engine", "adapter", "status", "reason", "phase", "moment_s", "killed", "resumed_from", "losses")
+COLUMNS = (
+    "kill",
+    "engine",
+    "adapter",
+    "part",
+    "share",
+    "status",
+    "reason",
+    "phase",
+    "moment_s",
+    "killed",
+    "resumed_from",
+    "losses",
+)
 COLUMNS += ("weights", "noise_losses", "noise_weights", "seconds", "steps", "save_steps", "schedule", "seed", "gpus")
 SCHEDULE = "linear"
 KINDS = ("experts-zero1", "experts-zero2", "experts-zero3", "experts-transformers", "fsdp2", "ddp")
@@ -54,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     about = {"steps": args.steps, "save_steps": args.save_steps, "schedule": SCHEDULE, "seed": args.seed, "gpus": gpus}
     about |= harness.describe_machine(*VERSIONS)
     draws = draw_kills(chosen, args.kills, args.seed)
-    rows = kept_rows(args.output, about)
+    rows = kept_rows(args.output, about, draws, args.factor)
     missing = [draw for draw in draws if rows.get(draw.number, {}).get("status") != "ok"]
     if args.folder is not None:
         args.folder.mkdir(parents=True, exist_ok=True)
@@ -75,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         def killed(draw: Draw) -> None:
             moments: Moments | str = whole[draw.row]
-            entry = {"kill": draw.number, "engine": draw.row.engine, "adapter": draw.row.case.adapter}
+            entry = describe_draw(draw)
             if isinstance(moments, str):
                 found: dict[str, Any] = {"status": "failed", "reason": f"the uninterrupted run: {moments}"}
             else:
@@ -139,20 +152,37 @@ def judge(found: dict[str, Any], moments: Moments, factor: float) -> dict[str, A
     losses, weights = differences(moments.result, found.pop("result"))
     noise = {"noise_losses": moments.noise[0], "noise_weights": moments.noise[1]}
     told = {"losses": losses, "weights": weights, **noise}
-    right = losses <= factor * moments.noise[0] and weights <= factor * moments.noise[1]  # not so where one is NaN
-    if right:
-        return {**told, "status": "ok"}
+    return told | judge_numbers(told, factor)
+
+
+def judge_numbers(row: Mapping[str, Any], factor: float) -> dict[str, Any]:
+    """Status and reason by the numbers of a row."""
+    losses, weights = float(row["losses"]), float(row["weights"])
+    within = losses <= factor * float(row["noise_losses"]), weights <= factor * float(row["noise_weights"])
+    if all(within):  # not so where one is NaN
+        return {"status": "ok", "reason": ""}
     missing = "a step or a weight is missing" if math.inf in (losses, weights) else "another trajectory"
-    return {**told, "status": "differs", "reason": missing}
+    return {"status": "differs", "reason": missing}
 
 
-def kept_rows(path: Path, about: dict[str, Any]) -> dict[int, dict[str, Any]]:
-    """The rows of a CSV that are of the same kills on the same machine."""
+def describe_draw(draw: Draw) -> dict[str, Any]:
+    """What tells a kill from others: its number is of the engines that were named."""
+    named = {"kill": draw.number, "engine": draw.row.engine, "adapter": draw.row.case.adapter}
+    return named | {"part": draw.part, "share": round(draw.share, 6)}
+
+
+def kept_rows(path: Path, about: dict[str, Any], draws: Sequence[Draw], factor: float) -> dict[int, dict[str, Any]]:
+    """The rows of a CSV that are of the same kills on the same machine, judged by this run's factor."""
     if not path.is_file():
         return {}
-    same = {name: str(value) for name, value in about.items() if name != "date"}
-    found = [row for row in harness.read_rows(path) if all(row.get(name) == same[name] for name in same)]
-    return {int(row["kill"]): dict(row) for row in found}
+    rows = {row["kill"]: dict(row) for row in harness.read_rows(path)}
+    kept = {}
+    for draw in draws:
+        same = {name: str(value) for name, value in (about | describe_draw(draw)).items() if name != "date"}
+        row = rows.get(str(draw.number), {})
+        if all(row.get(name) == same[name] for name in same):
+            kept[draw.number] = row | (judge_numbers(row, factor) if row["status"] in ("ok", "differs") else {})
+    return kept
 
 
 def write(path: Path, rows: dict[int, dict[str, Any]]) -> None:

@@ -96,9 +96,30 @@ def test_killed_runs_resume_and_are_compared(training, tmp_path, capsys):
     assert len({row["phase"] for row in rows}) >= 2
     assert "12 of 12 resumed to the uninterrupted trajectory" in capsys.readouterr().out
 
-    # What is done is not done again, and another seed makes other kills.
+    # What is done is not done again; the same number of other engines is another kill.
     training("fails")
     assert run(tmp_path, "--kills", "12") == (0, rows)
+    code, others = run(tmp_path, "--kills", "4", "--engines", "ddp/lora")
+    assert len(others) == 4 and {row["adapter"] for row in others} == {"lora"} and others[0] != rows[0]
+
+
+def test_rows_that_are_kept_are_judged_by_the_factor_of_this_run(tmp_path):
+    [draw] = random_kills.draw_kills([Row(Case("align", "compass", "lora"), "ddp")], 1, 0)
+    about, path = {"steps": 8, "date": "today"}, tmp_path / "kills.csv"
+    numbers = {
+        "losses": 1e-6,
+        "weights": 0.0,
+        "noise_losses": 2e-7,
+        "noise_weights": 0.0,
+        "status": "ok",
+        "reason": "",
+    }
+    row = random_kills.describe_draw(draw) | {"steps": 8, "date": "yesterday"} | numbers
+    random_kills.write(path, {0: row})
+    kept = [random_kills.kept_rows(path, about, [draw], factor)[0]["status"] for factor in (10, 1)]
+    assert kept == ["ok", "differs"]
+    assert random_kills.kept_rows(path, about, [draw._replace(share=0.5)], 10) == {}
+    assert random_kills.kept_rows(path, about | {"steps": 9}, [draw], 10) == {}
 
 
 @pytest.mark.parametrize(
