@@ -76,8 +76,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         def run(cell: tuple[str, int]) -> None:
             device = devices.get()
-            found = measure(*cell, args, data, device)
-            devices.put(device)
+            try:
+                found = measure(*cell, args, data, device)
+            finally:
+                devices.put(device)
             console.print(line(*cell, found))
             if "failed" in found:
                 failed.append(cell)
@@ -102,12 +104,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=3, help="0, 1, ... up to so many")
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--every", type=int, default=10, help="steps of a point, whose mean loss it is")
-    parser.add_argument("--output", type=Path, help="default: benchmarks/results/weight_types_SHAPE_GPU.csv")
+    parser.add_argument("--output", type=Path, help="default: benchmarks/results/weight_types_seeds_SHAPE_GPU.csv")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
     if min(args.steps, args.every, args.seeds) < 1:
         parser.error("--steps, --every and --seeds must be at least 1")
-    name = f"weight_types_{args.shape}_{harness.name_of_machine()}.csv"
+    name = f"weight_types_seeds_{args.shape}_{harness.name_of_machine()}.csv"
     args.output = args.output or Path("benchmarks/results") / name
     return args
 

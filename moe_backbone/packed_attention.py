@@ -116,7 +116,7 @@ def _refuse_unknown(options: dict[str, Any], names: tuple[str, ...]) -> None:
             value = options[name]
             shown = f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else value
             raise ValueError(
-                f"`{name}={shown}`: attention by lengths (`attn_implementation={NAME}`) does not know it and would "
+                f"`{name}={shown}`: `attn_implementation={NAME}` does not know it, with lengths or by sdpa, and would "
                 "leave it out. Set `attn_implementation` to eager, or to one that the model's page names."
             )
 

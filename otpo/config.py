@@ -171,7 +171,8 @@ class OTPOConfig(DPOConfig):
 
         Raises:
             ValueError: An option is outside its range, or `weighting` was set to another, whose defaults these
-                options have not.
+                options have not. `dataclasses.replace` makes options anew, for which the old weighting's defaults are
+                options that were set; `with_weighting` knows them apart.
         """
         made_for = getattr(self, "filled_in_for", self.weighting)  # of an older version's pickle it is not known
         if self.weighting != made_for and self.weighting in weighting_names():

@@ -111,7 +111,9 @@ def _check_elsewhere(configs: list[Any], wrapper: Any, name: str) -> None:
     raise ValueError(
         f"{_named(configs, 'target_parameters', [path])} names {path}, which is no tensor of experts. Where experts "
         f"are spread, the option takes `mlp.experts.gate_up_proj` and `mlp.experts.down_proj` alone. {instead}, or "
-        "set `expert_parallel_size` to 1."
+        "set `expert_parallel_size` to 1. If the option was not set, PEFT made it of `lora_target_modules` "
+        "(all-linear, or the name of a router): set that to names such as q_proj k_proj v_proj o_proj, and "
+        "`lora_target_parameters` to the two above."
     )
 
 

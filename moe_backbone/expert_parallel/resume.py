@@ -158,13 +158,15 @@ def follow_schedule(optimizer: Any, schedule: Any) -> None:
 
     A schedule of torch's gives its rate to the optimizer as it steps, not as it is loaded, since an optimizer's own
     state has the rates too. Where that state is another (of adapters), the first resumed step would take the rate of a
-    new run.
+    new run. A schedule of DeepSpeed's keeps its step alone, of which `get_lr` makes the rates.
 
     Args:
         optimizer: With `param_groups`.
-        schedule: With `get_last_lr`; where all its rates are the same, its groups may be more or fewer.
+        schedule: With `get_last_lr`, perhaps in accelerate's wrapper; where all its rates are the same, its groups may
+            be more or fewer.
     """
-    rates, groups = schedule.get_last_lr(), optimizer.param_groups
+    inner, groups = getattr(schedule, "scheduler", schedule), optimizer.param_groups
+    rates = inner.get_lr() if hasattr(inner, "last_batch_iteration") else inner.get_last_lr()
     if len(set(rates)) == 1:
         rates = rates[:1] * len(groups)
     for group, rate in zip(groups, rates, strict=True):

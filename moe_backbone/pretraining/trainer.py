@@ -167,8 +167,10 @@ class PretrainingTrainer(Trainer):
         self._norms = NormCheck()
         self._left_out = False  # whether the optimizer leaves out the step to come if its norm is not finite
         # What the optimizer is, as a header says it; `told_optimizer` is read by commands.
-        chosen, self.told_optimizer = choose_optimizer(self)
-        self.optimizer_cls_and_kwargs = chosen or self.optimizer_cls_and_kwargs
+        self.told_optimizer = "none, since there is nothing to train on"
+        if train_dataset is not None:
+            chosen, self.told_optimizer = choose_optimizer(self)
+            self.optimizer_cls_and_kwargs = chosen or self.optimizer_cls_and_kwargs
         self._token_loss = find_token_loss(args.token_loss, model, args.device)
         self._window = LogWindow()
         self._load_of_step: Tensor | None = None

@@ -73,16 +73,19 @@ def choose_optimizer(trainer: Any) -> Choice:
     if halves:
         raise float16_refusal()
 
-    plain = engine in _PLAIN and not any(isinstance(weight, DTensor) for weight in weights)
+    sharded = any(isinstance(weight, DTensor) for weight in weights)
+    reducer = "transformers' sharding" if sharded else _reducer(engine)
+    plain = engine in _PLAIN and not sharded
     chosen = plain and name in _ADAMW and all(weight.dtype in _MASTERED for weight in weights)
     _sum_in_float32(
         rounded,
         engine,
+        reducer,
         name,
         args.gradient_accumulation_steps,
         takes_float32=of_masters or chosen or name in _TAKES_FLOAT32,
     )
-    reduced = "" if engine == DistributedType.NO else f"; {_reducer(engine)} reduces in bfloat16"
+    reduced = "" if engine == DistributedType.NO else f"; {reducer} reduces in bfloat16"
     masters = "on float32 masters of the bfloat16 weights, moments in float32"
     if of_masters:
         return Choice(None, f"{name} {masters}{reduced}")
@@ -114,7 +117,13 @@ def _name_optimizer(trainer: Any) -> tuple[str, bool]:
 
 
 def _sum_in_float32(
-    weights: list[nn.Parameter], engine: DistributedType, name: str, micro_batches: int, *, takes_float32: bool
+    weights: list[nn.Parameter],
+    engine: DistributedType,
+    reducer: str,
+    name: str,
+    micro_batches: int,
+    *,
+    takes_float32: bool,
 ) -> None:
     """Has micro-batches' gradients of bfloat16 weights summed in float32, or refuses; one is left in bfloat16."""
     if micro_batches == 1:
@@ -123,7 +132,7 @@ def _sum_in_float32(
         return _set_gradient_type(weights, torch.float32)
     others = ["`dtype` to float32"]
     if engine != DistributedType.NO:
-        why = f"under {_reducer(engine)}"
+        why = f"under {reducer}"
         others += ["`bf16` to true"] if engine == DistributedType.FSDP else []
     else:
         why = f"and {name if name.startswith('the caller') else f'`optim={name}`'}"

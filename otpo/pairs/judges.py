@@ -97,11 +97,13 @@ def judged(judge: Judge, prompt: Any, answers: list[str], row: Mapping[str, Any]
         given = judge(_copied(prompt), list(answers), _copied(row))
         # What can be gone through without being scores in the answers' order: keys, letters, and members.
         if isinstance(given, (Mapping, str, bytes, bytearray, Set)):
-            raise TypeError(
-                f"it gave a {type(given).__name__}, {_shown(given)}: return a list of one number for each answer, in "
-                "the order of the answers"
+            raise JudgeError(
+                f"the judge gave a {type(given).__name__}, {_shown(given)}: return a list of one number for each "
+                "answer, in the order of the answers"
             )
         scores = [float(score) for score in given]
+    except JudgeError:
+        raise
     except Exception as error:  # whatever a user's function raises is of this prompt alone
         text = " ".join(str(error).split())
         raise JudgeError(f"the judge raised {type(error).__name__}: {text}") from error

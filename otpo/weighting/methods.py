@@ -168,9 +168,12 @@ def _scaled(values: Tensor, batch: PairBatch) -> Tensor:
     values = values.masked_fill(~batch.mask, 0.0)
     if not values.shape[1]:
         return values
-    exponent = torch.frexp(values.amax(1, keepdim=True)).exponent
-    # The inverse of a subnormal number is infinite.
-    return torch.ldexp(values, -exponent.clamp(min=frexp(torch.finfo(values.dtype).tiny)[1]))
+    largest, least = values.detach().amax(1, keepdim=True), torch.finfo(values.dtype).tiny
+    if largest.device.type == "mps":  # torch has no frexp there; the largest becomes 1, with a rounding
+        return values / largest.clamp(min=least)
+    # The inverse of a subnormal number is infinite. With an exponent of integers torch would lose the gradient.
+    exponent = torch.frexp(largest).exponent.clamp(min=frexp(least)[1])
+    return torch.ldexp(values, -exponent.to(values.dtype))
 
 
 def _token_values(batch: PairBatch, name: str) -> Tensor:

@@ -5,7 +5,7 @@ import torch
 from compass_helpers import TINY, compass_model
 from peft import IA3Config, LoraConfig, get_peft_model
 from torch import nn
-from transformers import GptOssConfig, GptOssForCausalLM
+from transformers import GptOssConfig, GptOssForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from moe_backbone.expert_parallel.adapter_checks import check_adapters
 
@@ -61,6 +61,16 @@ def test_adapters_of_experts_and_of_all_else_are_taken(changes):
     check_adapters(get_peft_model(compass(), LoraConfig(**options)))
     if "modules_to_save" not in changes:
         check_adapters(get_peft_model(compass().to("meta"), LoraConfig(**options)))
+
+
+@pytest.mark.filterwarnings("ignore:The following \\w+_pattern keys:RuntimeWarning")
+def test_routers_that_peft_adapts_for_all_linear_are_told_so():
+    """PEFT turns `all-linear` into tensors of Qwen3-MoE's experts and routers, which no option has named."""
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "moe_intermediate_size": 8, "num_hidden_layers": 1}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "num_experts": 4, "vocab_size": 32}
+    model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes))
+    with pytest.raises(ValueError, match=r"gate\.weight.*PEFT made it of `lora_target_modules` \(all-linear"):
+        check_adapters(get_peft_model(model, LoraConfig(r=2, target_modules="all-linear")))
 
 
 def test_experts_of_another_name_may_have_factors():

@@ -139,6 +139,23 @@ def test_rates_of_a_schedule_are_those_of_all_groups_or_of_each():
         follow_schedule(optimizer, SimpleNamespace(get_last_lr=lambda: [0.1, 0.2, 0.3]))
 
 
+def test_the_rate_of_a_deepspeed_schedule_is_that_of_its_step():
+    """It keeps its step alone when it is loaded."""
+    schedules = pytest.importorskip("deepspeed.runtime.lr_schedules")
+    weights = [torch.nn.Parameter(torch.ones(1))]
+
+    def make():
+        optimizer = torch.optim.SGD(weights, lr=1.0)
+        return optimizer, schedules.WarmupLR(optimizer, 0.0, 0.1, 10, warmup_type="linear")
+
+    (optimizer, schedule), (resumed, other) = make(), make()
+    for _ in range(4):
+        schedule.step()
+    other.load_state_dict(schedule.state_dict())
+    follow_schedule(resumed, SimpleNamespace(scheduler=other))
+    assert resumed.param_groups[0]["lr"] == optimizer.param_groups[0]["lr"] > 0
+
+
 def test_checkpoints_of_other_runs_are_refused_by_transformers_own(tmp_path):
     trainer = pytest.importorskip(NATIVE).NativeExpertParallelMixin
     (tmp_path / "optimizer.pt").touch()

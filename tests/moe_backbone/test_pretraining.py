@@ -16,6 +16,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_expe
 
 from moe_backbone import CompassForCausalLM, preset
 from moe_backbone.pretraining.packing import PackedCollator, pack_documents
+from moe_backbone.pretraining.trainer import PretrainingTrainer
 
 TRAJECTORY = Path(__file__).with_name("trajectory.json")
 STEPS = 200
@@ -91,6 +92,16 @@ def test_without_router_terms_accumulation_changes_nothing(tmp_path):
         losses.append(logged(trainer, "lm_loss"))
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)
     assert losses[0] == pytest.approx(losses[2], abs=1e-4)
+
+
+def test_weights_that_could_not_be_trained_are_evaluated(tmp_path):
+    rows = pack_documents(chain_documents(8), 32)
+    args = pretrainer(tmp_path, per_device_eval_batch_size=2, bf16=False).args
+    trainer = PretrainingTrainer(tiny_compass().half(), args, eval_dataset=rows)
+    assert trainer.told_optimizer == "none, since there is nothing to train on"
+    assert math.isfinite(trainer.evaluate()["eval_loss"])
+    with pytest.raises(ValueError, match="`dtype=float16`"):
+        PretrainingTrainer(tiny_compass().half(), args, rows)
 
 
 def test_what_is_logged_is_what_the_model_computes(tmp_path):

@@ -227,6 +227,8 @@ def test_what_cannot_be_used_is_refused_in_a_line(folder, data, tmp_path, capsys
     ):
         told = refused(*dynamic, f"--{name}", str(value))
         assert f"`--{name} {value}` means nothing with `--input_scales dynamic" in told and "Drop it" in told
+    told = refused(*options(data, max_eval_rows=2), "--skip_report")
+    assert "`--max_eval_rows 2` means nothing with `--skip_report`" in told
     assert "`--max_shard_size=5XB`" in refused(*options(data, max_shard_size="5XB"))
     assert "no column 'body'" in refused(*options(data, text_column="body")).replace("has no a", "has no")
     assert "`--prompts a.txt`" in refused(*options(data, prompts="a.txt"))

@@ -118,14 +118,14 @@ def test_distinct_answers_keep_the_one_that_ended():
         (lambda prompt: [1, 2], "raised TypeError"),
         (
             lambda prompt, answers, row: {0: 0.9, 1: 0.1},
-            r"it gave a dict, \{0: 0.9, 1: 0.1\}: return a list of one num",
+            r"the judge gave a dict, \{0: 0.9, 1: 0.1\}: return a list of one num",
         ),
-        (lambda prompt, answers, row: {0: 0.9, 1: 0.1}.keys(), "it gave a dict_keys"),
-        (lambda prompt, answers, row: Counter(answers), "it gave a Counter"),
-        (lambda prompt, answers, row: "31", "it gave a str, '31': return a list"),
-        (lambda prompt, answers, row: b"31", "it gave a bytes"),
-        (lambda prompt, answers, row: {3.0, 1.0}, "it gave a set"),
-        (lambda prompt, answers, row: frozenset({3.0, 1.0}), "it gave a frozenset"),
+        (lambda prompt, answers, row: {0: 0.9, 1: 0.1}.keys(), "the judge gave a dict_keys"),
+        (lambda prompt, answers, row: Counter(answers), "the judge gave a Counter"),
+        (lambda prompt, answers, row: "31", "the judge gave a str, '31': return a list"),
+        (lambda prompt, answers, row: b"31", "the judge gave a bytes"),
+        (lambda prompt, answers, row: {3.0, 1.0}, "the judge gave a set"),
+        (lambda prompt, answers, row: frozenset({3.0, 1.0}), "the judge gave a frozenset"),
     ],
 )
 def test_bad_judges(judge, message):

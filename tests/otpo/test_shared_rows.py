@@ -137,7 +137,7 @@ CONFIGS = {"fsdp2": "parallelism_config_cp_size", "zero3": "parallelism_config_s
     [
         (["--accelerate_config", "fsdp2", "--parallelism_config_cp_size", "2"], "cp_size 2`.*fsdp2 .*_cp_size: 2}"),
         (["--accelerate_config", "zero3", "--parallelism_config_sp_size", "4"], "sp_size 4`.*zero3 .*_sp_size: 4}"),
-        (["--accelerate_config", "zero3", "--use_parallelism_config"], "`--use_parallelism_config`: .*_cp_size: 2}"),
+        (["--accelerate_config", "zero3", "--use_parallelism_config"], "`--use_parallelism_config`: .*a block"),
         (["--use_fsdp", "--fsdp_version", "2", "--parallelism_config_cp_size", "2"], "cp_size 2`.*_cp_size: 2}"),
     ],
 )

@@ -225,3 +225,19 @@ def test_padding_makes_no_difference(name, tmp_path):
     values = {each: torch.nn.functional.pad(value, (4, 2)) for each, value in BATCH.token_values.items()}
     shifted = dataclasses.replace(BATCH, **wide, token_values=values)
     torch.testing.assert_close(values_of(weighting(shifted))[shifted.mask], values_of(weighting(BATCH))[BATCH.mask])
+
+
+def test_values_within_a_budget_have_their_gradient():
+    values = torch.rand(BATCH.mask.shape, dtype=torch.float64, requires_grad=True)
+
+    def plain(values):
+        kept = values.masked_fill(~BATCH.mask, 0.0)
+        return kept * (BATCH.shorter / kept.sum(1, keepdim=True))
+
+    toward = torch.rand(BATCH.mask.shape, dtype=torch.float64)
+    got, want = (
+        torch.autograd.grad((f(values) * toward).sum(), values)[0]
+        for f in (lambda each: within_budget(each, BATCH), plain)
+    )
+    torch.testing.assert_close(got, want)
+    assert got.abs().sum() > 0

@@ -37,9 +37,15 @@ def require_sharing_that_is_read(args: Any, config: Any) -> None:
         read = args.use_parallelism_config and args.use_fsdp
     if read or not (asked or args.use_parallelism_config):
         return
-    name = asked[0] if asked else "cp"
+    if not asked:
+        raise ValueError(
+            "`--use_parallelism_config`: accelerate reads sizes where its configuration has a block "
+            "`parallelism_config`. Name a file by `--accelerate_config` that has one with the sizes that you want, "
+            "or leave the option out."
+        )
+    name = asked[0]
     option = f"parallelism_config_{name}_size"
-    given = f"--{option} {sizes[name]}" if asked else "--use_parallelism_config"
+    given = f"--{option} {sizes[name]}"
     raise ValueError(
         f"`{given}`: accelerate reads the size where its configuration has it. Name a file by `--accelerate_config` "
         f"with what {_ENGINES[name][1]} has and `parallelism_config: {{{option}: {max(2, sizes[name])}}}`."

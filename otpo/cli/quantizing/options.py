@@ -149,6 +149,9 @@ def check(options: argparse.Namespace) -> None:
             "`--input_scales dynamic`."
         )
     else:
+        if options.skip_report:
+            reason = "`--skip_report`, which compares nothing. Drop one of them."
+            _refuse_unread(options, ("max_eval_rows",), reason)
         _set_defaults(options, _OF_DOCUMENTS)
     if not dynamic:
         _set_defaults(options, _OF_THE_DRAW)
