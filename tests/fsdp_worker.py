@@ -52,7 +52,7 @@ def part_of(weight: DTensor) -> dict[str, Any]:
     local = weight.to_local()
     mesh = weight.device_mesh
     return {
-        "mesh": dict(zip(mesh.mesh_dim_names or (), mesh.shape, strict=True)),
+        "mesh": dict(zip(mesh.mesh_dim_names or range(mesh.ndim), mesh.shape, strict=True)),
         "held": local.numel() / weight.numel(),
     }
 
