@@ -166,6 +166,7 @@ def test_what_is_said_of_the_launch_matrix_was_measured():
 
 def test_what_is_said_of_kills_was_measured():
     rows = read_rows(RESULTS / "random_kills_cpu.csv")
+    assert {row["schedule"] for row in rows} == {"linear"}  # a constant rate would hide what a resumed run's is
     assert len(rows) == 20 and {row["status"] for row in rows} == {"ok"} and {row["gpus"] for row in rows} == {"0"}
     assert {(float(row["losses"]), float(row["weights"])) for row in rows} == {(0.0, 0.0)}
     engines = {"ddp", "experts-transformers", "experts-zero1", "experts-zero2", "experts-zero3"}
