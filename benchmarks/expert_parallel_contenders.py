@@ -65,7 +65,7 @@ def cases(world: int, memory: int, *, tiny: bool = False) -> list[Case]:
     block = _sizes("compass-v3", **wide, num_hidden_layers=1)
     deep = _sizes("compass-v3", **wide, num_hidden_layers=most_layers(block, world, memory))
     return [
-        Case(SMALL, _sizes("compass-small"), 4, 2048, "adamw", (*contenders, COMPASS)),
+        Case(SMALL, _sizes("compass-small"), 4, 4096, "adamw", (*contenders, COMPASS)),
         Case(BLOCK, block, 1, 4096, "adamw", contenders),
         Case(FITS, deep, 1, 4096, "sgd", (OURS, BASE)),  # ours first: it needs a GPU that nothing has filled before
     ]
@@ -172,6 +172,12 @@ def _ours(model: Any, world: int, rank: int) -> dict[str, Any]:
     return {"expert_parallel": expert_parallel_config(model.config.model_type, world)["expert_parallel"]}
 
 
+def _ours_as_pretrain(model: Any, world: int, rank: int) -> dict[str, Any]:
+    """As `otpo pretrain` does: gradients of the weights that all have are reduced when the backward pass is done."""
+    options = {"bf16": {"enabled": True, "check_grad_overflow": False}, "zero_optimization": {"stage": 2}}
+    return {**_ours(model, world, rank), **options}
+
+
 def _gather(engine: Any, case: Case) -> None:
     from moe_backbone.expert_parallel.deepspeed_trainer import gather_tokens
 
@@ -206,14 +212,14 @@ CONTENDERS = {
     GATHERED: Contender("qwen3_moe", _ours, _gather),
     COMPASS: Contender("compass", _ours),
     BASE_COMPILED: Contender("compass", _nothing, _compile),
-    COMPILED: Contender("compass", _ours, _gather_and_compile),
+    COMPILED: Contender("compass", _ours_as_pretrain, _gather_and_compile),
 }
 
 
 @contextlib.contextmanager
 def engine_of(case: Case, name: str, world: int, rank: int, device: torch.device) -> Iterator[Any]:
-    """DeepSpeed's engine of a contender: ZeRO-2 in bfloat16, gradients reduced beside the backward, all else as it
-    comes; gone afterwards."""
+    """DeepSpeed's engine of a contender: ZeRO-2 in bfloat16, gradients reduced beside the backward but for
+    [`COMPILED`], all else as it comes; gone afterwards."""
     import deepspeed
 
     contender = CONTENDERS[name]

@@ -130,9 +130,13 @@ def _require_pair(of: str, ends: Tensor | None, longest: int | None) -> None:
 
 
 def _kind(module: nn.Module) -> str | None:
-    """The kind of an attention layer by its configuration's `layer_types`; None where it has none."""
-    kinds, number = getattr(getattr(module, "config", None), "layer_types", None), getattr(module, "layer_idx", None)
-    return kinds[number] if kinds and number is not None and number < len(kinds) else None
+    """The kind of an attention layer by its configuration's `layer_types`; None where these have no windows."""
+    kinds = getattr(getattr(module, "config", None), "layer_types", None)
+    # A graph in which a layer's own number is read serves no other layer, and torch compiles eight of them at most.
+    if not kinds or not any(kind in kinds for kind in _WINDOWED):
+        return None
+    number = getattr(module, "layer_idx", None)
+    return kinds[number] if number is not None and number < len(kinds) else None
 
 
 def choose_attention(config: Any, device: torch.device, dtype: torch.dtype) -> tuple[str, str | None]:

@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 import torch
+from accelerate import DistributedType
 from torch import Tensor
 
 
@@ -48,6 +49,20 @@ class NormCheck:
         (copied, event, steps, left_out), self._copied = self._copied, None
         event.synchronize()
         _require_finite(float(copied), steps, left_out=left_out)
+
+
+def look_at_norms_alone(accelerator: Any) -> None:
+    """Keeps DeepSpeed from looking at each bfloat16 gradient by itself before each step, which the host waits for.
+
+    A run with a [`NormCheck`] stops at the norm that such a gradient makes. Who sets `bf16.check_grad_overflow` keeps
+    the look, which takes 2% of a step at compass-v3's width (two H200, ZeRO-2).
+
+    Args:
+        accelerator: accelerate's, before it makes the engine.
+    """
+    plugin = accelerator.state.deepspeed_plugin if accelerator.distributed_type == DistributedType.DEEPSPEED else None
+    if plugin is not None and isinstance(plugin.deepspeed_config.get("bf16"), dict):
+        plugin.deepspeed_config["bf16"].setdefault("check_grad_overflow", False)
 
 
 def _require_finite(norm: float, steps: int, *, left_out: bool) -> None:

@@ -20,7 +20,7 @@ from moe_backbone.planning.hardware import recognise_gpu
 from .fused_clipping import clip_in_optimizer, takes_scales
 from .log_window import LogWindow
 from .master_adamw import MasterAdamW, refuse_remainders
-from .norm_check import NormCheck
+from .norm_check import NormCheck, look_at_norms_alone
 from .packing import PackedCollator
 from .token_losses import TOKEN_LOSSES, find_token_loss
 from .weight_types import choose_optimizer
@@ -165,6 +165,7 @@ class PretrainingTrainer(Trainer):
             gpu = recognise_gpu(torch.cuda.get_device_name())
             self._peak_tflops = None if gpu is None else gpu.tflops
         self._norms = NormCheck()
+        look_at_norms_alone(self.accelerator)
         self._left_out = False  # whether the optimizer leaves out the step to come if its norm is not finite
         # What the optimizer is, as a header says it; `told_optimizer` is read by commands.
         self.told_optimizer = "none, since there is nothing to train on"
@@ -269,9 +270,11 @@ class PretrainingTrainer(Trainer):
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         norm: Any = super()._get_grad_norm(model, grad_norm=grad_norm)
         if self.accelerator.scaler is None:  # fp16's scaler skips such steps itself
-            # DeepSpeed's engine steps within the backward pass; elsewhere the step is still to come.
+            # DeepSpeed's engine has stepped within the backward pass, or left the step out; elsewhere it is to come.
             to_come = self.accelerator.distributed_type != DistributedType.DEEPSPEED
             left_out = self._left_out and grad_norm is not None  # None where nothing is clipped
+            if not to_come:
+                left_out = bool(getattr(self.model_wrapped.optimizer, "overflow", False))
             self._norms.add(norm, self.state.global_step, left_out=left_out, to_come=to_come)
         return norm
 

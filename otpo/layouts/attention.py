@@ -130,7 +130,10 @@ def _rows_attention(
 def _slides(layer: nn.Module) -> bool:
     """Whether an attention layer has a sliding window by its configuration."""
     config: Any = getattr(layer, "config", None)
-    kinds, number = getattr(config, "layer_types", None), getattr(layer, "layer_idx", None)
-    if kinds and number is not None:
+    kinds = getattr(config, "layer_types", None)
+    # A graph in which a layer's own number is read serves no other layer, and torch compiles eight of them at most.
+    if kinds and "sliding_attention" not in kinds:
+        return False
+    if kinds and (number := getattr(layer, "layer_idx", None)) is not None:
         return kinds[number] == "sliding_attention"
     return bool(getattr(config, "sliding_window", None)) and getattr(config, "use_sliding_window", True)

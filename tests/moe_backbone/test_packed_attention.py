@@ -8,9 +8,12 @@ import torch
 from compass_helpers import assert_gradients_close, compass_model, gradients
 from flash_in_float64 import backward, forward
 from pretraining_helpers import chain_documents, pretrainer, tiny_compass
+from torch._dynamo.utils import counters
 
+from moe_backbone import packed_attention
 from moe_backbone.packed_attention import NAME, choose_attention, varlen_attention_forward
 from moe_backbone.pretraining.packing import PackedCollator, pack_documents
+from otpo.layouts import attention as layouts_attention
 
 ROWS = [
     {"input_ids": [5, 6, 7, 8, 9, 10], "seq_lengths": [3, 1, 2]},
@@ -225,3 +228,35 @@ def test_streams_by_lengths_are_those_by_masks(tmp_path, kernel):
     assert losses[1] == pytest.approx(losses[0], abs=2e-5)
     assert losses[2][:3] == pytest.approx(losses[0][:3], abs=2e-5)  # a dispatcher fills an evaluation's last batch up
     assert not sizes[0] and 256 in sizes[1] and not sizes[2]
+
+
+@pytest.mark.parametrize("kinds", [None, ["full_attention"] * 11], ids=["no kinds", "one kind"])
+def test_layers_of_one_kind_share_a_graph(kernel, kinds):
+    """A graph in which a layer's own number is read serves this layer alone, and torch compiles eight at most."""
+    torch._dynamo.reset()
+    counters.clear()
+    model = compass_model(num_hidden_layers=11, num_mtp_layers=2, implementation="grouped_mm").train()
+    model.config.layer_types = kinds
+    model.set_attn_implementation(NAME)
+    for layer in model.model.layers:
+        layer.compile(dynamic=None, backend="aot_eager")
+    for rows in (ROWS, ROWS[::-1], [ROWS[1]] * 3):  # other numbers of documents, other longest ones
+        model(**PackedCollator(0, 8, flatten=True)(rows), num_items_in_batch=7).loss.backward()
+    assert not counters["graph_break"]
+    assert counters["stats"]["unique_graphs"] <= 4  # decoder and MTP layers, as first seen and for any number
+
+
+def test_a_number_that_tells_nothing_is_not_read():
+    """torch 2.11 makes a graph of each number that is looked at, whether or not anything follows from it."""
+
+    class Attention(torch.nn.Module):
+        config = SimpleNamespace(layer_types=["full_attention"] * 2)
+
+        @property
+        def layer_idx(self) -> int:
+            raise AssertionError("the number was read")
+
+    layer = Attention()
+    for kinds in (None, ["full_attention"] * 2):
+        layer.config.layer_types = kinds
+        assert packed_attention._kind(layer) is None and not layouts_attention._slides(layer)

@@ -1,0 +1,72 @@
+"""A gradient that is not finite under DeepSpeed stops pretraining, and the message says whether it was made use of."""
+
+import json
+import shutil
+import subprocess
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from accelerate import DistributedType
+
+from moe_backbone import CompassForCausalLM, preset
+from moe_backbone.pretraining.norm_check import look_at_norms_alone
+
+
+@pytest.mark.parametrize(
+    ("engine", "config", "looks"),
+    [
+        (DistributedType.DEEPSPEED, {"bf16": {"enabled": True}}, False),
+        (DistributedType.DEEPSPEED, {"bf16": {"enabled": True, "check_grad_overflow": True}}, True),
+        (DistributedType.DEEPSPEED, {"fp16": {"enabled": True}}, None),
+        (DistributedType.MULTI_GPU, {"bf16": {"enabled": True}}, None),
+    ],
+)
+def test_who_looks_at_each_gradient(engine, config, looks):
+    plugin = SimpleNamespace(deepspeed_config=config)
+    accelerator: Any = SimpleNamespace(distributed_type=engine, state=SimpleNamespace(deepspeed_plugin=plugin))
+    look_at_norms_alone(accelerator)
+    assert config.get("bf16", {}).get("check_grad_overflow") is looks
+
+
+@pytest.mark.lengthy
+@pytest.mark.skipif(shutil.which("g++") is None, reason="DeepSpeed compiles its operator for the CPU")
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({}, "The weights in memory have been updated from it"),
+        ({"bf16": {"enabled": True, "check_grad_overflow": True}}, "No update was made from it"),
+    ],
+    ids=["by the norm", "each gradient"],
+)
+def test_a_gradient_that_is_not_finite_stops_deepspeed(tokenizer, tmp_path, changes, says):
+    pytest.importorskip("deepspeed", reason="DeepSpeed is an extra")
+    model = CompassForCausalLM(preset("compass-tiny", vocab_size=len(tokenizer)))
+    with torch.no_grad():
+        model.model.layers[0].mlp.experts.down_proj[0, 0, 0] = torch.inf
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    rows = [{"input_ids": [3 + (7 * row + place) % 50 for place in range(12)]} for row in range(40)]
+    (tmp_path / "documents.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["--model_name_or_path", f"{tmp_path}/model", "--dataset_name", f"{tmp_path}/documents.jsonl"]
+    words += [
+        "--sequence_length",
+        "16",
+        "--per_device_train_batch_size",
+        "2",
+        "--max_steps",
+        "3",
+        "--report_to",
+        "none",
+    ]
+    words += ["--output_dir", f"{tmp_path}/out", "--use_cpu", "true", "--bf16", "true", "--num_processes", "2"]
+    words += ["--expert_parallel_size", "2", "--save_strategy", "steps", "--save_steps", "1"]
+    words += ["--report_to", "none"]
+    if changes:
+        words += ["--deepspeed", json.dumps(changes)]
+    done = subprocess.run([sys.executable, "-m", "otpo", "pretrain", *words], capture_output=True, text=True)
+    assert done.returncode and "FloatingPointError" in done.stderr
+    assert says in " ".join(done.stderr.split()), done.stderr[-3000:]
+    assert not list((tmp_path / "out").glob("checkpoint-*"))
