@@ -1,7 +1,8 @@
 """The architecture of transformers that a Compass is without its extras, by transformers' own class and Trainer.
 
 It gets the weights, the rows, their order and the options of `otpo pretrain`, so that its losses are to be the same
-where no loss of the routers is added: the class has no z-loss, and weighs the load in another way. Its experts and attention are what transformers takes by default.
+where no loss of the routers is added: the class has no z-loss, and weighs the load in another way. Its experts and
+attention are what transformers takes by default.
 """
 
 import gc

@@ -274,7 +274,8 @@ class PretrainingTrainer(Trainer):
             to_come = self.accelerator.distributed_type != DistributedType.DEEPSPEED
             left_out = self._left_out and grad_norm is not None  # None where nothing is clipped
             if not to_come:
-                left_out = bool(getattr(self.model_wrapped.optimizer, "overflow", False))
+                engine: Any = self.model_wrapped
+                left_out = bool(getattr(engine.optimizer, "overflow", False))
             self._norms.add(norm, self.state.global_step, left_out=left_out, to_come=to_come)
         return norm
 
