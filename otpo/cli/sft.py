@@ -5,7 +5,7 @@ Also the module that `accelerate launch -m otpo.cli.sft` runs in each process.
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,8 @@ chat template needs {% generation %} markers, or has to be one of those that TRL
 counts all tokens. MTP layers of Compass models stand still.
 
 --packing fills blocks of --max_length tokens, and a batch is all its blocks in one row, whose documents are kept apart
-by their positions. Without flash attention that takes a mask of the row's length squared: keep batches small.
+by their positions. On a GPU Compass attends to them by their lengths. Other models need a flash attention
+(--attn_implementation) for that: without, a mask of the row's length squared is made, so keep batches small.
 """
 _NO_TEMPLATE = (
     "Name a file with one by `chat_template_path`, or use a dataset whose 'prompt' and 'completion' are plain text."
@@ -69,7 +70,19 @@ _NO_TEMPLATE = (
 
 @dataclass
 class SftArguments(RunArguments, RowArguments):
-    """Where the instructions come from, and what is done around the training."""
+    """Where the instructions come from, and what is done around the training.
+
+    Parameters:
+        compile_layers: Whether the layers are compiled; see [`otpo.cli.pretraining.compiling`].
+    """
+
+    compile_layers: bool = field(
+        default=False,
+        metadata={
+            "help": "Compile the model's layers, all by one graph. The first steps take a minute; later starts find "
+            "what they need in torch's cache."
+        },
+    )
 
 
 def make_parser() -> TrlParser:
@@ -92,7 +105,8 @@ def make_trainer(data: SftArguments, args: SFTConfig, model: ModelConfig, mixtur
     from moe_backbone import CompassConfig
 
     from .launching.expert_parallel import model_options, trainer_class
-    from .models.compass import freeze_adapters_of_mtp, mtp_options
+    from .models.compass import attention_of_joined_rows, freeze_adapters_of_mtp, mtp_options
+    from .pretraining.compiling import compile_for_run
 
     # What the options contradict each other in, before anything is loaded.
     origin = find_origin("model_name_or_path", require_model(model), model.model_revision)
@@ -120,6 +134,10 @@ def make_trainer(data: SftArguments, args: SFTConfig, model: ModelConfig, mixtur
     # The model, loaded by TRL, or by us where it has an adapter already.
     chosen = with_model_options(args.model_init_kwargs, model, origin.revision)
     kwargs = on_one_device(args, {**model_options(data), **mtp_options(config), **chosen})
+    if args.padding_free or (args.packing and args.packing_strategy != "wrapped"):
+        attention, told = attention_of_joined_rows(config, args, kwargs["attn_implementation"], kwargs["dtype"])
+        kwargs["attn_implementation"] = attention
+        data.notes |= {} if told is None else {"attention": told}
     quantization = get_quantization_config(model)
     args.model_init_kwargs = None if origin.adapted else kwargs
     with adapter_refusals(model):
@@ -135,6 +153,8 @@ def make_trainer(data: SftArguments, args: SFTConfig, model: ModelConfig, mixtur
     set_trainers_experts(experts, trainer, data)
     freeze_adapters_of_mtp(trainer.model)
     require_rows(train, trainer.train_dataset, args)
+    if data.compile_layers:
+        data.notes["compiled"] = compile_for_run(trainer, asked=True)
     return trainer
 
 

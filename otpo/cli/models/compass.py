@@ -7,16 +7,65 @@ the model freezes them. The checkpoint says so too; a later pretraining sets `mt
 
 from typing import Any
 
-from transformers import PreTrainedConfig, PreTrainedModel
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
 
 from moe_backbone import CompassConfig
 from moe_backbone.model.modeling_compass import CompassPreTrainedModel
+from moe_backbone.packed_attention import NAME as TORCH_VARLEN
+from moe_backbone.packed_attention import choose_attention
+from otpo_kernels.flash import flash_kernels
 
 
 def mtp_options(config: PreTrainedConfig) -> dict[str, Any]:
     """What `model_init_kwargs` needs so that MTP layers of such a model stand still; nothing where it has none."""
     idle = isinstance(config, CompassConfig) and config.num_mtp_layers
     return {"mtp_loss_coef": 0.0} if idle else {}
+
+
+def attention_of_joined_rows(
+    config: PreTrainedConfig, args: TrainingArguments, named: str | None, dtype: Any
+) -> tuple[str | None, str | None]:
+    """The attention implementation of a batch that is one row of documents, where its user names none.
+
+    Without it transformers makes a mask of the row's length squared, and attention computes all of it.
+
+    Args:
+        config: Of the model.
+        args: Options of the training.
+        named: The implementation that the user names; None for none.
+        dtype: The option `dtype`, a name or `torch.dtype`; None for float32.
+
+    Returns:
+        The implementation, None to leave it to transformers, and what a header says of it, None for nothing.
+    """
+    if named is not None or not isinstance(config, CompassConfig):
+        return named, None
+    told = str(dtype or "float32").removeprefix("torch.")
+    attention, why = choose_attention(config, args.device, computing_dtype(args, told, config))
+    if attention == TORCH_VARLEN:
+        return attention, f"{attention}, {flash_kernels(args.device, config.head_dim)}"
+    return None, None if why is None else f"{attention}, since {why}"
+
+
+def computing_dtype(args: TrainingArguments, named: str, config: CompassConfig) -> torch.dtype:
+    """What layers compute in: mixed precision's type where there is one, else that of the weights.
+
+    Args:
+        args: Options of the training.
+        named: The option `dtype`.
+        config: Of the model; its `dtype` is a checkpoint's own.
+    """
+    if args.mixed_precision in ("bf16", "fp16"):
+        return torch.bfloat16 if args.mixed_precision == "bf16" else torch.float16
+    return weights_dtype(named, config)
+
+
+def weights_dtype(named: str, config: CompassConfig) -> torch.dtype:
+    """The type of the weights by the option `dtype`; the configuration's own for `auto`."""
+    own: Any = config.dtype or torch.float32
+    own = getattr(torch, own) if isinstance(own, str) else own
+    return own if named == "auto" else getattr(torch, named)
 
 
 def require_own_code(config: PreTrainedConfig) -> None:

@@ -21,6 +21,7 @@ from moe_backbone.pretraining.trainer import PretrainingConfig
 from moe_backbone.pretraining.weight_types import float16_refusal, round_weights
 from otpo.cli.launching.engine import requested_engines
 from otpo.cli.launching.expert_parallel import model_options
+from otpo.cli.models.compass import computing_dtype, weights_dtype
 from otpo.cli.models.experts import read_request, set_experts
 from otpo.cli.models.loading import require_folder
 from otpo.trl_seam import new_model
@@ -108,26 +109,6 @@ def place_of_new_weights(device: torch.device, engines: Collection[str]) -> torc
         engines: Those that the run asks for, see [`requested_engines`].
     """
     return device if device.type == "cuda" and not engines else torch.device("cpu")
-
-
-def computing_dtype(args: PretrainingConfig, named: str, config: CompassConfig) -> torch.dtype:
-    """What layers compute in: mixed precision's type where there is one, else that of the weights.
-
-    Args:
-        args: Options of the training.
-        named: The option `dtype`.
-        config: Of the model; its `dtype` is a checkpoint's own.
-    """
-    if args.mixed_precision in ("bf16", "fp16"):
-        return torch.bfloat16 if args.mixed_precision == "bf16" else torch.float16
-    return weights_dtype(named, config)
-
-
-def weights_dtype(named: str, config: CompassConfig) -> torch.dtype:
-    """The type of the weights by the option `dtype`; the configuration's own for `auto`."""
-    own: Any = config.dtype or torch.float32
-    own = getattr(torch, own) if isinstance(own, str) else own
-    return own if named == "auto" else getattr(torch, named)
 
 
 def make_config(
