@@ -1,9 +1,12 @@
 """What layers that are not compiled, and DeepSpeed, add to a step: traffic of the memory, and launches by the host.
 
-All numbers count what the code does: operations that PyTorch dispatches in a step on the CPU, and the bytes of the
-tensors that they read and write. Tests count those of layers again.
+Launches and bytes count what the code does: operations that PyTorch dispatches in a step on the CPU, and the bytes of
+the tensors that they read and write; tests count those of layers again. How long the host takes was measured, and is
+written as so many launches by Python, so that one number stands for a slower host.
 Legend: T tokens of a micro-batch, H hidden size, K experts that a token takes, I width of an expert, E experts.
 """
+
+from dataclasses import dataclass
 
 from moe_backbone.model.configuration_compass import CompassConfig
 
@@ -27,16 +30,64 @@ _LAUNCHES = {
     (False, "memcpy"): (81, 132),
 }
 _COMPILED = (30, 50)  # products, attention, moves of rows and what is fused between them: our estimate
-_OUTSIDE = 100  # embeddings, heads, losses, the optimizer
+_OUTSIDE = 50  # in each pass: embeddings, heads, losses; our estimate
 _CAST = 6  # autocast reads 4 bytes of a weight and writes 2; its backward the other way round
-# A checkpointed layer keeps tensors by calls of Python, as long as so many launches: 1.6 for each of 95 tensors.
-_HOOKS = 152
+# Autograd launches the backward from C++, in this share of the time that Python takes for an operation of the forward.
+# Two steps of compass-small with one row tell both, on an H200 with transformers 5.23, 28 November 2026. One took 89
+# ms without the optimizer: 52 of the host for the forward, then 37 of the device, slower than the host from there.
+# With checkpointing it took 126 ms, all of them the host's: two forwards, and 22 for the backward. What a checkpoint
+# does beside its second forward does not show.
+_FROM_CPP = 0.29
 # DeepSpeed's bytes for a gradient on its way into buckets, and for a number of this GPU's part in its step: norms in
 # double precision 10, casts 12, unscaling 8, joining 4, checks 4, and what the norm reads 8.
 _BUCKETS, _PART = 16, 46
-# DeepSpeed's work for a parameter in hooks and in its step, as long as so many launches: 11 to 24 by the clock of a
-# CPU. It waits for the device there, so nothing hides this work.
-_PARAMETER = 14
+# DeepSpeed's work for a parameter in hooks, as long as so many launches, by the clock of a CPU. It is in the backward,
+# and the device works beside it.
+_HOOK = 12
+# DeepSpeed's step waits for the gradients' norm, so that nothing hides what it does for a parameter and once, as long
+# as so many launches: two H200 idled for 12 to 17 ms in steps of 12 layers, for 5 to 7 in those of one, transformers
+# 5.23, DeepSpeed 0.19.8, 28 November 2026.
+_STEP, _STEP_ONCE = 2, 140
+# The host waits for the number of rows that are sent, and the device then for the host, in each layer's forward, as
+# long as so many launches: two H200 idled for 10 to 15 ms more than where no layer waits, in 12 layers, that day.
+_ROWS_WAIT = 25
+
+
+@dataclass(frozen=True)
+class HostTime:
+    """Seconds of the host.
+
+    Attributes:
+        forward: To launch the forward of a micro-batch.
+        backward: To launch its backward, a checkpointed layer's second forward and DeepSpeed's hooks included.
+        alone: What no work of the device hides, in a whole step.
+        runs_ahead: Whether the host may launch the next pass before the device has done this one.
+    """
+
+    forward: float
+    backward: float
+    alone: float
+    runs_ahead: bool
+
+    def waiting(self, layers: float, heads: float, backward: float, micro_batches: int) -> float:
+        """Seconds of a step in which the device waits for the host.
+
+        The device ends a pass when it has done its own work, and not before the host has launched all of it.
+
+        Args:
+            layers: Seconds of the device in the forward of a micro-batch's layers.
+            heads: Seconds in its heads and losses, both passes, which few launches start.
+            backward: Seconds in the layers' backward.
+            micro_batches: Micro-batches of a step.
+        """
+        launched = done = 0.0
+        for _ in range(micro_batches):
+            for host, device in ((self.forward, layers), (0.0, heads), (self.backward, backward)):
+                launched += host
+                done = max(done + device, launched)
+                if not self.runs_ahead:
+                    launched = done
+        return done - micro_batches * (layers + heads + backward) + self.alone
 
 
 def _kind(setup: TrainingSetup) -> tuple[bool, str]:
@@ -74,24 +125,32 @@ def engine_bytes(config: CompassConfig, setup: TrainingSetup) -> float:
     return whole * _BUCKETS * setup.gradient_accumulation_steps + part * _PART
 
 
-def host_time(config: CompassConfig, setup: TrainingSetup, launch: float) -> tuple[float, float]:
-    """Seconds of the host in a step: those that overlap the device's work, and those that do not.
+def layer_launches(config: CompassConfig, setup: TrainingSetup) -> tuple[int, int]:
+    """Operations that all layers launch in a micro-batch, forward and backward, no forward twice."""
+    forward, backward = _COMPILED if setup.compiles(config) else _LAUNCHES[_kind(setup)]
+    return _layers(config) * forward, _layers(config) * backward
+
+
+def host_time(config: CompassConfig, setup: TrainingSetup, launch: float) -> HostTime:
+    """What the host does in a step.
 
     Args:
         config: The model.
         setup: The options of the run.
-        launch: Seconds for one launched operation.
+        launch: Seconds for one operation that Python launches.
     """
-    forward, backward = _COMPILED if setup.compiles(config) else _LAUNCHES[_kind(setup)]
-    twice = (forward + _HOOKS) if setup.gradient_checkpointing else 0
-    launches = _layers(config) * (forward + backward + twice) + _OUTSIDE
-    beside = launches * setup.gradient_accumulation_steps * launch
-    names = 11 + (3 if config.num_shared_experts else 0)
-    serial = (names * _layers(config) * _PARAMETER + _OUTSIDE) * launch if setup.stage else 0.0
-    if setup.expert_parallel_size > 1 and not setup.gathers(config):
-        # Each layer's rows wait for their number, so that its launches overlap nothing.
-        serial, beside = serial + beside, 0.0
-    return beside, serial
+    forward, backward = layer_launches(config, setup)
+    passes = 2 if setup.gradient_checkpointing else 1
+    later = _FROM_CPP * (backward + _OUTSIDE) + (passes - 1) * forward
+    alone = 0
+    if setup.stage:
+        parameters = (11 + (3 if config.num_shared_experts else 0)) * _layers(config)
+        later += parameters * _HOOK
+        alone += parameters * _STEP + _STEP_ONCE
+    sends = setup.expert_parallel_size > 1 and not setup.gathers(config)
+    if sends:
+        alone += _layers(config) * passes * setup.gradient_accumulation_steps * _ROWS_WAIT
+    return HostTime((forward + _OUTSIDE) * launch, later * launch, alone * launch, runs_ahead=not sends)
 
 
 def _layers(config: CompassConfig) -> int:

@@ -103,19 +103,19 @@ class Plan:
         rates, lines = self.rates, []
         lines.append(
             f"Time is an estimate. Rates are shares of the data sheet's: {rates.matmul:.0%} in matrix products "
-            f"(an H100 reaches 72% in large grouped ones, smaller ones less), {rates.attention:.0%} in attention and "
-            f"{rates.links:.0%} of the links (both not measured), {rates.bandwidth:.0%} of memory bandwidth (measured "
-            "for copies on an H100)."
+            f"(an H100 reaches 72% in large grouped ones, smaller ones less), {rates.attention:.0%} in attention, "
+            f"{rates.links:.0%} of the links (not measured), {rates.bandwidth:.0%} of memory bandwidth (measured for "
+            f"copies on an H100), {rates.elementwise:.0%} in layers that are not compiled."
         )
         lines.append("Nothing overlaps: communication that hides behind computation makes a step shorter.")
         lines.append(
-            f"Layers that are {self.told_layers}; the host takes {1e6 * rates.launch:.0f} us to launch an operation, "
+            f"Layers that are {self.told_layers}; Python takes {1e6 * rates.launch:.0f} us to launch an operation, "
             "which another machine's host may not."
         )
         lines.append("Experts get an even load; row moves are at their floor. The logits of a micro-batch are whole.")
         lines.append(
-            "Measured on one H100 and on two H200: with nothing compiled, peak memory within 2.3% of the plan on one "
-            "and 13% on two; steps within 1.3 times the estimate, with transformers 5.23 on a free host "
+            "Measured on one H100 and on two H200: with nothing compiled or packed, peak memory within 2.3% of the "
+            "plan on one and 13% on two; steps within 1.3 times the estimate, with transformers 5.23 "
             "(benchmarks/results)."
         )
         lines.append("MFU counts the model's operations, not a checkpointed layer's second forward.")

@@ -34,8 +34,13 @@ class Rates:
             tokens with heads of 64 and of 128 numbers.
         bandwidth: Share of the memory's bandwidth. We measured copies at 3.0 of 3.35 TB/s on an H100.
         links: Share of the bandwidth between GPUs. We did not measure it.
-        launch: Seconds of the host for one launched operation that is not compiled. A step of compass-small with one
-            row of 4096 tokens, which waits for the host, took 129 ms for 3,400 launches on an H100's machine.
+        elementwise: Share of the memory's bandwidth that operations of layers that are not compiled reach, by the
+            bytes that they are counted to move: casts, norms, sums and moves of rows in many kernels. We measured 0.47
+            to 0.65 on two H200, as these kernels' time beside that of matrix products, and 0.46 to 0.6 in whole steps
+            on one (transformers 5.23, 28 November 2026).
+        launch: Seconds of the host for one operation that Python launches, if it is not compiled. A step of
+            compass-small with one row of 4096 tokens, whose forward waits for the host, took 96.7 ms on an H200's
+            machine (transformers 5.23, 28 November 2026). Hosts of one kind differ by 1.3 times.
 
     Raises:
         ValueError: A share is not above 0 and at most 1.
@@ -45,7 +50,8 @@ class Rates:
     attention: float = 0.21
     bandwidth: float = 0.9
     links: float = 0.8
-    launch: float = 35e-6
+    elementwise: float = 0.55
+    launch: float = 38e-6
 
     def __post_init__(self) -> None:
         if not 0 <= self.launch < 1:
@@ -168,27 +174,38 @@ def estimate_step(config: CompassConfig, setup: TrainingSetup, gpu: GPU, rates: 
     forwards = 2 if setup.gradient_checkpointing else 1
     exchanged = (forwards * sent.forward + sent.backward) * layers * micro_batches
     faster = FLASH4 if setup.attention_kernels == "flash4" else 1.0
-    host, serial = host_time(config, setup, rates.launch)
-    parts = {
-        "matmul": tokens * ((flops.dense + flops.experts) * again + flops.head) / (peak * rates.matmul),
+    layers_bytes, heads_bytes = _elementwise_bytes(config, setup, forwards)
+    slower = bandwidth if setup.compiles(config) else gpu.bandwidth * 1e9 * rates.elementwise
+    heads = {
+        "matmul": tokens * flops.head / (peak * rates.matmul),
+        "elementwise": micro_batches * heads_bytes / bandwidth,
+    }
+    in_layers = {
+        "matmul": tokens * (flops.dense + flops.experts) * again / (peak * rates.matmul),
         "attention": tokens * flops.scores * again / (peak * rates.attention) * faster,
         "row_moves": layers * micro_batches * row_move_bytes(config, setup) / bandwidth,
-        "elementwise": micro_batches * _elementwise_bytes(config, setup, forwards) / bandwidth,
+        "elementwise": micro_batches * layers_bytes / slower,
         "all_to_all": exchanged / (gpu.intra_node * 1e9 * rates.links),
-        "gradients": _collectives(config, setup, gpu) / rates.links,
     }
-    # The host launches all that before it starts the optimizer's step, in which nothing is left to launch ahead.
-    waiting = max(0.0, host - sum(parts.values())) + serial
+    gradients = _collectives(config, setup, gpu) / rates.links
+
+    # The host starts a step with nothing launched ahead. A layer's backward takes twice as long as its forward.
+    of_all, of_heads = (sum(each.values()) / micro_batches for each in (in_layers, heads))
+    first = of_all / (forwards + 2)
+    waiting = host_time(config, setup, rates.launch).waiting(
+        first, of_heads, of_all - first + gradients / micro_batches, micro_batches
+    )
     return StepTime(
-        **parts,
+        **{name: value + heads.get(name, 0.0) for name, value in in_layers.items()},
+        gradients=gradients,
         optimizer=_optimizer_bytes(config, setup) / bandwidth,
         engine=engine_bytes(config, setup) / bandwidth,
         waiting=waiting,
     )
 
 
-def _elementwise_bytes(config: CompassConfig, setup: TrainingSetup, forwards: int) -> float:
-    """Bytes that elementwise operations move in one micro-batch.
+def _elementwise_bytes(config: CompassConfig, setup: TrainingSetup, forwards: int) -> tuple[float, float]:
+    """Bytes that elementwise operations move in one micro-batch, in layers and in heads with their losses.
 
     Each pass writes and reads every tensor that autograd keeps, or its gradient. A head's loss takes ten such moves.
     """
@@ -201,11 +218,11 @@ def _elementwise_bytes(config: CompassConfig, setup: TrainingSetup, forwards: in
     )
     ahead = config.num_mtp_layers if config.effective_mtp_loss_coef else 0
     if not setup.compiles(config):
-        return eager_bytes(config, setup) + 10 * (1 + ahead) * kept.head
+        return eager_bytes(config, setup), 10 * (1 + ahead) * kept.head
     copies = config.num_hidden_layers * kept.layer.copies + ahead * kept.mtp_layer.copies
     layers = config.num_hidden_layers * kept.layer.total + ahead * kept.mtp_layer.total - copies
     casts = 3 * copies * (forwards + 1)  # 2 bytes beside 4: a cast writes 2, its gradient writes 4
-    return 2 * layers * (forwards + 1) + casts + 10 * (1 + ahead) * kept.head
+    return 2 * layers * (forwards + 1) + casts, 10 * (1 + ahead) * kept.head
 
 
 def _collectives(config: CompassConfig, setup: TrainingSetup, gpu: GPU) -> float:

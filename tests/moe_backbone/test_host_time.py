@@ -1,6 +1,7 @@
 """Launches and bytes of layers that are not compiled are those that PyTorch dispatches."""
 
 import contextlib
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from moe_backbone import CompassConfig, CompassForCausalLM
-from moe_backbone.planning.host_time import eager_bytes, host_time
+from moe_backbone.planning.host_time import HostTime, eager_bytes, host_time, layer_launches
 from moe_backbone.planning.setup import TrainingSetup
 
 PRODUCTS = ("aten.mm", "_grouped_mm", "flash", "otpo")
@@ -70,5 +71,35 @@ def test_a_layer_moves_what_is_counted(precision, experts):
     )
     counts = [count(config, setup) for config in (one, two)]
     assert eager_bytes(one, setup) == pytest.approx(counts[1].bytes - counts[0].bytes, rel=0.05)
-    layer = host_time(two, setup, 1.0)[0] - host_time(one, setup, 1.0)[0]
+    layer = sum(layer_launches(two, setup)) - sum(layer_launches(one, setup))
     assert layer == pytest.approx(counts[1].launches - counts[0].launches, rel=0.03)
+
+
+def test_the_device_waits_for_what_the_host_has_not_launched():
+    ahead = HostTime(forward=4.0, backward=1.0, alone=0.5, runs_ahead=True)
+    # The forward is launched when 4 are over, 3 of them waited; the backward is launched beside heads and itself.
+    assert ahead.waiting(1.0, 1.0, 2.0, micro_batches=1) == 3.5
+    # The device has done the first after 7. The next forward is launched after 9, one later than it could be done.
+    assert ahead.waiting(1.0, 1.0, 2.0, micro_batches=2) == 3.0 + 1.0 + 0.5
+    # A device that is slower than the host waits for nothing but what is done alone.
+    assert ahead.waiting(5.0, 1.0, 2.0, micro_batches=3) == 0.5
+    # A host that waits for the device launches the second micro-batch when the first is done.
+    behind = HostTime(forward=4.0, backward=1.0, alone=0.5, runs_ahead=False)
+    assert behind.waiting(1.0, 1.0, 2.0, micro_batches=2) == 2 * 3.0 + 0.5
+
+
+def test_what_the_host_does_by_the_setup():
+    config = CompassConfig(num_hidden_layers=3, num_mtp_layers=0)
+    plain = TrainingSetup(gpus_per_node=2, compile_layers=False, experts_implementation="grouped_mm")
+    one = host_time(config, plain, 1.0)
+    assert one.alone == 0 and one.runs_ahead and one.backward < one.forward
+    # A checkpointed layer runs its forward again, by Python.
+    twice = host_time(config, replace(plain, gradient_checkpointing=True), 1.0)
+    assert twice.backward - one.backward == layer_launches(config, plain)[0] and twice.forward == one.forward
+    # DeepSpeed's hooks are in the backward; its step is hidden by nothing.
+    divided = host_time(config, replace(plain, strategy="zero2"), 1.0)
+    assert divided.backward > one.backward and divided.alone > 0 and divided.forward == one.forward
+    # Each layer, forward and micro-batch waits for the number of rows that are sent.
+    sends = replace(plain, expert_parallel_size=2, expert_exchange="all_to_all")
+    waits = [host_time(config, replace(sends, gradient_accumulation_steps=n), 1.0) for n in (1, 2)]
+    assert waits[1].alone == 2 * waits[0].alone > 0 and not waits[0].runs_ahead
