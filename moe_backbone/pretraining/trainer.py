@@ -1,6 +1,7 @@
 """Pretraining by transformers' Trainer on packed rows; it logs the loss by part, the routers' load and the speed."""
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -244,6 +245,15 @@ class PretrainingTrainer(Trainer):
         """Trains on a micro-batch as transformers does; the first one since an entry of the log starts the clock."""
         self._window.start(self.state.global_step)
         return super().training_step(*args, **kwargs)
+
+    @cached_property
+    def _parameters(self) -> int:
+        model: Any = self.model
+        return model.num_parameters(exclude_embeddings=True)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Operations of a batch as transformers counts them, without a walk through the model in each step."""
+        return 6 * inputs["input_ids"].numel() * self._parameters
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the metrics since the last entry to training's entries."""

@@ -12,6 +12,7 @@ import pytest
 import torch
 from datasets import Dataset
 from pretraining_helpers import SUCCESSORS, VOCABULARY, chain_documents, logged, pretrainer, tiny_compass
+from transformers import Trainer
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 
 from moe_backbone import CompassForCausalLM, preset
@@ -233,6 +234,13 @@ def test_a_gradient_that_is_not_finite_stops_before_the_update(tmp_path):
         trainer.train()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert not list(tmp_path.glob("checkpoint-*"))
+
+
+def test_operations_are_counted_as_transformers_counts_them(tmp_path):
+    trainer = pretrainer(tmp_path, model=tiny_compass(num_mtp_layers=1))
+    for rows in (1, 3):
+        batch = {"input_ids": torch.ones(rows, 32, dtype=torch.long)}
+        assert trainer.floating_point_ops(batch) == Trainer.floating_point_ops(trainer, batch) > 0
 
 
 def test_bfloat16_runs_the_experts_in_bfloat16(tmp_path, monkeypatch):
