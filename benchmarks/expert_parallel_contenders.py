@@ -172,9 +172,14 @@ def _ours(model: Any, world: int, rank: int) -> dict[str, Any]:
     return {"expert_parallel": expert_parallel_config(model.config.model_type, world)["expert_parallel"]}
 
 
+def _norms_alone(model: Any, world: int, rank: int) -> dict[str, Any]:
+    """As `otpo pretrain` has it: no gradient is looked at by itself."""
+    return {"bf16": {"enabled": True, "check_grad_overflow": False}}
+
+
 def _ours_as_pretrain(model: Any, world: int, rank: int) -> dict[str, Any]:
-    """As `otpo pretrain` does: gradients of the weights that all have are reduced when the backward pass is done."""
-    options = {"bf16": {"enabled": True, "check_grad_overflow": False}, "zero_optimization": {"stage": 2}}
+    """The few gradients that all have are reduced when the backward pass is done, besides."""
+    options = {**_norms_alone(model, world, rank), "zero_optimization": {"stage": 2}}
     return {**_ours(model, world, rank), **options}
 
 
@@ -211,7 +216,7 @@ CONTENDERS = {
     OURS: Contender("qwen3_moe", _ours),
     GATHERED: Contender("qwen3_moe", _ours, _gather),
     COMPASS: Contender("compass", _ours),
-    BASE_COMPILED: Contender("compass", _nothing, _compile),
+    BASE_COMPILED: Contender("compass", _norms_alone, _compile),
     COMPILED: Contender("compass", _ours_as_pretrain, _gather_and_compile),
 }
 

@@ -95,6 +95,11 @@ def varlen_attention_forward(
             f"`attention_dropout={dropout}`: attention by lengths has none. Set it to 0, or "
             "`attn_implementation=sdpa`."
         )
+    if cu_seq_lens_q.size(0) < 2:
+        raise ValueError(
+            "`cu_seq_lens_q` has no document. Who cuts a batch for several processes must leave it whole: do not set "
+            "`dispatch_batches`."
+        )
     if len(query) != 1:
         raise ValueError(f"`cu_seq_lens_q` speaks of one row of documents, got a batch of {len(query)} rows.")
     if cu_seq_lens_k is None and key.size(2) != query.size(2):

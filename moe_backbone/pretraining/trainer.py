@@ -1,5 +1,6 @@
 """Pretraining by transformers' Trainer on packed rows; it logs the loss by part, the routers' load and the speed."""
 
+import math
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -8,11 +9,11 @@ import torch
 from accelerate import DistributedType
 from torch import Tensor
 from torch.utils.data import IterableDataset
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from moe_backbone.model.modeling_compass import CompassForCausalLM
 from moe_backbone.model.mtp import IGNORED
-from moe_backbone.model.router import router_health, update_router_biases
+from moe_backbone.model.router import router_health
 from moe_backbone.packed_attention import NAME as TORCH_VARLEN
 from moe_backbone.packed_attention import joins_rows
 from moe_backbone.planning.counting import flops_per_token
@@ -23,6 +24,7 @@ from .log_window import LogWindow
 from .master_adamw import MasterAdamW, refuse_remainders
 from .norm_check import NormCheck, look_at_norms_alone
 from .packing import PackedCollator
+from .router_bias import RouterBiasUpdate
 from .token_losses import TOKEN_LOSSES, find_token_loss
 from .weight_types import choose_optimizer
 
@@ -73,6 +75,10 @@ class PretrainingConfig(TrainingArguments):
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule of the learning rate."})
     logging_steps: float = field(default=10, metadata={"help": "Steps between two entries of the log."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay false: rows are packed."})
+    ddp_find_unused_parameters: bool | None = field(
+        default=False,
+        metadata={"help": "Whether DDP looks for parameters without a gradient: all that train have one."},
+    )
     prediction_loss_only: bool = field(default=True, metadata={"help": "Whether evaluation keeps the loss alone."})
 
     def __post_init__(self) -> None:
@@ -177,7 +183,7 @@ class PretrainingTrainer(Trainer):
         self._window = LogWindow()
         self._load_of_step: Tensor | None = None
         if model.config.router_bias_update_speed:
-            self.add_callback(_RouterBiasUpdate(self))
+            self.add_callback(RouterBiasUpdate(self))
 
     @property
     def tokens_in_batch(self) -> int:
@@ -279,14 +285,19 @@ class PretrainingTrainer(Trainer):
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         norm: Any = super()._get_grad_norm(model, grad_norm=grad_norm)
-        if self.accelerator.scaler is None:  # fp16's scaler skips such steps itself
-            # DeepSpeed's engine has stepped within the backward pass, or left the step out; elsewhere it is to come.
-            to_come = self.accelerator.distributed_type != DistributedType.DEEPSPEED
+        if self.accelerator.scaler is not None:  # fp16's, which skips such steps itself
+            return norm
+        steps = self.state.global_step
+        if self.accelerator.distributed_type != DistributedType.DEEPSPEED:
             left_out = self._left_out and grad_norm is not None  # None where nothing is clipped
-            if not to_come:
-                engine: Any = self.model_wrapped
-                left_out = bool(getattr(engine.optimizer, "overflow", False))
-            self._norms.add(norm, self.state.global_step, left_out=left_out, to_come=to_come)
+            self._norms.add(norm, steps, left_out=left_out)
+            return norm
+        # DeepSpeed's engine has stepped within the backward pass, or left the step out; then stage 3 keeps the norm of
+        # the step before. Under fp16 its scale skips steps as a scaler does.
+        engine: Any = self.model_wrapped
+        if not engine.fp16_enabled():
+            left_out = bool(getattr(engine.optimizer, "overflow", False))
+            self._norms.add(math.inf if left_out else norm, steps, left_out=left_out, to_come=False)
         return norm
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -329,16 +340,3 @@ class PretrainingTrainer(Trainer):
         load: Any = self._load_of_step
         self._load_of_step = None
         return None if load is None else self.accelerator.reduce(load, "sum")  # pyright: ignore
-
-
-class _RouterBiasUpdate(TrainerCallback):
-    """Moves the routers' biases after each step of the optimizer."""
-
-    def __init__(self, trainer: PretrainingTrainer):
-        self.trainer = trainer
-
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        load = self.trainer.take_load_of_step()
-        if load is not None:
-            model: Any = self.trainer.accelerator.unwrap_model(self.trainer.model)
-            update_router_biases(model.model.routers, load, model.config.router_bias_update_speed)

@@ -76,7 +76,7 @@ def test_what_is_said_of_spread_experts_was_measured():
         {name: rate for (case, name), rate in rates.items() if case == one}
         for one in ("compass-small", "compass-v3 block")
     )
-    for found, said in ((small, (1.64, 1.48, 1.0)), (block, (1.08, 1.31, 1.33))):
+    for found, said in ((small, (1.64, 1.48, 1.0)), (block, (1.08, 1.31, 1.3))):
         rivals = ("AutoEP as it comes", "data parallel", "data parallel, as pretrain runs it")
         assert [round(found["ours, as pretrain runs it"] / found[rival], 2) for rival in rivals] == list(said)
         assert all(f"{ratio} times" in page for ratio in said)
@@ -146,7 +146,7 @@ def test_what_is_said_of_bfloat16_weights_was_measured():
     page = " ".join((RESULTS.parent / "README.md").read_text().split())
     rows = {(row["shape"], row["variant"]): row for row in read_rows(RESULTS / "pretraining_h200.csv")}
     for key, row in rows.items():
-        assert key == ("compass-v3-width", "grouped_mm") or f"{int(row['tokens_per_s']):,}" in page, key
+        assert f"{int(row['tokens_per_s']):,}" in page, key
     for variant in ("default", "default-bfloat16"):
         assert f"{float(rows['qwen3-30b-a3b-4-layers', variant]['speedup']):.2f} times" in page
     curves = weight_types.read_curves(read_rows(RESULTS / "weight_types_seeds_compass-small_h200.csv"))

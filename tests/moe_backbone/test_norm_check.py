@@ -1,15 +1,18 @@
 """A gradient that is not finite under DeepSpeed stops pretraining, and the message says whether it was made use of."""
 
 import json
+import math
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from accelerate import DistributedType
+from pretraining_helpers import pretrainer
 
 from moe_backbone import CompassForCausalLM, preset
 from moe_backbone.pretraining.norm_check import look_at_norms_alone
@@ -38,8 +41,9 @@ def test_who_looks_at_each_gradient(engine, config, looks):
     [
         ({}, "The weights in memory have been updated from it"),
         ({"bf16": {"enabled": True, "check_grad_overflow": True}}, "No update was made from it"),
+        ({"zero_optimization": {"stage": 3}}, "No update was made from it"),
     ],
-    ids=["by the norm", "each gradient"],
+    ids=["by the norm", "each gradient", "stage 3"],
 )
 def test_a_gradient_that_is_not_finite_stops_deepspeed(tokenizer, tmp_path, changes, says):
     pytest.importorskip("deepspeed", reason="DeepSpeed is an extra")
@@ -51,16 +55,7 @@ def test_a_gradient_that_is_not_finite_stops_deepspeed(tokenizer, tmp_path, chan
     rows = [{"input_ids": [3 + (7 * row + place) % 50 for place in range(12)]} for row in range(40)]
     (tmp_path / "documents.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     words = ["--model_name_or_path", f"{tmp_path}/model", "--dataset_name", f"{tmp_path}/documents.jsonl"]
-    words += [
-        "--sequence_length",
-        "16",
-        "--per_device_train_batch_size",
-        "2",
-        "--max_steps",
-        "3",
-        "--report_to",
-        "none",
-    ]
+    words += ["--sequence_length", "16", "--per_device_train_batch_size", "2", "--max_steps", "3"]
     words += ["--output_dir", f"{tmp_path}/out", "--use_cpu", "true", "--bf16", "true", "--num_processes", "2"]
     words += ["--expert_parallel_size", "2", "--save_strategy", "steps", "--save_steps", "1"]
     words += ["--report_to", "none"]
@@ -70,3 +65,22 @@ def test_a_gradient_that_is_not_finite_stops_deepspeed(tokenizer, tmp_path, chan
     assert done.returncode and "FloatingPointError" in done.stderr
     assert says in " ".join(done.stderr.split()), done.stderr[-3000:]
     assert not list((tmp_path / "out").glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize(
+    ("fp16", "overflow", "norm", "says"),
+    [
+        (True, True, math.inf, None),  # its scale is lowered, and the next step is made
+        (False, True, 0.5, "No update was made from it"),  # stage 3 keeps the norm of the step before
+        (False, False, math.inf, "The weights in memory have been updated from it"),
+        (False, False, 0.5, None),
+    ],
+)
+def test_deepspeeds_word_on_a_step(tmp_path, monkeypatch, fp16, overflow, norm, says):
+    trainer = pretrainer(tmp_path)
+    engine = SimpleNamespace(fp16_enabled=lambda: fp16, optimizer=SimpleNamespace(overflow=overflow))
+    told = SimpleNamespace(scaler=None, distributed_type=DistributedType.DEEPSPEED)
+    monkeypatch.setattr(trainer, "accelerator", told)
+    monkeypatch.setattr(trainer, "model_wrapped", engine)
+    with nullcontext() if says is None else pytest.raises(FloatingPointError, match=says):
+        assert trainer._get_grad_norm(trainer.model, grad_norm=norm) == norm

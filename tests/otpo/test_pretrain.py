@@ -29,7 +29,7 @@ from moe_backbone.model.saved_code import AUTO_MAP
 from otpo.cli import pretrain
 from otpo.cli.pretraining import compiling
 from otpo.cli.pretraining.data import find_sources, load_rows
-from otpo.cli.pretraining.model import parse_overrides, place_of_new_weights
+from otpo.cli.pretraining.model import parse_overrides
 
 ROOT = Path(__file__).parents[2]
 UNSAID = {"max_steps": None, "sequence_length": None, "per_device_train_batch_size": None}
@@ -55,20 +55,6 @@ def documents(tmp_path_factory) -> str:
     path = tmp_path_factory.mktemp("documents") / "chain.jsonl"
     chain_documents(300).to_json(path)
     return str(path)
-
-
-@pytest.mark.parametrize(
-    ("device", "engines", "place"),
-    [
-        ("cuda", [], "cuda"),
-        ("cuda", ["FSDP"], "cpu"),
-        ("cuda", ["DEEPSPEED"], "cpu"),
-        ("cpu", [], "cpu"),
-        ("mps", [], "cpu"),
-    ],
-)
-def test_where_new_weights_are_drawn(device, engines, place):
-    assert place_of_new_weights(torch.device(device), engines) == torch.device(place)
 
 
 def arguments(tokenizer: str, output: Path, **changes) -> list[str]:

@@ -75,7 +75,8 @@ def test_who_chooses(compass_folder, monkeypatch):
     from transformers import AutoConfig, Qwen3Config
 
     config = AutoConfig.from_pretrained(compass_folder)
-    args: Any = SimpleNamespace(device=torch.device("cpu"), mixed_precision="no")
+    whole = SimpleNamespace(dispatch_batches=None)
+    args: Any = SimpleNamespace(device=torch.device("cpu"), mixed_precision="no", accelerator_config=whole)
     assert attention_of_joined_rows(config, args, None, "float32") == (None, None)
     assert attention_of_joined_rows(config, args, "eager", None) == ("eager", None)
     assert attention_of_joined_rows(Qwen3Config(), args, None, None) == (None, None)
@@ -85,7 +86,20 @@ def test_who_chooses(compass_folder, monkeypatch):
     args.mixed_precision = "bf16"
     assert attention_of_joined_rows(config, args, None, None)[0] == NAME
     assert [dtype for _, dtype, _ in seen] == [torch.bfloat16, torch.bfloat16]
+    assert attention_of_joined_rows(config, args, None, "bf16") == (None, None)  # which TRL refuses
     args.device = torch.device("cuda")
     monkeypatch.setattr("moe_backbone.packed_attention.flash_can_run", lambda *_: False)
     chosen, told = attention_of_joined_rows(config, args, None, None)
     assert chosen is None and told is not None and told.startswith("sdpa, since attention by lengths")
+
+
+def test_batches_that_one_process_cuts_keep_their_mask(compass_folder, completions_file, tmp_path, kernels):
+    """accelerate cuts every tensor of a batch to as many rows as there are, ends of documents too."""
+    _, _, expected = trained(compass_folder, completions_file, tmp_path / "whole")
+    calls = len(kernels)
+    changes = {"accelerator_config": '{"dispatch_batches": true}'}
+    trainer, notes, losses = trained(compass_folder, completions_file, tmp_path / "cut", **changes)
+    assert trainer.model.config._attn_implementation == "sdpa" and "`dispatch_batches`" in notes["attention"]
+    assert len(kernels) == calls and losses == pytest.approx(expected, rel=1e-5)
+    with pytest.raises(ValueError, match="`cu_seq_lens_q` has no document"):
+        trained(compass_folder, completions_file, tmp_path / "named", attn_implementation=NAME, **changes)

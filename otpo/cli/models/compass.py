@@ -34,14 +34,18 @@ def attention_of_joined_rows(
         config: Of the model.
         args: Options of the training.
         named: The implementation that the user names; None for none.
-        dtype: The option `dtype`, a name or `torch.dtype`; None for float32.
+        dtype: The option `dtype`, a name or `torch.dtype`; None is what transformers takes for `auto`.
 
     Returns:
         The implementation, None to leave it to transformers, and what a header says of it, None for nothing.
     """
-    if named is not None or not isinstance(config, CompassConfig):
+    told = str(dtype or "auto").removeprefix("torch.")
+    unknown = told != "auto" and not isinstance(getattr(torch, told, None), torch.dtype)  # is refused on loading
+    if named is not None or unknown or not isinstance(config, CompassConfig):
         return named, None
-    told = str(dtype or "float32").removeprefix("torch.")
+    resolved: Any = args.accelerator_config
+    if resolved.dispatch_batches:
+        return None, "sdpa, since one process cuts what it read for all (`dispatch_batches`)"
     attention, why = choose_attention(config, args.device, computing_dtype(args, told, config))
     if attention == TORCH_VARLEN:
         return attention, f"{attention}, {flash_kernels(args.device, config.head_dim)}"

@@ -1,4 +1,4 @@
-"""The compiled layers of `otpo pretrain`: whether they are asked for, what forbids them, and what the header says."""
+"""Compiled layers of `otpo pretrain` and `otpo sft`: whether they are asked for, what forbids them, what is said."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ def compile_for_run(trainer: Any, *, asked: bool | None) -> str:
     """Compiles the layers of a trainer's model, at their first call, where that is asked for or the default.
 
     Args:
-        trainer: A `PretrainingTrainer` that has not trained yet.
+        trainer: A trainer that has not trained yet, whose batches are packed rows, of one size in pretraining.
         asked: The option `compile_layers`; None compiles on a GPU.
 
     Returns:
@@ -25,10 +25,11 @@ def compile_for_run(trainer: Any, *, asked: bool | None) -> str:
         return "no, since there is no GPU (`compile_layers`)"
     reason = why_not_compile(trainer.model, _engine(trainer))
     if reason is None and getattr(trainer, "gathers", None) is False:
-        reason = "rows are sent to spread experts by numbers that a graph would wait for (`expert_exchange`)"
+        reason = "rows are sent to spread experts by numbers that a graph would wait for"
+        reason += " (`expert_exchange`)" if hasattr(trainer, "tokens_in_batch") else ""
     if reason is not None:
         return f"no, since {reason}"
-    compile_layers(trainer.model, dynamic=None)  # packed batches have one size, but for the last
+    compile_layers(trainer.model, dynamic=None)  # for one size, until another one comes
     return "each layer, in the first steps, which takes a minute once and seconds from torch's cache"
 
 

@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from difflib import get_close_matches
 from typing import Any, get_args
 
@@ -77,8 +77,7 @@ def make_model(
             if args.process_index == 0:
                 new_model(CompassForCausalLM, config, **options).save_pretrained(name)
     if name is None:
-        with place_of_new_weights(args.device, engines):
-            compass: Any = new_model(CompassForCausalLM, config, **options)
+        compass: Any = new_model(CompassForCausalLM, config, **options)
     else:
         where = {"revision": revision} if revision else {}
         try:
@@ -97,18 +96,6 @@ def make_model(
     told = set_experts(experts, [compass], args.device.type, args.mixed_precision != "no")
     data.notes["experts"] = f"{describe_sizes(config)}, {told}"
     return compass
-
-
-def place_of_new_weights(device: torch.device, engines: Collection[str]) -> torch.device:
-    """Where random weights are drawn: on the GPU that trains all of them, which takes no time there.
-
-    Engines may divide a model that no single GPU holds, so theirs is drawn on the CPU.
-
-    Args:
-        device: Of the training.
-        engines: Those that the run asks for, see [`requested_engines`].
-    """
-    return device if device.type == "cuda" and not engines else torch.device("cpu")
 
 
 def make_config(
