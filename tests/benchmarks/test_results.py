@@ -204,7 +204,10 @@ def test_what_is_said_of_alignment_at_size_was_measured():
     assert f"had been counted to fit, at {float(failed['planned_gib']):.1f} GiB" in said
     counted = Case("full", 1, gpus=2, pairs=8, prompt=512, response=512, tiny=False)
     now = [f"{peak_of(counted._replace(layers=layers)) / 2**30:.1f}" for layers in (19, 9)]
-    assert f"the count is {now[0]} GiB for 19 layers of the 140 that there are, and {now[1]} for 9, where" in said
+    assert (
+        f"the count is {now[0]} GiB for 19 layers of the 140 that there are" in said
+        and f"{now[1]} for 9, where" in said
+    )
     assert f"where {float(full['peak_gib']):.1f} were taken" in said
     assert f"{fitting_layers(counted, 140 * 2**30)} layers are counted to fit" in said
     for row in (lora, full):  # the program's own arithmetic
