@@ -20,6 +20,7 @@ whole runs with fewer layers too: two numbers of them tell a layer's time from a
 
 import argparse
 import json
+import re
 import sys
 import tempfile
 import time
@@ -43,6 +44,7 @@ SHARES = (*(f"{kind}_share" for kind in KINDS), "idle_share")
 COLUMNS = ("adapter", "layers", "gpus", "status", "pairs", "prompt", "response", "tokens_per_step", "s_per_step")
 COLUMNS += ("tokens_per_s", "peak_gib", "planned_gib", "made_gib", *SHARES, "first_loss", "last_loss", "trained_here")
 COLUMNS += ("setup_s", "first_step_s", "run_s", "step_ms", "rows")
+_ERROR = re.compile(r"([\w.]*(?:OutOfMemoryError|Error:|Exception:).*)")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -142,11 +144,10 @@ def measure(case: Case, span: Span, patience: float) -> dict[str, Any]:
 
 
 def reason_of(log: Path) -> str:
-    """The first error that a process named: torch's launcher says more after it."""
-    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines()]
-    kinds = ("OutOfMemoryError", "Error:", "Exception:")
-    named = [line for line in lines if any(kind in line for kind in kinds) and "ChildFailedError" not in line]
-    return (named[0] if named else last_line(log, ""))[-300:]
+    """The first error that a process named, from its name on: torch's launcher says more after it."""
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    named = [found[1] for line in lines if "ChildFailedError" not in line and (found := _ERROR.search(line))]
+    return (named[0] if named else last_line(log, "")).strip()[:300]
 
 
 def line(row: dict[str, Any]) -> str:

@@ -1,5 +1,9 @@
-"""The first two tables of docs/ablations.md, each made from a committed CSV; a test compares the page with them."""
+"""The first two tables of docs/ablations.md and two of benchmarks/README.md, each made from committed CSVs.
 
+Tests compare the pages with them.
+"""
+
+from collections import Counter
 from typing import Any
 
 from benchmarks.headroom.report import markdown
@@ -32,3 +36,36 @@ def found_spans() -> str:
         for row in read("contrast_across_h200.csv")
     ]
     return table(("model", "half", "AUROC of `contrast`", "of a diff", "over the diff"), rows)
+
+
+def at_size() -> str:
+    """Steps of Qwen3-30B-A3B's shape on two GPUs, for benchmarks/README.md."""
+    names = {"lora": "LoRA", "full": "every weight"}
+    rows = []
+    for row in read("alignment_at_size_h200_x2.csv"):
+        if row["status"] == "ok":
+            numbers = (f"{float(row['s_per_step']):.3f}", f"{int(row['tokens_per_s']):,}")
+            memory = (f"{float(row['peak_gib']):.1f}", f"{float(row['made_gib']):.1f}")
+            shares = (f"{100 * float(row[name]):.0f}%" for name in ("all_to_all_share", "idle_share"))
+            cells = (*numbers, *memory, *shares)
+        else:
+            cells = ("out of memory" if "OutOfMemoryError" in row["status"] else row["status"], *[""] * 5)
+        rows.append((f"{names[row['adapter']]} of {row['layers']} layers", *cells))
+    head = ("trained", "s a step", "tokens/s", "GiB in training", "GiB while made", "all-to-all", "idle")
+    return table(head, rows)
+
+
+def kills() -> str:
+    """How many kills left what behind, and how many of them resumed exactly, for benchmarks/README.md."""
+    machines = {"two CPU processes": "random_kills_cpu.csv", "two H200": "random_kills_h200_x2.csv"}
+    phases = ("before the first checkpoint", "between checkpoints", "while saving a checkpoint")
+    phases += ("after the last checkpoint",)
+    rows = []
+    for machine, file in machines.items():
+        found = read(file)
+        counted = Counter(row["phase"] for row in found)
+        equal = [row["status"] == "ok" and float(row["losses"]) == float(row["weights"]) == 0 for row in found]
+        rows.append((machine, *(counted.pop(phase, 0) for phase in phases), f"{sum(equal)} of {len(found)}"))
+        if counted:
+            raise ValueError(f"{file} has kills of no known phase: {', '.join(counted)}.")
+    return table(("kills on", *phases, "resumed to the same bits"), rows)

@@ -23,7 +23,7 @@ TINY: dict[str, Any] = {
     **{"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "initializer_range": 0.2},
 }
 LORA_RANK = 16
-_ROOM = 0.92  # of a GPU's memory; the rest is the context's, NCCL's, and gaps
+_ROOM = 0.92  # of a GPU's memory; the rest is the context's, NCCL's, and gaps between tensors, and is not counted
 _SPARE = 8e9  # bytes of a layer's rows of experts, run again in its backward, and of the logits of a chunk of tokens
 
 
@@ -88,32 +88,43 @@ def count(tiny: bool = False) -> Parameters:
 
 
 def bytes_of(case: Case) -> dict[str, float]:
-    """Bytes on a GPU, by part, in the order in which they come about.
+    """Bytes on a GPU, by part.
 
-    A bfloat16 weight takes 2. A trained one takes 16 besides: 2 of its gradient, 12 of float32 weight and moments,
-    and 2 that the optimizer's step needs for a moment; ZeRO-2 divides all but the weight among the GPUs. Experts are
-    divided with all that belongs to them. What is trained whole has a reference beside it, spread as the policy is.
+    `made` is whole models, before experts are spread. Then each GPU holds `weights` in bfloat16, a `reference` as
+    large beside what is trained whole, and `states`, 12 bytes a trained weight, float32 copy and moments, which ZeRO-2
+    divides among the GPUs. A step adds `backward`, gradients and activations, and after it `update`: DeepSpeed updates
+    all experts of a GPU as one group, copies their gradients into one tensor and that to float32, and a weight of
+    them takes 2 + 2 + 4 bytes then. A gradient of what is not in the group takes 2. This is read in DeepSpeed 0.19.8's
+    `stage_1_and_2.py`, and its sums agree with the peaks of one run; the parts of a peak were not measured.
     """
     experts, rest, ends, adapters = count(case.tiny)
     n, layers = case.gpus, case.layers
     held = 2 * (experts / n + rest) * layers + 2 * ends
     rows = 2 * case.pairs * (case.prompt + case.response)
-    kept = 2 * rows * shape(case.tiny)["hidden_size"] * layers
-    copies = 2 if case.adapter == "full" else 1
-    found = {"made": copies * (2 * (experts + rest) * layers + 2 * ends), "weights": held}
+    kept = 2 * rows * shape(case.tiny)["hidden_size"] * layers + (0 if case.tiny else _SPARE)
     if case.adapter == "full":
-        found["trained"] = 16 / n * ((experts + rest) * layers + ends)
-        found["reference"] = held
+        group, others = experts / n * layers, (rest * layers + ends) / n
+        made, reference, gradients = 4 * ((experts + rest) * layers + ends), held, held
     else:
-        found["made"] += 4 * adapters * layers
-        found["trained"] = (4 + 16) / n * adapters * layers
-    return {**found, "activations": kept + (0 if case.tiny else _SPARE)}
+        # Those of attention, 2% of all, are counted as if they were divided too. They are made in float32.
+        group, others = adapters / n * layers, 0.0
+        made, reference, gradients = 2 * ((experts + rest) * layers + ends) + 4 * adapters * layers, 0.0, 2 * group
+        held += 2 * group
+    return {
+        "made": made,
+        "weights": held,
+        "reference": reference,
+        "states": 12 * (group + others),
+        "backward": gradients + kept,
+        "update": 8 * max(group, others) + 2 * min(group, others),
+    }
 
 
 def peak_of(case: Case) -> float:
-    """Bytes on a GPU at the most: whole models while they are made, or what training holds."""
+    """Bytes on a GPU at the most: whole models while they are made, a backward pass, or the optimizer's update."""
     parts = bytes_of(case)
-    return max(parts.pop("made"), sum(parts.values()))
+    lasting = parts["weights"] + parts["reference"] + parts["states"]
+    return max(parts["made"], lasting + max(parts["backward"], parts["update"]))
 
 
 def fitting_layers(case: Case, memory: float) -> int:

@@ -51,18 +51,25 @@ def split(steps: Sequence[Step]) -> tuple[float, float] | None:
 def arithmetic(rows: Sequence[dict[str, Any]]) -> list[str]:
     """Lines that scale the rows of one adapter to 48 layers, and their tokens to each yardstick's.
 
+    Rows of one number of layers give an upper bound: what does not grow with the layers is scaled too.
+
     Args:
         rows: Measured, of one adapter and the same GPUs and pairs, of one or several numbers of layers.
     """
     steps = [Step(int(row["layers"]), float(row["s_per_step"])) for row in rows]
     last = max(steps)
     gpus, tokens = int(rows[0]["gpus"]), int(rows[0]["tokens_per_step"])
-    parts = split(steps)
+    parts, bound = split(steps), ""
     if last.layers == LAYERS:
         whole = last.seconds
         lines = [f"{LAYERS} layers were measured: {whole:.3f} s a step of {tokens:,} tokens on {gpus} GPUs"]
     elif parts is None:
-        return [f"{last.layers} layers alone were measured; a second number of them tells what a layer takes"]
+        whole, bound = last.seconds * LAYERS / last.layers, " at most"
+        lines = [
+            f"{last.layers} layers alone were measured; a second number of them tells what a layer takes",
+            f"{LAYERS} layers, were all of a step in them: {last.seconds:.3f} x {LAYERS} / {last.layers} = "
+            f"{whole:.3f} s at most a step of {tokens:,} tokens on {gpus} GPUs, since embeddings and head do not grow",
+        ]
     else:
         layer, head = parts
         if layer <= 0:
@@ -84,8 +91,8 @@ def arithmetic(rows: Sequence[dict[str, Any]]) -> list[str]:
         share = yardstick.tokens / yardstick.gpus / (tokens / gpus)
         lines.append(
             f"{of_kind}, {yardstick.tokens / yardstick.gpus:,.0f} tokens a GPU; ours has {tokens / gpus:,.0f}: "
-            f"{whole:.3f} x {share:.3g} = {whole * share:.3f} s, were {yardstick.gpus} GPUs as fast each as {gpus}; "
-            "attention of longer rows and exchanges among more GPUs are not in it"
+            f"{whole:.3f} x {share:.3g} = {whole * share:.3f} s{bound}, were {yardstick.gpus} GPUs as fast "
+            f"each as {gpus}; attention of longer rows and exchanges among more GPUs are not in it"
         )
     return lines
 

@@ -11,6 +11,8 @@ from benchmarks.ablation.report import markdown
 from benchmarks.harness import read_rows
 from benchmarks.preference_step import report as steps
 from benchmarks.readme_tables import honest_table, speed_table
+from benchmarks.sized_alignment.sizes import LAYERS, Case, fitting_layers, peak_of
+from benchmarks.sized_alignment.yardsticks import YARDSTICKS, arithmetic
 from benchmarks.weight_quality.report import markdown as weight_markdown
 
 ROOT = Path(__file__).parents[2]
@@ -167,16 +169,57 @@ def test_what_is_said_of_the_launch_matrix_was_measured():
     assert "78 rows, all within 3e-6 of it" in " ".join((ROOT / "docs" / "launching.md").read_text().split())
 
 
-def test_what_is_said_of_kills_was_measured():
-    rows = read_rows(RESULTS / "random_kills_cpu.csv")
+@pytest.mark.parametrize(("machine", "more"), [("cpu", set()), ("h200_x2", {"fsdp2"})])
+def test_what_is_said_of_kills_was_measured(machine, more):
+    rows = read_rows(RESULTS / f"random_kills_{machine}.csv")
     assert {row["schedule"] for row in rows} == {"linear"}  # a constant rate would hide what a resumed run's is
-    assert len(rows) == 20 and {row["status"] for row in rows} == {"ok"} and {row["gpus"] for row in rows} == {"0"}
+    assert len(rows) == 20 and {row["status"] for row in rows} == {"ok"}
+    assert {row["gpus"] for row in rows} == {"2" if more else "0"}
     assert {(float(row["losses"]), float(row["weights"])) for row in rows} == {(0.0, 0.0)}
-    engines = {"ddp", "experts-transformers", "experts-zero1", "experts-zero2", "experts-zero3"}
+    assert {(float(row["noise_losses"]), float(row["noise_weights"])) for row in rows} == {(0.0, 0.0)}
+    engines = {"ddp", "experts-transformers", "experts-zero1", "experts-zero2", "experts-zero3"} | more
     assert {(row["engine"], row["adapter"]) for row in rows} == {(e, a) for e in engines for a in ("full", "lora")}
-    assert {row["phase"] for row in rows} > {"while saving a checkpoint", "between checkpoints"}
     page = " ".join((ROOT / "docs" / "launching.md").read_text(encoding="utf-8").split())
-    assert "with all engines but FSDP2: [each kill](../benchmarks/results/random_kills_cpu.csv)" in page
+    assert "on two GPUs with all engines, and on CPU processes with all but FSDP2: each kill" in page
+    text = (RESULTS.parent / "README.md").read_text(encoding="utf-8")
+    assert f"\n\n{findings.kills()}\n" in text
+    assert "20 of 20 on two GPUs and on CPU processes, to the same bits" in text
+    section = " ".join(text.split("## Trainings killed and resumed\n")[1].split("\n## ")[0].split())
+    parts = [row["part"] for row in rows]
+    drawn = f"{parts.count('training')} were drawn for training, {parts.count('end')} for the time after"
+    assert drawn in section and len(set(parts)) == 2
+    late = sum(row["part"] == "training" and row["phase"] == "after the last checkpoint" for row in rows)
+    assert not more or f"On the GPUs {late} of the 12 found" in section
+    saving = sum(row["phase"] == "while saving a checkpoint" for row in rows)
+    assert saving == 0 if more else f"; {saving} on the CPU did" in section
+
+
+def test_what_is_said_of_alignment_at_size_was_measured():
+    page = (RESULTS.parent / "README.md").read_text(encoding="utf-8")
+    section = page.split("## Alignment at size\n")[1].split("\n## ")[0]
+    assert f"\n\n{findings.at_size()}\n" in section
+    said = " ".join(section.split())
+    rows = {(row["adapter"], int(row["layers"])): row for row in read_rows(RESULTS / "alignment_at_size_h200_x2.csv")}
+    lora, full, failed = rows["lora", LAYERS], rows["full", 9], rows["full", 19]
+    assert f"LoRA of all {LAYERS} layers on two H200: {int(lora['tokens_per_s']):,} tokens/s" in page
+    assert {float(row["first_loss"]) for row in (lora, full)} == {0.693147}
+    assert {row["tokens_per_step"] for row in rows.values()} == {"32768"} and "32,768 tokens a step" in said
+    assert f"had been counted to fit, at {float(failed['planned_gib']):.1f} GiB" in said
+    counted = Case("full", 1, gpus=2, pairs=8, prompt=512, response=512, tiny=False)
+    now = [f"{peak_of(counted._replace(layers=layers)) / 2**30:.1f}" for layers in (19, 9)]
+    assert (
+        f"the count is {now[0]} GiB for 19 layers of the 140 that there are" in said
+        and f"{now[1]} for 9, where" in said
+    )
+    assert f"where {float(full['peak_gib']):.1f} were taken" in said
+    assert f"{fitting_layers(counted, 140 * 2**30)} layers are counted to fit" in said
+    for row in (lora, full):  # the program's own arithmetic
+        lines = " ".join(arithmetic([row]))
+        (ratio,) = re.findall(r"ours has 16,384: (.*? s)(?: at most)?, were 8 GPUs", lines)
+        assert (ratio if row is lora else ratio.split(" = ")[1]) in said
+    assert re.findall(r"in them: (.*? s at most)", " ".join(arithmetic([full])))[0] in said
+    for yardstick in YARDSTICKS:
+        assert f"{yardstick.seconds:g} s" in said and str(yardstick.gpus) in said
 
 
 def test_the_table_of_benchmarks_names_what_is_committed():
