@@ -93,6 +93,23 @@ def layers(folder: Path, gathers: bool = False, **_: Any) -> Any:
     return errors
 
 
+def agreement(folder: Path, **_: Any) -> Any:
+    """What each process holds for the most tokens of two passes, where the last process is a group of its own."""
+    from moe_backbone.expert_parallel.capacity import AgreedCapacity, host_group
+
+    dist.init_process_group("gloo")
+    rank, size = dist.get_rank(), dist.get_world_size()
+    groups = [dist.new_group(ranks) for ranks in (list(range(size - 1)), [size - 1])]
+    capacity = AgreedCapacity(host_group(groups[rank == size - 1]))
+    found = []
+    for tokens in (2 * rank + 2, 5 if rank == 0 else 3 * rank):
+        capacity.agree(tokens)
+        found.append(capacity.tokens)
+    of_all: list[Any] = [None] * size
+    dist.all_gather_object(of_all, found)
+    return of_all
+
+
 def engine(folder: Path, model: str, stage: int, **_: Any) -> Any:
     """Five steps of DeepSpeed's engine and what is saved then against the whole model; the worst relative errors."""
     import deepspeed

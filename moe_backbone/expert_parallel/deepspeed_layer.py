@@ -31,6 +31,7 @@ from deepspeed.moe.ep_repack import repack_expert_requires_grad_flags, repack_ex
 from torch import Tensor, nn
 from transformers.integrations.moe import _grouped_linear
 
+from .capacity import AgreedCapacity
 from .exchange import ExpertGroup, run_by_expert, run_spread_experts
 from .gather import Gathering, remember_group, run_gathered_experts
 
@@ -106,7 +107,9 @@ class ParallelExperts(AutoEPMoELayer):
 
     experts: LocalExperts
     gathering: Gathering | None = None
-    """How all tokens are gathered in training; None sends each row to its expert."""
+    """How all tokens are gathered; None sends each row to its expert."""
+    agreed: AgreedCapacity | None = None
+    """C of each pass, in evaluation too; None where it is that of `gathering`, and training alone gathers."""
 
     def __init__(self, experts: nn.Module, spec: MoELayerSpec, ep_size: int, ep_rank: int):
         nn.Module.__init__(self)
@@ -142,15 +145,17 @@ class ParallelExperts(AutoEPMoELayer):
         }
         setattr(parameter, DS_AUTOEP_UC_META, meta)
 
-    def gather(self, capacity: int) -> None:
-        """Has training gather all tokens from now on, see [`gather`]; DeepSpeed must have set the layer's group.
+    def gather(self, capacity: int | AgreedCapacity) -> None:
+        """Has all tokens gathered from now on, see [`gather`]; DeepSpeed must have set the layer's group.
 
         Args:
-            capacity: The most tokens of a batch in any process, the same in all.
+            capacity: The most tokens of a batch in any process, the same in all, for training alone; or what the
+                processes agree on before each pass, which serves every pass, so evaluation gathers too.
         """
         assert self.ep_group is not None
-        name = remember_group(self.ep_group)
-        self.gathering = Gathering(name, self.ep_size, self.ep_rank, self.num_local_experts, capacity)
+        self.agreed = None if isinstance(capacity, int) else capacity
+        name, most = remember_group(self.ep_group), capacity if isinstance(capacity, int) else 0
+        self.gathering = Gathering(name, self.ep_size, self.ep_rank, self.num_local_experts, most)
 
     def forward(
         self,
@@ -170,8 +175,11 @@ class ParallelExperts(AutoEPMoELayer):
         experts = ExpertGroup(self.ep_group, self.ep_size, self.num_local_experts)
         x_TD = hidden_states.to(self.experts.w1.dtype)
         run_sorted = partial(self.experts, adapters=adapters)
-        if self.training and self.gathering is not None:
-            y_TD = run_gathered_experts(x_TD, top_k_index, top_k_weights, self.gathering, run_sorted)
+        if self.gathering is not None and (self.training or self.agreed is not None):
+            gathering = self.gathering
+            if self.agreed is not None:
+                gathering = gathering._replace(capacity=self.agreed.tokens)
+            y_TD = run_gathered_experts(x_TD, top_k_index, top_k_weights, gathering, run_sorted)
             return y_TD.to(hidden_states.dtype)
 
         def run_arrived(x_ND: Tensor, arrived_We: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Subclasses of transformers' and TRL's trainers that train, save and resume models with spread experts."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 from .adapter_files import check_optimizer
+from .capacity import AgreedCapacity, host_group
 from .deepspeed_config import require_expert_parallelism
 from .deepspeed_patch import patch_deepspeed
 from .gather import gather_pays
@@ -42,18 +43,15 @@ def with_expert_parallelism(trainer_class: type, ep_size: int, exchange: str = "
         trainer_class: transformers' Trainer or a subclass.
         ep_size: Processes that share the experts. `args.deepspeed` must come from
             [`moe_backbone.expert_parallel.deepspeed_config.expert_parallel_config`] with the same size.
-        exchange: One of [`EXCHANGES`], how rows reach their experts in training.
+        exchange: One of [`EXCHANGES`], how rows reach their experts. A trainer that has `tokens_in_batch` gathers so
+            many in training; with another one, the processes agree on the number before each pass, of a reference
+            (`ref_model`) and in evaluation too.
 
     Raises:
-        ValueError: `exchange` is unknown, or the trainer's batches have no one size to gather.
+        ValueError: `exchange` is unknown.
     """
     if exchange not in EXCHANGES:
         raise ValueError(f"`expert_exchange={exchange}` is not known. Set one of: {', '.join(EXCHANGES)}.")
-    if exchange == "gather" and not hasattr(trainer_class, "tokens_in_batch"):
-        raise ValueError(
-            "`expert_exchange=gather` needs batches of one size, which pretraining on packed rows alone has. Set "
-            "all_to_all, or auto."
-        )
     members = {"ep_size": ep_size, "exchange": exchange}
     return type(trainer_class.__name__, (ExpertParallelMixin, trainer_class), members)
 
@@ -83,7 +81,12 @@ class ExpertParallelMixin(StateLast):
         if self.exchange != "auto":
             return self.exchange == "gather"
         config = self.model.config.get_text_config()  # pyright: ignore[reportAttributeAccessIssue]
-        return hasattr(self, "tokens_in_batch") and gather_pays(self.ep_size, config.num_experts_per_tok)
+        return not self.batches_vary and gather_pays(self.ep_size, config.num_experts_per_tok)
+
+    @property
+    def batches_vary(self) -> bool:
+        """Whether the trainer knows no largest batch, so that a gather needs one that the processes agree on."""
+        return not hasattr(self, "tokens_in_batch")
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """Makes the trainer's own optimizer, and moves the experts' parameters into groups marked for DeepSpeed."""
@@ -187,17 +190,40 @@ def separate_experts(optimizer: torch.optim.Optimizer, model: nn.Module, ep_size
     optimizer.param_groups[:] = groups
 
 
-def gather_tokens(model: nn.Module, capacity: int) -> None:
-    """Has a model's spread experts gather all tokens in training.
+def gather_tokens(model: nn.Module, capacity: int | AgreedCapacity) -> None:
+    """Has a model's spread experts gather all tokens.
 
     Args:
         model: Of DeepSpeed's engine.
-        capacity: The most tokens of a batch in any process, the same in all.
+        capacity: The most tokens of a batch in any process, the same in all, for training alone; or what the
+            processes agree on before each pass, see [`gather_as_agreed`].
     """
     from .deepspeed_layer import parallel_experts
 
     for _, layer in parallel_experts(model):
         layer.gather(capacity)
+
+
+def gather_as_agreed(models: Iterable[Any]) -> None:
+    """Has the spread experts of models gather all tokens, as many as the processes agree on before each pass.
+
+    All processes of the run call it together. A model that does so already is left as it is.
+
+    Args:
+        models: Of DeepSpeed's engines, or PEFT's models around them. Those without spread experts are left out.
+    """
+    from .deepspeed_layer import parallel_experts
+
+    group = None
+    for model in models:
+        layer = next((layer for _, layer in parallel_experts(model)), None)
+        if layer is None or layer.agreed is not None:
+            continue
+        assert layer.ep_group is not None
+        group = group or host_group(layer.ep_group)
+        capacity = AgreedCapacity(group)
+        gather_tokens(model, capacity)
+        capacity.follow((model.get_base_model() if has_adapter(model) else model).base_model)
 
 
 def _expert_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
@@ -213,12 +239,22 @@ class _RequireExpertParallelism(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         engine = self.trainer.model_wrapped
         running = require_expert_parallelism(engine, self.trainer.ep_size)
-        if self.trainer.gathers:
-            gather_tokens(engine.module, self.trainer.tokens_in_batch)
-        running += ", gathering all tokens" if self.trainer.gathers else ", sending each row to its expert"
+        running += f", {self._set_exchange(engine.module)}"
         if self.trainer.converted:
             restore_untrained(engine.module, self.trainer.converted)
             if engine.zero_optimization_stage() == 3:
                 restore_steps(engine.optimizer, engine.global_steps - engine.skipped_steps)
         if state.is_world_process_zero:
             print(f"{'parallel':<10} {running}")  # noqa: T201 - what runs is said where the command says the rest
+
+    def _set_exchange(self, model: Any) -> str:
+        """Has all tokens gathered where the trainer says so; what the header says of it."""
+        if not self.trainer.gathers:
+            return "sending each row to its expert"
+        if not self.trainer.batches_vary:
+            gather_tokens(model, self.trainer.tokens_in_batch)
+            return "gathering all tokens"
+        reference = getattr(self.trainer, "ref_model", None)  # of TRL's trainers
+        models = [model] if reference is None else [model, self.trainer.accelerator.unwrap_model(reference)]
+        gather_as_agreed(models)
+        return "gathering all tokens, of a number that the processes agree on before each pass"

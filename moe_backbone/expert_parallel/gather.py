@@ -6,8 +6,8 @@ tokens of all, K slots of a token, e experts of each process, D hidden size. A t
 An all-to-all (`exchange`) sends T * K rows, most of them to others, and must tell the host how many come before it can
 receive them: each layer waits for the device. A gather sends T rows to each other process, whatever was chosen, so
 nothing waits, and nothing keeps a layer from being compiled whole. It moves fewer bytes where W <= K, and reserves
-W * C * K rows, of which the grouped products compute those that are here. So it is taken for few processes, and where
-all batches have one size, as packed rows do.
+W * C * K rows, of which the grouped products compute those that are here. So it is taken for few processes. Where all
+batches have one size, as packed rows do, C is known from the start; elsewhere processes agree on it (`capacity`).
 
 The process groups of one engine are known here by a name, since a compiled graph holds no groups.
 """
@@ -29,7 +29,7 @@ _scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scat
 
 
 class Gathering(NamedTuple):
-    """Who gathers, and how much. All numbers are of the host, and the same in each step.
+    """Who gathers, and how much. All numbers are of the host, and the same in each step, but for C where batches vary.
 
     Attributes:
         group: Name of the process group, see [`remember_group`].

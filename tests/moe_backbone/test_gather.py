@@ -37,6 +37,7 @@ def test_it_pays_where_it_moves_no_more(processes, slots, pays):
         (PretrainingTrainer, "all_to_all", 2, False),
         (PretrainingTrainer, "gather", 1, True),
         (Trainer, "auto", 2, False),
+        (Trainer, "gather", 2, True),
     ],
 )
 def test_who_gathers(trainer_class, exchange, slots, gathers):
@@ -48,13 +49,12 @@ def test_who_gathers(trainer_class, exchange, slots, gathers):
     trainer.accelerator = SimpleNamespace(split_batches=False)
     trainer._train_batch_size = 3
     assert isinstance(trainer, ExpertParallelMixin) and trainer.gathers is gathers
+    assert trainer.batches_vary == (trainer_class is Trainer)
     if trainer_class is PretrainingTrainer:
         assert trainer.tokens_in_batch == 24
 
 
-def test_batches_of_other_trainers_have_no_one_size():
-    with pytest.raises(ValueError, match=r"`expert_exchange=gather` needs batches of one size.*Set all_to_all"):
-        with_expert_parallelism(Trainer, 2, "gather")
+def test_an_exchange_that_is_not_known():
     with pytest.raises(ValueError, match="`expert_exchange=send` is not known"):
         with_expert_parallelism(Trainer, 2, "send")
 

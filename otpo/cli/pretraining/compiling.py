@@ -27,6 +27,8 @@ def compile_for_run(trainer: Any, *, asked: bool | None) -> str:
     if reason is None and getattr(trainer, "gathers", None) is False:
         reason = "rows are sent to spread experts by numbers that a graph would wait for"
         reason += " (`expert_exchange`)" if hasattr(trainer, "tokens_in_batch") else ""
+    if reason is None and getattr(trainer, "gathers", False) and trainer.batches_vary:
+        reason = "spread experts gather another number of tokens in each batch, and each would ask for another graph"
     if reason is not None:
         return f"no, since {reason}"
     compile_layers(trainer.model, dynamic=None)  # for one size, until another one comes
