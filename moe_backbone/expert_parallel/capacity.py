@@ -11,6 +11,7 @@ compiled anew for another number of tokens.
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -30,6 +31,8 @@ class AgreedCapacity:
 
     def __init__(self, group: dist.ProcessGroup):
         self.group, self.tokens = group, 0
+        self._hook: Any = None
+        self._checkpointed: list[Any] = []
 
     def agree(self, tokens: int) -> None:
         """Sets C to the most tokens of any process; all processes of the group call it together.
@@ -57,16 +60,25 @@ class AgreedCapacity:
             backbone: The model that calls the layers, with `input_ids` `(B, L)`, its first argument, or
                 `inputs_embeds` `(B, L, D)`.
         """
-        again: list[Any] = [module for module in backbone.modules() if hasattr(module, "gradient_checkpointing")]
+        self._checkpointed = [module for module in backbone.modules() if hasattr(module, "gradient_checkpointing")]
+        # No graph of `torch_compile` takes in what the processes say to each other.
+        before_pass: Any = torch.compiler.disable(self._before_pass)
+        self._hook = backbone.register_forward_pre_hook(before_pass, with_kwargs=True)
 
-        def before_pass(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self.agree(tokens_of(args, kwargs))
-            for module in again:  # each time, since who switches checkpointing off and on sets the function anew
-                function = vars(module).get("_gradient_checkpointing_func")
-                if function is not None and not isinstance(function, _Checkpoint):
-                    module._gradient_checkpointing_func = _Checkpoint(function, self)
+    def leave(self) -> None:
+        """Ends what `follow` began."""
+        self._hook.remove()
+        for module in self._checkpointed:
+            function = vars(module).get("_gradient_checkpointing_func")
+            if isinstance(function, _Checkpoint):
+                module._gradient_checkpointing_func = function.function
 
-        backbone.register_forward_pre_hook(before_pass, with_kwargs=True)
+    def _before_pass(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.agree(tokens_of(args, kwargs))
+        for module in self._checkpointed:  # each time: who switches checkpointing off and on sets the function anew
+            function = vars(module).get("_gradient_checkpointing_func")
+            if function is not None and not isinstance(function, _Checkpoint):
+                module._gradient_checkpointing_func = _Checkpoint(function, self)
 
 
 class _Checkpoint:
@@ -93,11 +105,18 @@ def tokens_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
     return 0 if rows is None else rows.size(0) * rows.size(1)
 
 
-def host_group(group: dist.ProcessGroup) -> dist.ProcessGroup:
-    """A group of the same processes that works on the CPU. All processes of the run call it together."""
+def host_group(group: dist.ProcessGroup, seconds: float) -> dist.ProcessGroup:
+    """A group of the same processes that works on the CPU. All processes of the run call it together.
+
+    Args:
+        group: Of the devices.
+        seconds: After which a process that waits gives up.
+    """
     groups: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(groups, dist.get_process_group_ranks(group))
     distinct = sorted({tuple(ranks) for ranks in groups})
-    mine, _ = dist.new_subgroups_by_enumeration([list(ranks) for ranks in distinct], backend="gloo")
+    mine, _ = dist.new_subgroups_by_enumeration(
+        [list(ranks) for ranks in distinct], timeout=timedelta(seconds=seconds), backend="gloo"
+    )
     assert isinstance(mine, dist.ProcessGroup)
     return mine

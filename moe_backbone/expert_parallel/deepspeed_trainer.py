@@ -204,26 +204,39 @@ def gather_tokens(model: nn.Module, capacity: int | AgreedCapacity) -> None:
         layer.gather(capacity)
 
 
-def gather_as_agreed(models: Iterable[Any]) -> None:
+def gather_as_agreed(models: Iterable[Any], seconds: float) -> None:
     """Has the spread experts of models gather all tokens, as many as the processes agree on before each pass.
 
-    All processes of the run call it together. A model that does so already is left as it is.
+    All processes of the run call it together.
 
     Args:
         models: Of DeepSpeed's engines, or PEFT's models around them. Those without spread experts are left out.
+        seconds: After which a process that waits for others gives up.
     """
     from .deepspeed_layer import parallel_experts
 
     group = None
     for model in models:
         layer = next((layer for _, layer in parallel_experts(model)), None)
-        if layer is None or layer.agreed is not None:
+        if layer is None:
             continue
         assert layer.ep_group is not None
-        group = group or host_group(layer.ep_group)
+        group = group or host_group(layer.ep_group, seconds)
         capacity = AgreedCapacity(group)
         gather_tokens(model, capacity)
         capacity.follow((model.get_base_model() if has_adapter(model) else model).base_model)
+
+
+def send_rows(models: Iterable[Any]) -> None:
+    """Has the spread experts of models get their rows one by one, whatever an earlier training had set."""
+    from .deepspeed_layer import parallel_experts
+
+    for model in models:
+        layers = [layer for _, layer in parallel_experts(model)]
+        for capacity in {layer.agreed for layer in layers if layer.agreed is not None}:
+            capacity.leave()
+        for layer in layers:
+            layer.gathering = layer.agreed = None
 
 
 def _expert_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
@@ -249,12 +262,13 @@ class _RequireExpertParallelism(TrainerCallback):
 
     def _set_exchange(self, model: Any) -> str:
         """Has all tokens gathered where the trainer says so; what the header says of it."""
+        reference = getattr(self.trainer, "ref_model", None)  # of TRL's trainers
+        models = [model] if reference is None else [model, self.trainer.accelerator.unwrap_model(reference)]
+        send_rows(models)
         if not self.trainer.gathers:
             return "sending each row to its expert"
         if not self.trainer.batches_vary:
             gather_tokens(model, self.trainer.tokens_in_batch)
             return "gathering all tokens"
-        reference = getattr(self.trainer, "ref_model", None)  # of TRL's trainers
-        models = [model] if reference is None else [model, self.trainer.accelerator.unwrap_model(reference)]
-        gather_as_agreed(models)
+        gather_as_agreed(models, self.trainer.args.ddp_timeout)
         return "gathering all tokens, of a number that the processes agree on before each pass"

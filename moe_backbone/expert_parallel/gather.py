@@ -90,8 +90,9 @@ def run_gathered_experts(
     tokens = x_TD.size(0)
     if tokens > capacity:
         raise ValueError(
-            f"A batch of {tokens} tokens, where each process reserves {capacity}: every batch must have "
-            "`per_device_train_batch_size` rows of `sequence_length` tokens at most."
+            f"A batch of {tokens} tokens, where each process reserves {capacity}: pretraining got more than "
+            "`per_device_train_batch_size` rows of `sequence_length` tokens, or a layer got more than its model. Set "
+            "`expert_exchange` to all_to_all."
         )
     # A token that makes up the number asks for an expert that nobody has.
     if tokens < capacity:

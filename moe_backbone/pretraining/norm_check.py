@@ -55,7 +55,7 @@ def look_at_norms_alone(accelerator: Any) -> None:
     """Keeps DeepSpeed from looking at each bfloat16 gradient by itself before each step, which the host waits for.
 
     A run with a [`NormCheck`] stops at the norm that such a gradient makes. Who sets `bf16.check_grad_overflow` keeps
-    the look, which takes 2% of a step at compass-v3's width (two H200, ZeRO-2).
+    the look.
 
     Args:
         accelerator: accelerate's, before it makes the engine.

@@ -156,6 +156,13 @@ class PretrainingTrainer(Trainer):
                 f"This process sees {args.n_gpu} GPUs, and would cut each batch of packed documents for them. Start "
                 "one process a GPU, by `accelerate launch` or torchrun, or set CUDA_VISIBLE_DEVICES to one of them."
             )
+        config, checkpointing = model.config, dict(args.gradient_checkpointing_kwargs or {})
+        detached = config.num_mtp_layers and config.mtp_detach_trunk and config.mtp_detach_head
+        if detached and args.gradient_checkpointing and checkpointing.get("use_reentrant"):
+            raise ValueError(
+                "`gradient_checkpointing_kwargs` has `use_reentrant`, with `mtp_detach_trunk` and `mtp_detach_head`: "
+                "all that an MTP layer reads is detached, and it would get no gradient. Set it to false."
+            )
         super().__init__(
             model,
             args=args,
@@ -253,13 +260,13 @@ class PretrainingTrainer(Trainer):
         return super().training_step(*args, **kwargs)
 
     @cached_property
-    def _parameters(self) -> int:
+    def _parameters_outside_embeddings(self) -> int:
         model: Any = self.model
         return model.num_parameters(exclude_embeddings=True)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Operations of a batch as transformers counts them, without a walk through the model in each step."""
-        return 6 * inputs["input_ids"].numel() * self._parameters
+        return 6 * inputs["input_ids"].numel() * self._parameters_outside_embeddings
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the metrics since the last entry to training's entries."""

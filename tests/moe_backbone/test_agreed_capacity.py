@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import Trainer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from moe_backbone.expert_parallel.capacity import AgreedCapacity, tokens_of
+from moe_backbone.expert_parallel.capacity import AgreedCapacity, _Checkpoint, tokens_of
 from moe_backbone.expert_parallel.deepspeed_trainer import with_expert_parallelism
 from otpo.cli.pretraining.compiling import compile_for_run
 
@@ -95,6 +95,11 @@ def test_a_layer_that_runs_again_keeps_the_number_of_its_pass(others, reentrant)
     # The largest batch of all, so none is above it.
     model.eval()(torch.zeros(3, 1, dtype=torch.long))
     assert seen[-2:] == [(3, 4)] * 2 and not others
+
+    # Nothing is left behind: no pass asks the others, and no layer keeps a number.
+    capacity.leave()
+    model.train()(inputs_embeds=torch.randn(1, 5, 4, requires_grad=True)).backward()
+    assert seen[-1] == (5, 4) and not isinstance(model.layers[0]._gradient_checkpointing_func, _Checkpoint)
 
 
 def test_the_tokens_of_a_pass():

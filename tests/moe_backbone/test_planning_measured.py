@@ -132,6 +132,7 @@ def test_time_is_near_every_step_of_two_gpus():
 
 def test_time_is_near_every_step_of_plain_training():
     rows = measured("planning_h200")
+    page = (Path(__file__).parents[2] / "benchmarks" / "README.md").read_text(encoding="utf-8")
     for row in rows:
         numbers = ("micro_batch_size", "sequence_length", "gradient_accumulation_steps")
         options: dict[str, Any] = {name: int(row[name]) for name in numbers}
@@ -146,9 +147,9 @@ def test_time_is_near_every_step_of_plain_training():
             **options,
         )
         check_is_near(preset(row["model"]), "h200", setup, row["ms_measured"])
-        # The file's own predictions are those of today's plan.
+        # The page's last column is today's plan.
         planned = 1e3 * make_plan(preset(row["model"]), find_gpu("h200"), setup).time.total
-        assert float(row["ms_predicted"]) == pytest.approx(planned, abs=0.06)
+        assert f"| {row['ms_predicted']} | {row['ms_measured']} | {planned:.1f} |" in page
     assert len(rows) >= 10
 
 

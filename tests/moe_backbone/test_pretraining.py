@@ -236,6 +236,26 @@ def test_a_gradient_that_is_not_finite_stops_before_the_update(tmp_path):
     assert not list(tmp_path.glob("checkpoint-*"))
 
 
+def test_an_mtp_layer_without_a_gradient_is_refused(tmp_path):
+    model = tiny_compass(num_mtp_layers=1, mtp_detach_trunk=True, mtp_detach_head=True)
+    options = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
+    with pytest.raises(ValueError, match=r"`use_reentrant`, with .* Set it to false"):
+        pretrainer(tmp_path, model=model, **options)
+    options["gradient_checkpointing_kwargs"]["use_reentrant"] = False
+    pretrainer(tmp_path, model=model, max_steps=1, **options).train()
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_biases_stand_still_where_a_step_was_left_out(tmp_path, monkeypatch):
+    model = tiny_compass(router_bias_update_speed=0.01)
+    trainer = pretrainer(tmp_path, model=model, max_steps=2)
+    skipped = property(lambda accelerator: trainer.state.global_step == 0)
+    monkeypatch.setattr(type(trainer.accelerator), "optimizer_step_was_skipped", skipped)
+    trainer.train()
+    largest = max(float(router.e_score_correction_bias.abs().max()) for router in model.model.routers)
+    assert largest == pytest.approx(0.01, rel=0.5) and trainer.take_load_of_step() is None
+
+
 def test_operations_are_counted_as_transformers_counts_them(tmp_path):
     trainer = pretrainer(tmp_path, model=tiny_compass(num_mtp_layers=1))
     for rows in (1, 3):
