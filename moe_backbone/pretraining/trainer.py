@@ -156,9 +156,10 @@ class PretrainingTrainer(Trainer):
                 f"This process sees {args.n_gpu} GPUs, and would cut each batch of packed documents for them. Start "
                 "one process a GPU, by `accelerate launch` or torchrun, or set CUDA_VISIBLE_DEVICES to one of them."
             )
-        config, checkpointing = model.config, dict(args.gradient_checkpointing_kwargs or {})
+        config: Any = model.config
+        options: Any = args.gradient_checkpointing_kwargs or {}
         detached = config.num_mtp_layers and config.mtp_detach_trunk and config.mtp_detach_head
-        if detached and args.gradient_checkpointing and checkpointing.get("use_reentrant"):
+        if detached and args.gradient_checkpointing and options.get("use_reentrant"):
             raise ValueError(
                 "`gradient_checkpointing_kwargs` has `use_reentrant`, with `mtp_detach_trunk` and `mtp_detach_head`: "
                 "all that an MTP layer reads is detached, and it would get no gradient. Set it to false."
