@@ -100,7 +100,7 @@ def agreement(folder: Path, **_: Any) -> Any:
     dist.init_process_group("gloo")
     rank, size = dist.get_rank(), dist.get_world_size()
     groups = [dist.new_group(ranks) for ranks in (list(range(size - 1)), [size - 1])]
-    capacity = AgreedCapacity(host_group(groups[rank == size - 1]))
+    capacity = AgreedCapacity(host_group(groups[rank == size - 1], 60))
     found = []
     for tokens in (2 * rank + 2, 5 if rank == 0 else 3 * rank):
         capacity.agree(tokens)
