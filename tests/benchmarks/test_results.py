@@ -180,13 +180,13 @@ def test_what_is_said_of_kills_was_measured(machine, more):
     engines = {"ddp", "experts-transformers", "experts-zero1", "experts-zero2", "experts-zero3"} | more
     assert {(row["engine"], row["adapter"]) for row in rows} == {(e, a) for e in engines for a in ("full", "lora")}
     page = " ".join((ROOT / "docs" / "launching.md").read_text(encoding="utf-8").split())
-    assert "on two GPUs with all engines, and on CPU processes with all but FSDP2: each kill" in page
+    assert "spread over all engines on two GPUs, and over all but FSDP2 on CPU processes. Each of them" in page
     text = (RESULTS.parent / "README.md").read_text(encoding="utf-8")
     assert f"\n\n{findings.kills()}\n" in text
     assert "20 of 20 on two GPUs and on CPU processes, to the same bits" in text
     section = " ".join(text.split("## Trainings killed and resumed\n")[1].split("\n## ")[0].split())
     parts = [row["part"] for row in rows]
-    drawn = f"{parts.count('training')} were drawn for training, {parts.count('end')} for the time after"
+    drawn = f"{parts.count('training')} of each 20 moments were drawn for training, {parts.count('end')} for the time after"
     assert drawn in section and len(set(parts)) == 2
     late = sum(row["part"] == "training" and row["phase"] == "after the last checkpoint" for row in rows)
     assert not more or f"On the GPUs {late} of the 12 found" in section
@@ -211,7 +211,8 @@ def test_what_is_said_of_alignment_at_size_was_measured():
         f"the count is {now[0]} GiB for 19 layers of the 140 that there are" in said
         and f"{now[1]} for 9, where" in said
     )
-    assert f"where {float(full['peak_gib']):.1f} were taken" in said
+    day, taken = float(full["planned_gib"]), float(full["peak_gib"])
+    assert f"where {day:.1f} had been counted on the day and {taken:.1f} were taken" in said
     assert f"{fitting_layers(counted, 140 * 2**30)} layers are counted to fit" in said
     for row in (lora, full):  # the program's own arithmetic
         lines = " ".join(arithmetic([row]))
