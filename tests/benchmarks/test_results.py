@@ -186,7 +186,8 @@ def test_what_is_said_of_kills_was_measured(machine, more):
     assert "20 of 20 on two GPUs and on CPU processes, to the same bits" in text
     section = " ".join(text.split("## Trainings killed and resumed\n")[1].split("\n## ")[0].split())
     parts = [row["part"] for row in rows]
-    drawn = f"{parts.count('training')} of each 20 moments were drawn for training, {parts.count('end')} for the time after"
+    training, end = parts.count("training"), parts.count("end")
+    drawn = f"{training} of each 20 moments were drawn for training, {end} for the time after"
     assert drawn in section and len(set(parts)) == 2
     late = sum(row["part"] == "training" and row["phase"] == "after the last checkpoint" for row in rows)
     assert not more or f"On the GPUs {late} of the 12 found" in section
