@@ -48,6 +48,16 @@ def arguments(model: str, data: str, output: Path, **changes: object) -> list[st
     return words
 
 
+# Adapters of attention and of experts, as options of a command.
+LORA = {
+    "use_peft": True,
+    "lora_r": 4,
+    "lora_dropout": 0,
+    "lora_target_modules": ["q_proj", "v_proj"],
+    "lora_target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+}
+
+
 def launched(*arguments: str) -> list[str]:
     """The words after `python` that start a module in two processes of accelerate's."""
     launch = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-from cli_helpers import arguments, launched, python
+from cli_helpers import LORA, arguments, launched, python
 from compass_helpers import compass_model
 from expert_parallel_helpers import ENVIRONMENT, result
 from helpers import make_pairs
@@ -20,15 +20,6 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from moe_backbone.expert_parallel.capacity import AgreedCapacity, _Checkpoint, tokens_of
 from moe_backbone.expert_parallel.deepspeed_trainer import with_expert_parallelism
 from otpo.cli.pretraining.compiling import compile_for_run
-
-LORA = {
-    "use_peft": True,
-    "lora_r": 4,
-    "lora_dropout": 0,
-    "lora_target_modules": ["q_proj", "v_proj"],
-    "lora_target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
-    "gradient_checkpointing": True,
-}
 
 
 class Layer(GradientCheckpointingLayer):
@@ -140,7 +131,7 @@ def answers_file(tmp_path_factory) -> str:
     ("command", "model", "stage", "changes"),
     [
         ("align", "compass_folder", 2, {"eval_strategy": "steps", "eval_steps": 2, "dataset_test_split": "train"}),
-        ("align", "moe_folder", 3, {**LORA, "gradient_accumulation_steps": 2}),
+        ("align", "moe_folder", 3, {**LORA, "gradient_checkpointing": True, "gradient_accumulation_steps": 2}),
         ("sft", "moe_folder", 1, {"gradient_checkpointing": True}),
     ],
 )

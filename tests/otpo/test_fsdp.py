@@ -7,6 +7,7 @@ from importlib import import_module
 import pytest
 import torch
 import transformers
+from cli_helpers import LORA
 from datasets import Dataset
 from fsdp_helpers import FSDP2, PLAIN, STEPS, adapter, farthest, history, start, weights, words, worst_gradient
 from fsdp_worker import Record
@@ -19,13 +20,6 @@ pytestmark = pytest.mark.lengthy
 CLOSE = 1e-5
 OPTIONS = {"align": {"ot_reg": 0.1}, "sft": {}, "pretrain": {"sequence_length": 32}}
 SPREAD = {"expert_parallel_size": 2, "expert_parallel_backend": "transformers"}
-LORA = {
-    "use_peft": True,
-    "lora_r": 4,
-    "lora_dropout": 0,
-    "lora_target_modules": ["q_proj", "v_proj"],
-    "lora_target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
-}
 SPREAD_CASES = [("align", "compass"), ("align", "qwen3_moe"), ("sft", "mixtral"), ("pretrain", "compass")]
 CASES = [
     *(("align", name) for name in ("compass", "tied", "qwen3_moe", "mixtral")),
