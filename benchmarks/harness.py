@@ -106,12 +106,17 @@ def name_of_machine() -> str:
 
 
 def write_rows(path: Path, rows: Sequence[dict[str, Any]], columns: Sequence[str] | None = None) -> None:
-    """Writes rows that share their keys as CSV; without rows, which have no keys, `columns` names them."""
+    """Writes rows that share their keys as CSV; without rows, which have no keys, `columns` names them.
+
+    A benchmark that is killed while it writes leaves the file as it was.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
+    part = path.with_name(f"{path.name}.part")
+    with part.open("w", newline="") as file:
         writer = csv.DictWriter(file, columns or rows[0].keys(), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
+    part.replace(path)
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:

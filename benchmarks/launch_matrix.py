@@ -190,9 +190,7 @@ class Board:
 
     def _write(self) -> None:
         ordered = [self.rows[row.name] for row in all_rows() if row.name in self.rows]
-        part = self.args.output.with_suffix(".part")
-        harness.write_rows(part, ordered)
-        part.replace(self.args.output)  # a matrix that is killed leaves a whole file
+        harness.write_rows(self.args.output, ordered)
 
     def _is_of_this_machine(self, row: dict[str, str]) -> bool:
         """Whether a row of a CSV may stand beside new ones; another machine's, precision's or number of steps' not."""

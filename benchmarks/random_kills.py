@@ -31,7 +31,7 @@ from rich.console import Console
 
 from benchmarks import harness
 from benchmarks.launching.commands import ADAPTERS, ENGINES, Case, Row, Setting
-from benchmarks.launching.killing import PARTS, Draw, KilledRun, Moments, differences, run_uninterrupted
+from benchmarks.launching.killing import PARTS, Draw, KilledRun, Moments, Result, differences, run_uninterrupted
 from benchmarks.launching.materials import make_materials
 from benchmarks.launching.processes import Ports, count_gpus, side_by_side
 
@@ -84,22 +84,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
             console.print(f"uninterrupted  {row.engine}/{row.case.adapter}: {told}", soft_wrap=True)
             return moments
 
-        whole = dict(zip(needed, side_by_side(uninterrupted, needed, args.parallel), strict=True))
+        whole = dict(side_by_side(uninterrupted, needed, args.parallel))
 
-        def killed(draw: Draw) -> None:
-            moments: Moments | str = whole[draw.row]
-            entry = describe_draw(draw)
+        def killed(draw: Draw) -> dict[str, Any]:
+            moments = whole[draw.row]
             if isinstance(moments, str):
-                found: dict[str, Any] = {"status": "failed", "reason": f"the uninterrupted run: {moments}"}
-            else:
-                found = KilledRun(draw, setting, folder / f"kill{draw.number}", ports, moments, args.patience).run()
-                if not found.get("status"):
-                    found |= judge(found, moments, args.factor)
-            rows[draw.number] = dict.fromkeys(COLUMNS, "") | entry | found | about
-            write(args.output, rows)
-            console.print(line(rows[draw.number]), soft_wrap=True)
+                return {"status": "failed", "reason": f"the uninterrupted run: {moments}"}
+            found = KilledRun(draw, setting, folder / f"kill{draw.number}", ports, moments, args.patience).run()
+            if "result" in found:
+                found |= judge(found.pop("result"), moments, args.factor)
+            return found
 
-        side_by_side(killed, missing, args.parallel)
+        for draw, found in side_by_side(killed, missing, args.parallel):
+            rows[draw.number] = dict.fromkeys(COLUMNS, "") | describe_draw(draw) | found | about
+            harness.write_rows(args.output, [rows[number] for number in sorted(rows)])
+            console.print(line(rows[draw.number]), soft_wrap=True)
     done = [rows[draw.number] for draw in draws]
     right = sum(row["status"] == "ok" for row in done)
     console.print(f"{right} of {len(done)} resumed to the uninterrupted trajectory; {args.output}")
@@ -147,9 +146,9 @@ def draw_kills(rows: Sequence[Row], kills: int, seed: int) -> list[Draw]:
     return found
 
 
-def judge(found: dict[str, Any], moments: Moments, factor: float) -> dict[str, Any]:
+def judge(result: Result, moments: Moments, factor: float) -> dict[str, Any]:
     """Whether a resumed run is the uninterrupted one, but for what two of these differ by."""
-    losses, weights = differences(moments.result, found.pop("result"))
+    losses, weights = differences(moments.result, result)
     noise = {"noise_losses": moments.noise[0], "noise_weights": moments.noise[1]}
     told = {"losses": losses, "weights": weights, **noise}
     return told | judge_numbers(told, factor)
@@ -183,13 +182,6 @@ def kept_rows(path: Path, about: dict[str, Any], draws: Sequence[Draw], factor: 
         if all(row.get(name) == same[name] for name in same):
             kept[draw.number] = row | (judge_numbers(row, factor) if row["status"] in ("ok", "differs") else {})
     return kept
-
-
-def write(path: Path, rows: dict[int, dict[str, Any]]) -> None:
-    """Writes the CSV whole or not at all."""
-    part = path.with_suffix(".part")
-    harness.write_rows(part, [rows[number] for number in sorted(rows)])
-    part.replace(path)
 
 
 def line(row: dict[str, Any]) -> str:

@@ -74,22 +74,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         data = make_data(Path(folder), args.shape, args.steps) if missing else {}
 
-        def run(cell: tuple[str, int]) -> None:
+        def run(cell: tuple[str, int]) -> dict[str, Any]:
             device = devices.get()
             try:
-                found = measure(*cell, args, data, device)
+                return measure(*cell, args, data, device)
             finally:
                 devices.put(device)
-            console.print(line(*cell, found))
+
+        for (variant, seed), found in side_by_side(run, missing, len(names)):
+            console.print(line(variant, seed, found))
             if "failed" in found:
-                failed.append(cell)
-                return
-            variant, seed = cell
+                failed.append((variant, seed))
+                continue
             told = {"variant": variant, "seed": seed}
             rows.extend(about | told | {"step": step, "loss": loss} for step, loss in found["losses"])
             harness.write_rows(args.output, rows)
-
-        side_by_side(run, missing, len(names))
     if rows:
         for words in findings(read_curves(rows)):
             console.print(words)

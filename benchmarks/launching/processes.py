@@ -1,19 +1,23 @@
 """Starting commands side by side, each in a group of its own, and ending all that one has started."""
 
+import itertools
 import os
 import signal
 import socket
 import subprocess
 import time
 import uuid
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 import psutil
 import torch
+
+Job = TypeVar("Job")
+Result = TypeVar("Result")
 
 MARK = "OTPO_BENCHMARK_RUN"
 """In the environment of all processes of a command: torch's launcher gives each of its own a new session."""
@@ -85,13 +89,13 @@ def end(started: Started) -> None:
 
 
 def run_together(
-    jobs: Sequence[Any],
+    jobs: Sequence[Job],
     parallel: int,
-    begin: Callable[[Any], Started],
-    done: Callable[[Any, Started, float, bool], None],
+    begin: Callable[[Job], Started],
+    done: Callable[[Job, Started, float, bool], None],
     patience: float,
     late: Callable[[], bool] = lambda: False,
-) -> list[Any]:
+) -> list[Job]:
     """Runs jobs, so many at a time, in their order.
 
     Args:
@@ -128,18 +132,18 @@ def run_together(
 
 
 class Ports:
-    """Free ports of this machine, a new one at each call."""
+    """Free ports of this machine, a new one at each call, from any thread."""
 
     def __init__(self, first: int | None = None) -> None:
-        self.next = first or 20_000 + os.getpid() % 20_000
+        self._numbers = itertools.count(1 + (first or 20_000 + os.getpid() % 20_000))  # whose steps threads share
 
     def take(self) -> int:
         """One that nobody listens on."""
         while True:
-            self.next += 1
+            port = next(self._numbers)
             with socket.socket() as tried, suppress(OSError):
-                tried.bind(("localhost", self.next))
-                return self.next
+                tried.bind(("localhost", port))
+                return port
 
 
 def count_gpus() -> int:
@@ -154,7 +158,22 @@ def last_line(log: Path, command: str) -> str:
     return (own or lines or ["no output"])[-1].removeprefix(f"otpo {command}: error: ")
 
 
-def side_by_side(function: Callable[[Any], Any], jobs: Sequence[Any], parallel: int) -> list[Any]:
-    """What a function that starts processes and waits for them returns of each job, so many at a time, in order."""
+def side_by_side(
+    function: Callable[[Job], Result], jobs: Sequence[Job], parallel: int
+) -> Iterator[tuple[Job, Result]]:
+    """Calls a function that starts processes and waits for them, for so many jobs at a time.
+
+    The function is called in threads. What it finds comes to the caller's own thread, which alone may keep books.
+
+    Args:
+        function: Returns what is found of a job.
+        jobs: What to call it with.
+        parallel: How many of them at a time.
+
+    Yields:
+        Each job and what was found of it, in the order in which they end.
+    """
     with ThreadPoolExecutor(max_workers=parallel) as pool:
-        return list(pool.map(function, jobs))
+        running = {pool.submit(function, job): job for job in jobs}
+        for ended in as_completed(running):
+            yield running[ended], ended.result()

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from benchmarks import random_kills
+from benchmarks import harness, random_kills
 from benchmarks.harness import read_rows
 from benchmarks.launching import killing
 from benchmarks.launching.commands import Case, Row
@@ -115,7 +115,7 @@ def test_rows_that_are_kept_are_judged_by_the_factor_of_this_run(tmp_path):
         "reason": "",
     }
     row = random_kills.describe_draw(draw) | {"steps": 8, "date": "yesterday"} | numbers
-    random_kills.write(path, {0: row})
+    harness.write_rows(path, [row])
     kept = [random_kills.kept_rows(path, about, [draw], factor)[0]["status"] for factor in (10, 1)]
     assert kept == ["ok", "differs"]
     assert random_kills.kept_rows(path, about, [draw._replace(share=0.5)], 10) == {}
