@@ -14,19 +14,21 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from .master_weights import step_numbers, update_halves, update_whole
+from .master_weights import first_remainder, step_numbers, update_halves, update_whole
 
 _LANES = 16  # elements that a GPU's thread loads and stores at once, of which rows of so many tell a compiled kernel
 
+_MOMENTS = {"exp_avg": torch.float32, "exp_avg_sq": torch.float32}
 _GROUP = {"lr", "betas", "eps", "weight_decay"}
 
 
 class MasterAdamW(torch.optim.Optimizer):
     """AdamW whose moments are float32 and whose bfloat16 weights are the rounded upper halves of float32 masters.
 
-    On the CPU a step gives the bits of `torch.optim.AdamW` on the float32 masters and the same gradients. A weight's
-    state has `step`, `exp_avg`, `exp_avg_sq` and, of a bfloat16 weight, the int16 `remainder`. So a checkpoint holds
-    the masters in two files: upper halves in the model's, remainders in the optimizer's.
+    Masters begin anywhere in what rounds to their weights ([`first_remainder`]). On the CPU a step gives the bits of
+    `torch.optim.AdamW` on the float32 masters and the same gradients. A weight's state has `step`, `exp_avg`,
+    `exp_avg_sq` and, of a bfloat16 weight, the int16 `remainder`. So a checkpoint holds the masters in two files:
+    upper halves in the model's, remainders in the optimizer's.
 
     As in torch's fused AdamW, a scalar tensor `grad_scale` divides the gradients, and one of `found_inf` above 0
     leaves the step out, so that not even `step` changes. Unlike there, gradients are not written.
@@ -112,8 +114,10 @@ class MasterAdamW(torch.optim.Optimizer):
         state = self.state[weight]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=weight.device)
-            for name, dtype in _state_types(weight).items():
+            for name, dtype in _MOMENTS.items():
                 state[name] = torch.zeros_like(weight, dtype=dtype, memory_format=torch.preserve_format)
+            if weight.dtype == torch.bfloat16:
+                state["remainder"] = first_remainder(weight)
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -155,7 +159,7 @@ def refuse_remainders(optimizer: torch.optim.Optimizer, state_dict: dict[str, An
 def _state_types(weight: Tensor) -> dict[str, torch.dtype]:
     """Types of the states that have a weight's shape."""
     halves = {"remainder": torch.int16} if weight.dtype == torch.bfloat16 else {}
-    return {"exp_avg": torch.float32, "exp_avg_sq": torch.float32} | halves
+    return _MOMENTS | halves
 
 
 def _check_state(weight: Tensor, state: dict[str, Any]) -> None:

@@ -4,6 +4,12 @@ The upper half is the weight that the model computes with, the master rounded to
 is the master's own low 16 bits; read as a signed number it also says whether the upper half was rounded up, so the
 master comes back bit for bit. This is the layout of NVIDIA Apex's DistributedFusedAdam (`store_param_remainders`). A
 tie goes away from zero: to even, as `Tensor.to` rounds, two masters would have the same halves.
+
+A training begins with weights alone, whose masters could be any number that rounds to them. Apex takes the weights
+themselves. Each then lies in the middle of what rounds to it, so that no step moves any weight before steps add up to
+half of the distance to the next bfloat16, which at a warm-up's small rates is several steps. Ours lie anywhere, each
+place as likely as any other, as the masters of weights that were drawn in float32 do: of a step of a tenth of that
+distance a tenth of the weights takes note, and a tensor's weights move by the step in the mean. This is our choice.
 """
 
 from typing import Any
@@ -13,6 +19,8 @@ from torch import Tensor
 
 _NAN = 0x7FC00000
 _HALF = 0x8000
+_INFINITE = 0x7F80  # a bfloat16's bits without its sign
+_PERIOD = 65_521  # elements after which remainders repeat: a prime, so that rows of a matrix do not have the same
 
 
 def split_master(master: Tensor) -> tuple[Tensor, Tensor]:
@@ -32,6 +40,25 @@ def split_master(master: Tensor) -> tuple[Tensor, Tensor]:
 def join_master(upper: Tensor, remainder: Tensor) -> Tensor:
     """The float32 master of the halves of [`split_master`], bit for bit; a NaN stays one."""
     return ((upper.to(torch.int32) << 16) + remainder.to(torch.int32)).view(torch.float32)
+
+
+def first_remainder(weight: Tensor) -> Tensor:
+    """The lower halves that a weight's masters begin with: evenly over all that round to it.
+
+    They depend on an element's place alone, and are the same on every device and in every process.
+
+    Args:
+        weight: bfloat16, of any shape.
+
+    Returns:
+        int16, of that shape; 0 for zeros and what is not finite, beside which a lower half would be another number.
+    """
+    generator = torch.Generator().manual_seed(0)
+    places = torch.randperm(_PERIOD, generator=generator) * 2 * _HALF // _PERIOD - _HALF
+    period = places.to(weight.device, torch.int16)
+    remainder = period.repeat(-(-weight.numel() // _PERIOD))[: weight.numel()].view(weight.shape)
+    magnitude = weight.detach().view(torch.int16) & 0x7FFF
+    return remainder.masked_fill_((magnitude == 0) | (magnitude >= _INFINITE), 0)
 
 
 def step_numbers(

@@ -11,7 +11,7 @@ from torch import nn
 from moe_backbone.pretraining import trainer as pretraining
 from moe_backbone.pretraining.fused_clipping import clip_in_optimizer, takes_scales
 from moe_backbone.pretraining.master_adamw import MasterAdamW
-from moe_backbone.pretraining.master_weights import join_master, split_master
+from moe_backbone.pretraining.master_weights import first_remainder, join_master, split_master
 from moe_backbone.pretraining.weight_types import round_weights
 
 EDGES = [0x0000, 0x0001, 0x007F, 0x0080, 0x3F7F, 0x3F80, 0x7F7F, 0x7F80, 0x7FFF]
@@ -31,7 +31,12 @@ def weights_and_copies() -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     torch.manual_seed(0)
     weights = [nn.Parameter(torch.randn(shape).bfloat16()) for shape in SHAPES]
     weights += [nn.Parameter(torch.randn(5, 4)), nn.Parameter(torch.randn(1))]
-    return weights, [nn.Parameter(weight.detach().float().clone()) for weight in weights]
+    return weights, [nn.Parameter(first_master(weight.detach())) for weight in weights]
+
+
+def first_master(weight: torch.Tensor) -> torch.Tensor:
+    halved = weight.dtype == torch.bfloat16
+    return join_master(weight.view(torch.int16), first_remainder(weight)) if halved else weight.clone()
 
 
 def two_groups(weights: list[nn.Parameter]) -> list[dict]:
@@ -70,6 +75,37 @@ def test_masters_come_back_bit_for_bit():
         assert torch.equal(weight[~nan & ~ties], whole.to(torch.bfloat16)[~nan & ~ties])
         distance = (weight[ties].double() - whole[ties].double()).abs()
         assert (distance == (whole.to(torch.bfloat16)[ties].double() - whole[ties].double()).abs()).all()
+
+
+def test_first_masters_are_spread_over_what_rounds_to_their_weights():
+    edges = torch.tensor([*EDGES, *(high | 0x8000 for high in EDGES)]).to(torch.int16).view(torch.bfloat16)
+    for weight in (
+        edges,
+        torch.randn(300, 1024).bfloat16(),
+        torch.randn(5, 3).bfloat16().T,
+        *weights_and_copies()[0][:8],
+    ):
+        masters = first_master(weight.detach())
+        upper, _ = split_master(masters)
+        back = upper.view(torch.bfloat16)
+        assert masters.shape == weight.shape and torch.equal(back.isnan(), weight.isnan())
+        assert torch.equal(back[~weight.isnan()], weight[~weight.isnan()])
+    remainder = first_remainder(torch.ones(300, 1024, dtype=torch.bfloat16)).double()
+    for mean in (remainder.mean(0), remainder.mean(1)):  # no row and no column lies on one side
+        assert mean.abs().max() < 5 * 65536 / math.sqrt(12 * 300)
+    assert remainder.abs().mean() == pytest.approx(16384, rel=0.01)
+
+
+@pytest.mark.parametrize("value", [0.02, 1.0, -3.0])
+def test_a_step_below_the_rounding_moves_the_mean(value):
+    weight = nn.Parameter(torch.full((1000, 1000), value).bfloat16())
+    start = weight.detach()[0, 0].item()
+    size = abs(value) / 4000  # half of the distance to the next bfloat16 is 1/512 to 1/256 of the value
+    optimizer = MasterAdamW([weight], lr=size, weight_decay=0)
+    for step in range(1, 4):
+        weight.grad = torch.ones_like(weight)
+        optimizer.step()
+        assert weight.detach().double().mean().item() == pytest.approx(start - step * size, abs=0.02 * size)
 
 
 def test_steps_are_those_of_float32_adamw():
