@@ -1,4 +1,4 @@
-"""Triton kernels of otpo: the transport between two responses' tokens, and row moves between tokens and experts.
+"""Triton kernels of otpo: the transport between responses' tokens, row moves, and AdamW on float32 masters.
 
 Importing this package imports no Triton.
 """

@@ -5,7 +5,6 @@ has neither a step counted on the device nor a scale of gradients. torch's fused
 moments of one type, so whole masters beside the weights would move as many bytes as float32 weights under autocast.
 """
 
-import functools
 from collections.abc import Callable, Iterable
 from itertools import chain
 from typing import Any
@@ -14,9 +13,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from .master_weights import first_remainder, step_numbers, update_halves, update_whole
-
-_LANES = 16  # elements that a GPU's thread loads and stores at once, of which rows of so many tell a compiled kernel
+from otpo_kernels.master_weights import first_remainder, step_numbers, update
 
 _MOMENTS = {"exp_avg": torch.float32, "exp_avg_sq": torch.float32}
 _GROUP = {"lr", "betas", "eps", "weight_decay"}
@@ -33,9 +30,6 @@ class MasterAdamW(torch.optim.Optimizer):
     As in torch's fused AdamW, a scalar tensor `grad_scale` divides the gradients, and one of `found_inf` above 0
     leaves the step out, so that not even `step` changes. Unlike there, gradients are not written.
 
-    Attributes:
-        compiled: Whether torch compiles the update. None compiles it on a GPU.
-
     Args:
         params: Weights in bfloat16 or float32, or groups of them.
         lr: Learning rate, a number or a scalar tensor, >= 0.
@@ -47,7 +41,6 @@ class MasterAdamW(torch.optim.Optimizer):
         ValueError: A number is out of its range, or a weight is of another type or spread over devices.
     """
 
-    compiled: bool | None = None
     grad_scale: Tensor | None = None
     found_inf: Tensor | None = None
     _step_supports_amp_scaling = True  # what torch.amp.GradScaler looks for before it sets the two above
@@ -105,10 +98,12 @@ class MasterAdamW(torch.optim.Optimizer):
         numbers = step_numbers(torch.stack(steps), group["lr"], group["betas"], group["weight_decay"], scale, found)
         if found is not None:
             torch._foreach_sub_(steps, [(found > 0).float()] * len(steps))  # a scaler may count more than one
-        beta1, beta2 = group["betas"]
-        compiled = device.type == "cuda" if self.compiled is None else self.compiled
         for weight, state, row in zip(weights, states, numbers.unbind(), strict=True):
-            _update(weight, state, row, (beta1, beta2), group["eps"], compiled=compiled)
+            grad: Any = weight.grad
+            if grad.is_sparse:
+                raise RuntimeError("MasterAdamW has no update for sparse gradients.")
+            moments = state["exp_avg"], state["exp_avg_sq"]
+            update(weight, state.get("remainder"), grad, *moments, row, group["betas"], group["eps"])
 
     def _state(self, weight: Tensor) -> dict[str, Any]:
         state = self.state[weight]
@@ -176,37 +171,3 @@ def _other_states(what: str) -> ValueError:
         "`optim` as they were, or start from the checkpoint's weights: `model_name_or_path` without "
         "`resume_from_checkpoint`."
     )
-
-
-def _update(
-    weight: Tensor, state: dict[str, Any], numbers: Tensor, betas: tuple[float, float], eps: float, *, compiled: bool
-) -> None:
-    """Updates one weight and its states in place."""
-    grad: Any = weight.grad
-    if grad.is_sparse:
-        raise RuntimeError("MasterAdamW has no update for sparse gradients.")
-    halves = weight.dtype == torch.bfloat16
-    own = weight.detach()
-    tensors = [own.view(torch.int16), state["remainder"]] if halves else [own]
-    tensors += [grad, state["exp_avg"], state["exp_avg_sq"]]
-    update: Any = update_halves if halves else update_whole
-    # A graph of any length serves all weights but those of one row, whose length torch would write into a graph.
-    if compiled and weight.numel() >= 2 * _LANES and all(each.is_contiguous() for each in tensors):
-        width = _LANES if weight.numel() % _LANES == 0 else 1
-        tensors = [each.view(-1, width) for each in tensors]
-        kinds = (update, width, *(each.dtype for each in tensors), weight.device, betas, eps)
-        update = _compiled(update)
-        if kinds not in _SEEN:
-            _SEEN.add(kinds)
-            for each in tensors:
-                torch._dynamo.maybe_mark_dynamic(each, 0)
-    update(*tensors, numbers, betas, eps)
-
-
-_SEEN: set[Any] = set()
-"""Kinds of weights that have a graph, whose length was marked as one that changes."""
-
-
-@functools.cache
-def _compiled(update: Any) -> Any:
-    return torch.compile(update, fullgraph=True)

@@ -12,6 +12,8 @@ place as likely as any other, as the masters of weights that were drawn in float
 distance a tenth of the weights takes note, and a tensor's weights move by the step in the mean. This is our choice.
 """
 
+import functools
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -69,7 +71,7 @@ def step_numbers(
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
 ) -> Tensor:
-    """What a step multiplies and divides by, for each weight, on the device: nothing waits and nothing recompiles.
+    """What a step multiplies and divides by, for each weight, on the device: nothing waits.
 
     Args:
         steps: `[n]`, the number of each weight's step, from 1.
@@ -81,8 +83,8 @@ def step_numbers(
 
     Returns:
         `[n, 8]` in float32: what is left of the weight after decay, the step's size, the root of the second moment's
-        bias correction, the scale, whether the step is left out, and nothing thrice: a row of 32 bytes starts where
-        a compiled kernel wants it, which would copy it elsewhere otherwise.
+        bias correction, the scale, whether the step is left out, and nothing thrice: rows of 32 bytes are aligned
+        alike, so that one kernel serves all.
     """
     steps = (
         steps.double()
@@ -121,6 +123,47 @@ def adamw(
     return master * decay - size * exp_avg / (exp_avg_sq.sqrt() / root + eps), exp_avg, exp_avg_sq
 
 
+def update(
+    weight: Tensor,
+    remainder: Tensor | None,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    numbers: Tensor,
+    betas: tuple[float, float],
+    eps: float,
+) -> None:
+    """One step of [`adamw`] in place: on a GPU by one kernel, elsewhere by plain torch.
+
+    Not by what [`otpo_kernels.backend`] says: on the CPU a step has the bits of `torch.optim.AdamW`, always. A tensor
+    that is not contiguous, which the kernel does not read, goes by plain torch as well.
+
+    Args:
+        weight: bfloat16, the upper halves of its masters, or float32, of any shape.
+        remainder: int16, the lower halves; None beside a float32 weight.
+        grad: In any floating-point type, before it is divided by the scale; it is not written.
+        exp_avg: The first moment, float32.
+        exp_avg_sq: The second moment, float32.
+        numbers: `[8]`, a row of [`step_numbers`].
+        betas: AdamW's.
+        eps: AdamW's.
+    """
+    tensors = [each for each in (weight, remainder, grad, exp_avg, exp_avg_sq) if each is not None]
+    if weight.is_cuda and _has_triton() and all(each.is_contiguous() for each in tensors):
+        from .master_weights_kernels import update as update_in_triton
+
+        update_in_triton(weight, remainder, grad, exp_avg, exp_avg_sq, numbers, betas, eps)
+    elif remainder is None:
+        update_whole(weight, grad, exp_avg, exp_avg_sq, numbers, betas, eps)
+    else:
+        update_halves(weight.view(torch.int16), remainder, grad, exp_avg, exp_avg_sq, numbers, betas, eps)
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
 def update_halves(
     upper: Tensor,
     remainder: Tensor,
@@ -132,8 +175,6 @@ def update_halves(
     eps: float,
 ) -> None:
     """[`adamw`] in place, of a master in two halves.
-
-    Compiled, it reads and writes 26 bytes a weight where the gradient is bfloat16.
 
     Args:
         upper: Bits of the bfloat16 weight, int16, of any shape.
