@@ -262,7 +262,7 @@ class PretrainingTrainer(Trainer):
 
     @cached_property
     def _parameters_outside_embeddings(self) -> int:
-        return self.model.num_parameters(exclude_embeddings=True)  # pyright: ignore[reportOptionalMemberAccess]
+        return self.model.num_parameters(exclude_embeddings=True)  # pyright: ignore
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Operations of a batch as transformers counts them, without a walk through the model in each step."""
