@@ -51,10 +51,17 @@ class NormCheck:
 
         Raises:
             FloatingPointError: This norm, or the one before, is not finite.
+            ValueError: The engine computes no norm, and does not look at each gradient either.
         """
-        if not engine.fp16_enabled():
-            left_out = bool(getattr(engine.optimizer, "overflow", False))
-            self.add(math.inf if left_out else norm, steps, left_out=left_out, to_come=False)
+        if engine.fp16_enabled():
+            return
+        left_out = bool(getattr(engine.optimizer, "overflow", False))
+        if norm is None and not getattr(engine.optimizer, "check_grad_overflow", False):
+            raise ValueError(
+                "DeepSpeed computes no norm of the gradient here, so nothing would stop where it is not finite. Leave "
+                "`zero_optimization.compute_grad_norm` out, and set `zero_optimization.stage` to at least 1."
+            )
+        self.add(math.inf if left_out else norm, steps, left_out=left_out, to_come=False)
 
     def read(self) -> None:
         """Looks at the last norm that was added; whoever shows or saves something calls it first.

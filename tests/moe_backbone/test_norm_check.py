@@ -16,7 +16,7 @@ from accelerate import DistributedType
 from pretraining_helpers import pretrainer
 
 from moe_backbone import CompassForCausalLM, preset
-from moe_backbone.pretraining.norm_check import look_at_norms_alone
+from moe_backbone.pretraining.norm_check import NormCheck, look_at_norms_alone
 
 BF16 = {"bf16": {"enabled": True}}
 
@@ -93,3 +93,15 @@ def test_deepspeeds_word_on_a_step(tmp_path, monkeypatch, fp16, overflow, norm, 
     monkeypatch.setattr(trainer, "model_wrapped", engine)
     with nullcontext() if says is None else pytest.raises(FloatingPointError, match=says):
         assert trainer._get_grad_norm(trainer.model, grad_norm=norm) == norm
+
+
+def test_an_engine_that_nobody_looks_at_is_refused():
+    """As float32 weights are where norms are switched off, or where there is no ZeRO."""
+    engine = SimpleNamespace(fp16_enabled=lambda: False, optimizer=SimpleNamespace(overflow=False))
+    with pytest.raises(ValueError, match=r"no norm of the gradient.*`zero_optimization.compute_grad_norm` out"):
+        NormCheck().add_of_deepspeed(engine, None, 0)
+    engine.optimizer.check_grad_overflow = True
+    NormCheck().add_of_deepspeed(engine, None, 0)
+    engine.optimizer.overflow = True
+    with pytest.raises(FloatingPointError, match="No update was made"):
+        NormCheck().add_of_deepspeed(engine, None, 0)
