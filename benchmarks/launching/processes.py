@@ -163,7 +163,8 @@ def side_by_side(
 ) -> Iterator[tuple[Job, Result]]:
     """Calls a function that starts processes and waits for them, for so many jobs at a time.
 
-    The function is called in threads. What it finds comes to the caller's own thread, which alone may keep books.
+    The function is called in threads. What it finds comes to the caller's own thread, which alone may keep books. Once
+    a job has raised, or the caller has stopped, no other job begins, and those that run are waited for.
 
     Args:
         function: Returns what is found of a job.
@@ -173,7 +174,10 @@ def side_by_side(
     Yields:
         Each job and what was found of it, in the order in which they end.
     """
-    with ThreadPoolExecutor(max_workers=parallel) as pool:
+    pool = ThreadPoolExecutor(max_workers=parallel)
+    try:
         running = {pool.submit(function, job): job for job in jobs}
         for ended in as_completed(running):
             yield running[ended], ended.result()
+    finally:
+        pool.shutdown(cancel_futures=True)

@@ -38,6 +38,31 @@ class NormCheck:
         elif norm is not None:
             _require_finite(float(norm), steps, left_out=left_out or to_come)
 
+    def add_of_deepspeed(self, engine: Any, norm: Any, steps: int) -> None:
+        """Takes the norm of a step that DeepSpeed's engine has made or left out, within the backward pass.
+
+        Under fp16 nothing is looked at, since its scale skips steps as a scaler does.
+
+        Args:
+            engine: DeepSpeed's; its own word tells a step that was left out, after which stage 3 keeps the norm of the
+                step before.
+            norm: As in [`NormCheck.add`].
+            steps: See there.
+
+        Raises:
+            FloatingPointError: This norm, or the one before, is not finite.
+            ValueError: The engine computes no norm, and does not look at each gradient either.
+        """
+        if engine.fp16_enabled():
+            return
+        left_out = bool(getattr(engine.optimizer, "overflow", False))
+        if norm is None and not getattr(engine.optimizer, "check_grad_overflow", False):
+            raise ValueError(
+                "DeepSpeed computes no norm of the gradient here, so nothing would stop where it is not finite. Leave "
+                "`zero_optimization.compute_grad_norm` out, and set `zero_optimization.stage` to at least 1."
+            )
+        self.add(math.inf if left_out else norm, steps, left_out=left_out, to_come=False)
+
     def read(self) -> None:
         """Looks at the last norm that was added; whoever shows or saves something calls it first.
 
@@ -55,14 +80,16 @@ def look_at_norms_alone(accelerator: Any) -> None:
     """Keeps DeepSpeed from looking at each bfloat16 gradient by itself before each step, which the host waits for.
 
     A run with a [`NormCheck`] stops at the norm that such a gradient makes. Who sets `bf16.check_grad_overflow` keeps
-    the look.
+    the look, and so does who has no norms computed (`zero_optimization.compute_grad_norm`).
 
     Args:
         accelerator: accelerate's, before it makes the engine.
     """
     plugin = accelerator.state.deepspeed_plugin if accelerator.distributed_type == DistributedType.DEEPSPEED else None
-    if plugin is not None and isinstance(plugin.deepspeed_config.get("bf16"), dict):
-        plugin.deepspeed_config["bf16"].setdefault("check_grad_overflow", False)
+    config: Any = {} if plugin is None else plugin.deepspeed_config
+    has_norms = config.get("zero_optimization", {}).get("compute_grad_norm", True)
+    if isinstance(config.get("bf16"), dict) and has_norms:
+        config["bf16"].setdefault("check_grad_overflow", False)
 
 
 def _require_finite(norm: float, steps: int, *, left_out: bool) -> None:

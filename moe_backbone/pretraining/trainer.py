@@ -1,12 +1,12 @@
 """Pretraining by transformers' Trainer on packed rows; it logs the loss by part, the routers' load and the speed."""
 
-import math
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import torch
 from accelerate import DistributedType
+from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor
 from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainingArguments
@@ -158,7 +158,7 @@ class PretrainingTrainer(Trainer):
             )
         config: Any = model.config
         options: Any = args.gradient_checkpointing_kwargs or {}
-        detached = config.num_mtp_layers and config.mtp_detach_trunk and config.mtp_detach_head
+        detached = config.effective_mtp_loss_coef and config.mtp_detach_trunk and config.mtp_detach_head
         if detached and args.gradient_checkpointing and options.get("use_reentrant"):
             raise ValueError(
                 "`gradient_checkpointing_kwargs` has `use_reentrant`, with `mtp_detach_trunk` and `mtp_detach_head`: "
@@ -262,8 +262,7 @@ class PretrainingTrainer(Trainer):
 
     @cached_property
     def _parameters_outside_embeddings(self) -> int:
-        model: Any = self.model
-        return model.num_parameters(exclude_embeddings=True)
+        return self.model.num_parameters(exclude_embeddings=True)  # pyright: ignore
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Operations of a batch as transformers counts them, without a walk through the model in each step."""
@@ -279,6 +278,8 @@ class PretrainingTrainer(Trainer):
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """Makes the optimizer as transformers does; none reads another's states of bfloat16 weights as its own."""
         optimizer = super().create_optimizer(*args, **kwargs)
+        if isinstance(optimizer, AcceleratedOptimizer):  # that of an earlier training, which has the hook
+            return optimizer
         if not isinstance(optimizer, MasterAdamW) and hasattr(optimizer, "register_load_state_dict_pre_hook"):
             optimizer.register_load_state_dict_pre_hook(refuse_remainders)
         return optimizer
@@ -295,17 +296,11 @@ class PretrainingTrainer(Trainer):
         norm: Any = super()._get_grad_norm(model, grad_norm=grad_norm)
         if self.accelerator.scaler is not None:  # fp16's, which skips such steps itself
             return norm
-        steps = self.state.global_step
-        if self.accelerator.distributed_type != DistributedType.DEEPSPEED:
+        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
+            self._norms.add_of_deepspeed(self.model_wrapped, norm, self.state.global_step)
+        else:
             left_out = self._left_out and grad_norm is not None  # None where nothing is clipped
-            self._norms.add(norm, steps, left_out=left_out)
-            return norm
-        # DeepSpeed's engine has stepped within the backward pass, or left the step out; then stage 3 keeps the norm of
-        # the step before. Under fp16 its scale skips steps as a scaler does.
-        engine: Any = self.model_wrapped
-        if not engine.fp16_enabled():
-            left_out = bool(getattr(engine.optimizer, "overflow", False))
-            self._norms.add(math.inf if left_out else norm, steps, left_out=left_out, to_come=False)
+            self._norms.add(norm, self.state.global_step, left_out=left_out)
         return norm
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -313,6 +308,11 @@ class PretrainingTrainer(Trainer):
         trained = super().train(*args, **kwargs)
         self._norms.read()
         return trained
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        # What an earlier training left, or a try with more rows (`auto_find_batch_size`), is of no step of this one.
+        self._norms, self._window, self._load_of_step = NormCheck(), LogWindow(), None
+        return super()._inner_training_loop(*args, **kwargs)
 
     def save_model(self, *args: Any, **kwargs: Any) -> None:
         """Saves as transformers does, checkpoints too, after a look at the last step's gradient."""

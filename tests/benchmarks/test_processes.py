@@ -33,6 +33,25 @@ def test_a_job_that_raises_raises_in_the_callers_thread():
         list(side_by_side(run, [7], 2))
 
 
+@pytest.mark.parametrize("who", ["a job", "the caller"])
+def test_no_job_begins_after_one_that_raises(who):
+    begun, may_end = [], threading.Event()
+
+    def run(job):
+        begun.append(job)
+        if job == 0:
+            if who == "a job":
+                raise KeyError(job)
+            return
+        may_end.wait(30)
+
+    threading.Timer(0.5, may_end.set).start()  # while the one that runs is waited for
+    with pytest.raises(KeyError):
+        for job, _ in side_by_side(run, range(5), 1):
+            raise KeyError(job)
+    assert begun in ([0], [0, 1])
+
+
 def test_a_port_is_given_once():
     ports = Ports()
     with ThreadPoolExecutor(8) as pool:

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from contextlib import nullcontext
+from copy import deepcopy
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,7 +16,9 @@ from accelerate import DistributedType
 from pretraining_helpers import pretrainer
 
 from moe_backbone import CompassForCausalLM, preset
-from moe_backbone.pretraining.norm_check import look_at_norms_alone
+from moe_backbone.pretraining.norm_check import NormCheck, look_at_norms_alone
+
+BF16 = {"bf16": {"enabled": True}}
 
 
 @pytest.mark.parametrize(
@@ -23,11 +26,14 @@ from moe_backbone.pretraining.norm_check import look_at_norms_alone
     [
         (DistributedType.DEEPSPEED, {"bf16": {"enabled": True}}, False),
         (DistributedType.DEEPSPEED, {"bf16": {"enabled": True, "check_grad_overflow": True}}, True),
+        (DistributedType.DEEPSPEED, {**BF16, "zero_optimization": {"stage": 1}}, False),
+        (DistributedType.DEEPSPEED, {**BF16, "zero_optimization": {"compute_grad_norm": False}}, None),
         (DistributedType.DEEPSPEED, {"fp16": {"enabled": True}}, None),
         (DistributedType.MULTI_GPU, {"bf16": {"enabled": True}}, None),
     ],
 )
 def test_who_looks_at_each_gradient(engine, config, looks):
+    config = deepcopy(config)
     plugin = SimpleNamespace(deepspeed_config=config)
     accelerator: Any = SimpleNamespace(distributed_type=engine, state=SimpleNamespace(deepspeed_plugin=plugin))
     look_at_norms_alone(accelerator)
@@ -42,8 +48,9 @@ def test_who_looks_at_each_gradient(engine, config, looks):
         ({}, "The weights in memory have been updated from it"),
         ({"bf16": {"enabled": True, "check_grad_overflow": True}}, "No update was made from it"),
         ({"zero_optimization": {"stage": 3}}, "No update was made from it"),
+        ({"zero_optimization": {"compute_grad_norm": False}}, "No update was made from it"),
     ],
-    ids=["by the norm", "each gradient", "stage 3"],
+    ids=["by the norm", "each gradient", "stage 3", "no norm"],
 )
 def test_a_gradient_that_is_not_finite_stops_deepspeed(tokenizer, tmp_path, changes, says):
     pytest.importorskip("deepspeed", reason="DeepSpeed is an extra")
@@ -61,6 +68,8 @@ def test_a_gradient_that_is_not_finite_stops_deepspeed(tokenizer, tmp_path, chan
     words += ["--report_to", "none"]
     if changes:
         words += ["--deepspeed", json.dumps(changes)]
+    if "compute_grad_norm" in changes.get("zero_optimization", {}):
+        words += ["--max_grad_norm", "0"]  # without a norm nothing can be clipped
     done = subprocess.run([sys.executable, "-m", "otpo", "pretrain", *words], capture_output=True, text=True)
     assert done.returncode and "FloatingPointError" in done.stderr
     assert says in " ".join(done.stderr.split()), done.stderr[-3000:]
@@ -84,3 +93,15 @@ def test_deepspeeds_word_on_a_step(tmp_path, monkeypatch, fp16, overflow, norm, 
     monkeypatch.setattr(trainer, "model_wrapped", engine)
     with nullcontext() if says is None else pytest.raises(FloatingPointError, match=says):
         assert trainer._get_grad_norm(trainer.model, grad_norm=norm) == norm
+
+
+def test_an_engine_that_nobody_looks_at_is_refused():
+    """As float32 weights are where norms are switched off, or where there is no ZeRO."""
+    engine = SimpleNamespace(fp16_enabled=lambda: False, optimizer=SimpleNamespace(overflow=False))
+    with pytest.raises(ValueError, match=r"no norm of the gradient.*`zero_optimization.compute_grad_norm` out"):
+        NormCheck().add_of_deepspeed(engine, None, 0)
+    engine.optimizer.check_grad_overflow = True
+    NormCheck().add_of_deepspeed(engine, None, 0)
+    engine.optimizer.overflow = True
+    with pytest.raises(FloatingPointError, match="No update was made"):
+        NormCheck().add_of_deepspeed(engine, None, 0)

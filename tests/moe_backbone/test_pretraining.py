@@ -241,9 +241,36 @@ def test_an_mtp_layer_without_a_gradient_is_refused(tmp_path):
     options = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
     with pytest.raises(ValueError, match=r"`use_reentrant`, with .* Set it to false"):
         pretrainer(tmp_path, model=model, **options)
+    idle = tiny_compass(num_mtp_layers=1, mtp_loss_coef=0.0, mtp_detach_trunk=True, mtp_detach_head=True)
+    pretrainer(tmp_path, model=idle, max_steps=1, **options).train()  # whose MTP layers want none
     options["gradient_checkpointing_kwargs"]["use_reentrant"] = False
     pretrainer(tmp_path, model=model, max_steps=1, **options).train()
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_second_training_begins_with_nothing_of_the_first(tmp_path, monkeypatch):
+    """One that ended between two entries of the log, and one that was interrupted within a step."""
+    changes = {"max_steps": 3, "logging_steps": 2, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    trainer = pretrainer(tmp_path, model=tiny_compass(router_bias_update_speed=0.01), **changes)
+    trainer.train()
+    losses, steps = len(logged(trainer, "loss")), trainer.compute_loss
+
+    def interrupt(*args, **kwargs):
+        computed = steps(*args, **kwargs)
+        raise KeyboardInterrupt if trainer.state.global_step == 0 else AssertionError(computed)
+
+    assert losses == 1 and trainer._window.micro_batches == 2
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(trainer, "compute_loss", interrupt)
+        trainer.train()
+    assert trainer._load_of_step is not None
+    taken, take = [], trainer.take_load_of_step
+    monkeypatch.setattr(trainer, "take_load_of_step", lambda: taken.append(take()) or taken[-1])
+    trainer.train()
+    assert [float(load.sum(1)[0]) for load in taken] == pytest.approx([float(taken[-1].sum(1)[0])] * 3, rel=0.2)
+    # Each part has the share of a step's mean, so they add up to the loss, but for the routers' terms.
+    (loss,), (of_next,) = logged(trainer, "loss"), logged(trainer, "lm_loss")
+    assert of_next < loss < 1.5 * of_next
 
 
 def test_biases_stand_still_where_a_step_was_left_out(tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ def compile_for_run(trainer: Any, *, asked: bool | None) -> str:
     """Compiles the layers of a trainer's model, at their first call, where that is asked for or the default.
 
     Args:
-        trainer: A trainer that has not trained yet, whose batches are packed rows, of one size in pretraining.
+        trainer: A trainer that has not trained yet. Its batches may vary, but for those of pretraining.
         asked: The option `compile_layers`; None compiles on a GPU.
 
     Returns:
