@@ -48,6 +48,5 @@ def tools_of(row: Mapping[str, Any]) -> Any:
     try:
         return json.loads(tools) or None
     except ValueError as error:
-        raise ValueError(
-            f"has text in 'tools' that is no JSON: {error}. Give a list of tools, or JSON of one"
-        ) from error
+        told = f"has text in 'tools' that is no JSON ({error}). Give a list of tools, or JSON of one"
+        raise ValueError(told) from error
