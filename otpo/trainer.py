@@ -61,8 +61,9 @@ from .training.whole_layers import gather_whole_layers, require_trained_leaves
 from .transport.solve import warn_unsolved
 from .trl_seam import REFERENCE_COLUMNS, TOKEN_VALUES, ConvertedWeights, FullySharded
 from .weighting import PairBatch, TokenWeights, Weighting
+from .weighting.answer import read_answer
 from .weighting.callables import same_weighting, values_of_callable
-from .weighting.registry import make_weighting, split, values_of
+from .weighting.registry import check_weighting, make_weighting, split, values_of
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -105,8 +106,9 @@ class OTPOTrainer(FullySharded, ConvertedWeights, DPOTrainer):
     Raises:
         ValueError: An option or a row of the data can't be trained with, or `ld_alpha` is set beside a callable
             as `weighting`; the message names it.
-        FloatingPointError: In training, a hidden state or a log-probability is not finite. On a GPU a step is found
-            out in the next one, or before anything is logged, evaluated or saved.
+        TypeError: `args` is no [`OTPOConfig`], or `weighting` no function.
+        FloatingPointError: In training, a hidden state or a log-probability is not finite, or a weight is negative.
+            On a GPU a step is found out in the next one, or before anything is logged, evaluated or saved.
     """
 
     args: OTPOConfig
@@ -152,6 +154,11 @@ class OTPOTrainer(FullySharded, ConvertedWeights, DPOTrainer):
             raise TypeError(f"`args` must be an `OTPOConfig`, got a `{type(args).__name__}`.")
         if isinstance(weighting, str):
             raise TypeError(f"Set `OTPOConfig(weighting={weighting!r})`: the argument `weighting` takes a callable.")
+        if weighting is not None and not callable(weighting):
+            raise TypeError(
+                f"`weighting` must be a function of a batch of pairs, or None for `OTPOConfig.weighting`, got "
+                f"{weighting!r}."
+            )
         args.check_again()
         if weighting is not None and args.ld_alpha is not None:
             raise ValueError(
@@ -170,6 +177,7 @@ class OTPOTrainer(FullySharded, ConvertedWeights, DPOTrainer):
 
         # TRL's constructor calls our methods, which read these attributes.
         self.weighting = make_weighting(args) if weighting is None else weighting
+        self._named_weighting = self.weighting if weighting is None else None
         # Numbers of tokens that are made of the data.
         self._token_values = values_of(args.weighting) if weighting is None else values_of_callable(weighting)
         self.prepared_datasets = PreparedDatasets()
@@ -267,7 +275,7 @@ class OTPOTrainer(FullySharded, ConvertedWeights, DPOTrainer):
             batch: Mask, tokens, log-probabilities and hidden states of the micro-batch.
 
         Returns:
-            Weights of the shape of `batch.mask`, alone or with numbers to log.
+            Weights of the shape of `batch.mask`, none of them negative, alone or with numbers to log.
         """
         return self.weighting(batch)
 
@@ -278,12 +286,25 @@ class OTPOTrainer(FullySharded, ConvertedWeights, DPOTrainer):
         is_named = same_weighting(self.weighting, make_weighting(self.args))
         return self.args.describe_weighting() if is_named else "a weighting of your own"
 
+    def _refuse_other_options(self) -> None:
+        """Raises a `ValueError` where `args` names another weighting, or other options of it, than the trainer has."""
+        if self.weighting is not self._named_weighting:
+            return
+        check_weighting(self.args)
+        if not same_weighting(self.weighting, make_weighting(self.args)):
+            raise ValueError(
+                f"`args` was changed to {self.args.describe_weighting()!r} after the trainer was made, which weighs "
+                "by what it said before. Make the trainer anew with these options."
+            )
+
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Trains as [`trl.DPOTrainer`] does; callbacks that look at the weights get to know the trainer first.
 
         Raises:
-            ValueError: A stream was read to its end and no pair of it could be trained on.
+            ValueError: A stream was read to its end and no pair of it could be trained on, or the weighting's options
+                were changed after the trainer was made.
         """
+        self._refuse_other_options()
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, TrainerWatcher):
                 callback.attach(self)
@@ -491,7 +512,9 @@ class OTPOTrainer(FullySharded, ConvertedWeights, DPOTrainer):
             timer: Times the weights.
 
         Raises:
-            FloatingPointError: A hidden state, a weight or a log-probability is not finite; the message names the row.
+            FloatingPointError: A hidden state, a weight or a log-probability is not finite, or a weight is negative;
+                the message names the row.
+            TypeError: The weighting returned no tensor, or logs what is no number.
             ValueError: The weighting's answer can't be used, or the batch lacks precomputed log-probabilities.
         """
         # The policy, with its hidden states taken on the way.
@@ -533,8 +556,8 @@ class OTPOTrainer(FullySharded, ConvertedWeights, DPOTrainer):
             },
         )
         weights, metrics = self._weigh(batch, mask, logps.dtype, timer or DeviceTimer())
-        bad = ~weights.isfinite() | (~reference_logps.isfinite() & mask)
-        self._require_finite(bad, "Weights or reference log-probabilities", inputs)
+        bad = ~weights.isfinite() | (weights < 0) | (~reference_logps.isfinite() & mask)
+        self._require_finite(bad, "Weights or reference log-probabilities", inputs, besides=", or weights negative,")
         return Scored(outputs, logps, reference_logps, weights, mask, metrics, batch)
 
     def _ask(self, model: Any, inputs: Mapping[str, Any], *, router_logits: bool = False) -> Any:
@@ -549,12 +572,7 @@ class OTPOTrainer(FullySharded, ConvertedWeights, DPOTrainer):
         with torch.no_grad(), torch.autocast(mask.device.type, enabled=False), timer.region(mask.device):
             answer = self.token_weights(batch)
         require_unwritten(batch, versions)
-        values, metrics = answer if isinstance(answer, TokenWeights) else (answer, {})
-        if values.shape != mask.shape:
-            raise ValueError(
-                f"The weighting returned weights of shape {tuple(values.shape)}, the batch's mask has "
-                f"{tuple(mask.shape)}: return one weight for each position of `batch.mask`."
-            )
+        values, metrics = read_answer(answer, mask)
         # Positions outside the mask may hold NaN, which would spoil the sums, even times zero.
         return values.detach().to(device=mask.device, dtype=dtype).masked_fill(~mask, 0.0), metrics
 
@@ -576,7 +594,7 @@ class OTPOTrainer(FullySharded, ConvertedWeights, DPOTrainer):
             )
         return unpack_rows(torch.cat([inputs[name] for name in REFERENCE_COLUMNS]), mask, self._reads.add)
 
-    def _require_finite(self, bad: Tensor, what: str, inputs: Mapping[str, Any]) -> None:
+    def _require_finite(self, bad: Tensor, what: str, inputs: Mapping[str, Any], besides: str = "") -> None:
         evaluating = trl_seam.mode_of(self) == "eval" and self._evaluated is not None
         dataset = self._evaluated if evaluating else self.train_dataset
         known = None if dataset is None else self.prepared_datasets.get(dataset)
@@ -588,6 +606,7 @@ class OTPOTrainer(FullySharded, ConvertedWeights, DPOTrainer):
             dataset="training" if dataset is self.train_dataset or known is None else known.name,
             step=self.state.global_step,
             late=self._reads.in_step,
+            besides=besides,
         )
         found = pairs_not_finite(bad)
         self._reads.add(found, check)
