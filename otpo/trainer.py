@@ -31,6 +31,7 @@ from .config import OTPOConfig
 from .data.arguments import check_datasets
 from .data.preferences import PairRule, has_tokens_alone, no_rows, require_preference_columns
 from .data.prepared import PreparedDatasets, free_name, refuse_unread_stream
+from .data.row_checks import check_pairs
 from .data.streams import AlreadyTokenized, FirstRow
 from .data.token_budget import TokenBudget
 from .data.token_values import tokenizer_of, with_token_values
@@ -329,6 +330,7 @@ class OTPOTrainer(FullySharded, ConvertedWeights, DPOTrainer):
     def _prepare_dataset(self, dataset, processing_class, args: OTPOConfig, dataset_name):
         name = self._name_of(dataset_name)
         require_preference_columns(dataset, name)
+        dataset = dataset.with_format(None)  # TRL joins lists, which tensors and arrays would be added for
         dataset = self._tokenized(dataset, processing_class, args, name)
         if not args.precompute_ref_log_probs:
             dataset = without_stored(dataset)
@@ -380,6 +382,17 @@ class OTPOTrainer(FullySharded, ConvertedWeights, DPOTrainer):
             return dataset
         except StopIteration as error:
             raise ValueError(no_rows(name)) from error
+        except Exception:
+            if isinstance(dataset, Dataset):
+                check_pairs(dataset, name)  # which names the row, if that is at fault
+            raise
+
+    def predict(self, test_dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers, also of rows that are not tokenized yet, as `evaluate` takes them."""
+        if self.prepared_datasets.get(test_dataset) is None and not trl_seam.has_images(self):
+            processing_class: Any = self.processing_class
+            test_dataset = self._prepare_dataset(test_dataset, processing_class, self.args, "test")
+        return super().predict(test_dataset, *args, **kwargs)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """As in transformers; the dataset is kept while it is evaluated, to name rows of it."""

@@ -49,6 +49,9 @@ def test_options_that_must_be_positive_and_finite(name, value, tmp_path):
         ({"ld_alpha": -0.1}, r"`ld_alpha` must be within \[0, 1\], got -0.1"),
         ({"ld_alpha": math.nan}, r"`ld_alpha` must be within \[0, 1\], got nan"),
         ({"weighting": "ld"}, r"`weighting='ld'` needs `ld_alpha`, got None. Set it within \[0, 1\]"),
+        ({"truncation_mode": "middle"}, "`truncation_mode` must be keep_start or keep_end, got 'middle'"),
+        ({"beta": math.nan}, "`beta` must be a finite number of at least 0, got nan"),
+        ({"beta": -0.1}, "`beta` must be a finite number of at least 0, got -0.1: below 0 the rejected"),
     ],
     ids=[
         "unknown_weighting",
@@ -67,6 +70,9 @@ def test_options_that_must_be_positive_and_finite(name, value, tmp_path):
         "ld_alpha_negative",
         "ld_alpha_nan",
         "ld_without_alpha",
+        "truncation",
+        "beta_nan",
+        "beta_negative",
     ],
 )
 def test_options_out_of_range(settings, message, tmp_path):
