@@ -46,7 +46,13 @@ from .training.finite_checks import (
     require_finite_parameters,
     states_not_finite,
 )
-from .training.hidden_states import captured_states, check_hidden_layer, check_layer_before_loading, evaluating
+from .training.hidden_states import (
+    captured_states,
+    check_hidden_layer,
+    check_layer_before_loading,
+    evaluating,
+    require_decoder_alone,
+)
 from .training.late_reads import LateReads
 from .training.lent import require_unwritten, tensor_versions
 from .training.pair_log import PairLog, pair_columns, pair_table, table_summary, trl_columns
@@ -229,6 +235,9 @@ class OTPOTrainer(FullySharded, ConvertedWeights, DPOTrainer):
         if self._models_are_ready:
             return
         self._models_are_ready = True
+        for model in (self.model, self.ref_model):
+            if model is not None:
+                require_decoder_alone(model)
         self.on_models_loaded()
         if trl_seam.shards_parameters(self.accelerator):
             self._whole_layers = gather_whole_layers(self.model, trained=True)

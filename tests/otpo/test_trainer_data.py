@@ -209,3 +209,16 @@ def test_a_row_that_can_not_be_tokenized_is_named(model_folder, tmp_path):
         OTPOTrainer(
             model_folder, None, options(tmp_path), train_dataset=make_pairs(), eval_dataset=Dataset.from_list(plain)
         )
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["rows", "stream"])
+def test_identical_pairs_alone_are_not_blamed_on_the_length(stream, model_folder, tmp_path):
+    pairs = make_plain_pairs([("", "a", "b"), ("x", " y", " y")])
+    data: Any = pairs.to_iterable_dataset() if stream else pairs
+    with pytest.raises(
+        ValueError, match=r"left: \{'identical': \d+\} .* Give pairs whose completions differ"
+    ) as found:
+        make_trainer(model_folder, tmp_path, data, drop_identical_pairs=True).train()
+    assert "Raise" not in str(found.value)
+    with pytest.raises(RowError, match=r"Row 0 .* \(The first token of a row without a prompt"):
+        make_trainer(model_folder, tmp_path, data, drop_identical_pairs=False).train()
