@@ -1,7 +1,9 @@
 """The options of OTPO on top of TRL's `DPOConfig`."""
 
 import copy
+import math
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any
 
 from trl import DPOConfig
@@ -142,6 +144,7 @@ class OTPOConfig(DPOConfig):
         if not is_set and not read_from_file and self.dataloader_pin_memory and self.device.type != "mps":
             resolved: Any = self.accelerator_config
             resolved.non_blocking = True
+        _check_of_trl(self)
         self.filled_in, self.filled_in_for = set_defaults(self), self.weighting
         check_weighting(self)
         check_budget_options(self)
@@ -185,3 +188,14 @@ class OTPOConfig(DPOConfig):
     def describe_weighting(self) -> str:
         """The weighting and those of its options that matter, in one line."""
         return describe_weighting(self)
+
+
+def _check_of_trl(args: OTPOConfig) -> None:
+    """Refuses what TRL finds out in a training step, or not at all."""
+    if args.truncation_mode not in ("keep_start", "keep_end"):
+        raise ValueError(f"`truncation_mode` must be keep_start or keep_end, got {args.truncation_mode!r}.")
+    if not isinstance(args.beta, Real) or not math.isfinite(args.beta) or args.beta < 0:
+        raise ValueError(
+            f"`beta` must be a finite number of at least 0, got {args.beta!r}: below 0 the rejected answers are "
+            "learnt."
+        )

@@ -31,6 +31,7 @@ from .config import OTPOConfig
 from .data.arguments import check_datasets
 from .data.preferences import PairRule, has_tokens_alone, no_rows, require_preference_columns
 from .data.prepared import PreparedDatasets, free_name, refuse_unread_stream
+from .data.row_checks import check_pairs
 from .data.streams import AlreadyTokenized, FirstRow
 from .data.token_budget import TokenBudget
 from .data.token_values import tokenizer_of, with_token_values
@@ -45,7 +46,13 @@ from .training.finite_checks import (
     require_finite_parameters,
     states_not_finite,
 )
-from .training.hidden_states import captured_states, check_hidden_layer, check_layer_before_loading, evaluating
+from .training.hidden_states import (
+    captured_states,
+    check_hidden_layer,
+    check_layer_before_loading,
+    evaluating,
+    require_decoder_alone,
+)
 from .training.late_reads import LateReads
 from .training.lent import require_unwritten, tensor_versions
 from .training.pair_log import PairLog, pair_columns, pair_table, table_summary, trl_columns
@@ -61,8 +68,9 @@ from .training.whole_layers import gather_whole_layers, require_trained_leaves
 from .transport.solve import warn_unsolved
 from .trl_seam import REFERENCE_COLUMNS, TOKEN_VALUES, ConvertedWeights, FullySharded
 from .weighting import PairBatch, TokenWeights, Weighting
+from .weighting.answer import read_answer
 from .weighting.callables import same_weighting, values_of_callable
-from .weighting.registry import make_weighting, split, values_of
+from .weighting.registry import check_weighting, make_weighting, split, values_of
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -105,8 +113,9 @@ class OTPOTrainer(FullySharded, ConvertedWeights, DPOTrainer):
     Raises:
         ValueError: An option or a row of the data can't be trained with, or `ld_alpha` is set beside a callable
             as `weighting`; the message names it.
-        FloatingPointError: In training, a hidden state or a log-probability is not finite. On a GPU a step is found
-            out in the next one, or before anything is logged, evaluated or saved.
+        TypeError: `args` is no [`OTPOConfig`], or `weighting` no function.
+        FloatingPointError: In training, a hidden state or a log-probability is not finite, or a weight is negative.
+            On a GPU a step is found out in the next one, or before anything is logged, evaluated or saved.
     """
 
     args: OTPOConfig
@@ -152,6 +161,11 @@ class OTPOTrainer(FullySharded, ConvertedWeights, DPOTrainer):
             raise TypeError(f"`args` must be an `OTPOConfig`, got a `{type(args).__name__}`.")
         if isinstance(weighting, str):
             raise TypeError(f"Set `OTPOConfig(weighting={weighting!r})`: the argument `weighting` takes a callable.")
+        if weighting is not None and not callable(weighting):
+            raise TypeError(
+                f"`weighting` must be a function of a batch of pairs, or None for `OTPOConfig.weighting`, got "
+                f"{weighting!r}."
+            )
         args.check_again()
         if weighting is not None and args.ld_alpha is not None:
             raise ValueError(
@@ -170,6 +184,7 @@ class OTPOTrainer(FullySharded, ConvertedWeights, DPOTrainer):
 
         # TRL's constructor calls our methods, which read these attributes.
         self.weighting = make_weighting(args) if weighting is None else weighting
+        self._named_weighting = self.weighting if weighting is None else None
         # Numbers of tokens that are made of the data.
         self._token_values = values_of(args.weighting) if weighting is None else values_of_callable(weighting)
         self.prepared_datasets = PreparedDatasets()
@@ -220,6 +235,9 @@ class OTPOTrainer(FullySharded, ConvertedWeights, DPOTrainer):
         if self._models_are_ready:
             return
         self._models_are_ready = True
+        for model in (self.model, self.ref_model):
+            if model is not None:
+                require_decoder_alone(model)
         self.on_models_loaded()
         if trl_seam.shards_parameters(self.accelerator):
             self._whole_layers = gather_whole_layers(self.model, trained=True)
@@ -267,7 +285,7 @@ class OTPOTrainer(FullySharded, ConvertedWeights, DPOTrainer):
             batch: Mask, tokens, log-probabilities and hidden states of the micro-batch.
 
         Returns:
-            Weights of the shape of `batch.mask`, alone or with numbers to log.
+            Weights of the shape of `batch.mask`, none of them negative, alone or with numbers to log.
         """
         return self.weighting(batch)
 
@@ -278,12 +296,25 @@ class OTPOTrainer(FullySharded, ConvertedWeights, DPOTrainer):
         is_named = same_weighting(self.weighting, make_weighting(self.args))
         return self.args.describe_weighting() if is_named else "a weighting of your own"
 
+    def _refuse_other_options(self) -> None:
+        """Raises a `ValueError` where `args` names another weighting, or other options of it, than the trainer has."""
+        if self.weighting is not self._named_weighting:
+            return
+        check_weighting(self.args)
+        if not same_weighting(self.weighting, make_weighting(self.args)):
+            raise ValueError(
+                f"`args` was changed to {self.args.describe_weighting()!r} after the trainer was made, which weighs "
+                "by what it said before. Make the trainer anew with these options."
+            )
+
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Trains as [`trl.DPOTrainer`] does; callbacks that look at the weights get to know the trainer first.
 
         Raises:
-            ValueError: A stream was read to its end and no pair of it could be trained on.
+            ValueError: A stream was read to its end and no pair of it could be trained on, or the weighting's options
+                were changed after the trainer was made.
         """
+        self._refuse_other_options()
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, TrainerWatcher):
                 callback.attach(self)
@@ -308,6 +339,7 @@ class OTPOTrainer(FullySharded, ConvertedWeights, DPOTrainer):
     def _prepare_dataset(self, dataset, processing_class, args: OTPOConfig, dataset_name):
         name = self._name_of(dataset_name)
         require_preference_columns(dataset, name)
+        dataset = dataset.with_format(None)  # TRL joins lists, which tensors and arrays would be added for
         dataset = self._tokenized(dataset, processing_class, args, name)
         if not args.precompute_ref_log_probs:
             dataset = without_stored(dataset)
@@ -359,6 +391,17 @@ class OTPOTrainer(FullySharded, ConvertedWeights, DPOTrainer):
             return dataset
         except StopIteration as error:
             raise ValueError(no_rows(name)) from error
+        except Exception:
+            if isinstance(dataset, Dataset):
+                check_pairs(dataset, name)  # which names the row, if that is at fault
+            raise
+
+    def predict(self, test_dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers, also of rows that are not tokenized yet, as `evaluate` takes them."""
+        if self.prepared_datasets.get(test_dataset) is None and not trl_seam.has_images(self):
+            processing_class: Any = self.processing_class
+            test_dataset = self._prepare_dataset(test_dataset, processing_class, self.args, "test")
+        return super().predict(test_dataset, *args, **kwargs)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """As in transformers; the dataset is kept while it is evaluated, to name rows of it."""
@@ -491,7 +534,9 @@ class OTPOTrainer(FullySharded, ConvertedWeights, DPOTrainer):
             timer: Times the weights.
 
         Raises:
-            FloatingPointError: A hidden state, a weight or a log-probability is not finite; the message names the row.
+            FloatingPointError: A hidden state, a weight or a log-probability is not finite, or a weight is negative;
+                the message names the row.
+            TypeError: The weighting returned no tensor, or logs what is no number.
             ValueError: The weighting's answer can't be used, or the batch lacks precomputed log-probabilities.
         """
         # The policy, with its hidden states taken on the way.
@@ -533,8 +578,8 @@ class OTPOTrainer(FullySharded, ConvertedWeights, DPOTrainer):
             },
         )
         weights, metrics = self._weigh(batch, mask, logps.dtype, timer or DeviceTimer())
-        bad = ~weights.isfinite() | (~reference_logps.isfinite() & mask)
-        self._require_finite(bad, "Weights or reference log-probabilities", inputs)
+        bad = ~weights.isfinite() | (weights < 0) | (~reference_logps.isfinite() & mask)
+        self._require_finite(bad, "Weights or reference log-probabilities", inputs, besides=", or weights negative,")
         return Scored(outputs, logps, reference_logps, weights, mask, metrics, batch)
 
     def _ask(self, model: Any, inputs: Mapping[str, Any], *, router_logits: bool = False) -> Any:
@@ -549,12 +594,7 @@ class OTPOTrainer(FullySharded, ConvertedWeights, DPOTrainer):
         with torch.no_grad(), torch.autocast(mask.device.type, enabled=False), timer.region(mask.device):
             answer = self.token_weights(batch)
         require_unwritten(batch, versions)
-        values, metrics = answer if isinstance(answer, TokenWeights) else (answer, {})
-        if values.shape != mask.shape:
-            raise ValueError(
-                f"The weighting returned weights of shape {tuple(values.shape)}, the batch's mask has "
-                f"{tuple(mask.shape)}: return one weight for each position of `batch.mask`."
-            )
+        values, metrics = read_answer(answer, mask)
         # Positions outside the mask may hold NaN, which would spoil the sums, even times zero.
         return values.detach().to(device=mask.device, dtype=dtype).masked_fill(~mask, 0.0), metrics
 
@@ -576,7 +616,7 @@ class OTPOTrainer(FullySharded, ConvertedWeights, DPOTrainer):
             )
         return unpack_rows(torch.cat([inputs[name] for name in REFERENCE_COLUMNS]), mask, self._reads.add)
 
-    def _require_finite(self, bad: Tensor, what: str, inputs: Mapping[str, Any]) -> None:
+    def _require_finite(self, bad: Tensor, what: str, inputs: Mapping[str, Any], besides: str = "") -> None:
         evaluating = trl_seam.mode_of(self) == "eval" and self._evaluated is not None
         dataset = self._evaluated if evaluating else self.train_dataset
         known = None if dataset is None else self.prepared_datasets.get(dataset)
@@ -588,6 +628,7 @@ class OTPOTrainer(FullySharded, ConvertedWeights, DPOTrainer):
             dataset="training" if dataset is self.train_dataset or known is None else known.name,
             step=self.state.global_step,
             late=self._reads.in_step,
+            besides=besides,
         )
         found = pairs_not_finite(bad)
         self._reads.add(found, check)

@@ -961,12 +961,12 @@ def autocast_dtype(accelerator: Any) -> torch.dtype | None:
 def layout_obstacle(trainer: Any) -> str | None:
     """What of a run, beside its models, keeps its rows padded; None if nothing does.
 
-    transformers' Trainer splits batches over several GPUs of one process where `_n_gpu` says so; TRL knows by
-    `_is_vision_dataset` that rows come with images.
+    transformers' Trainer splits batches over several GPUs of one process where `_n_gpu` says so; TRL knows
+    of images in the rows.
     """
     if trainer.args._n_gpu > 1:
         return "`DataParallel`, which splits batches: start a process on each GPU"
-    if getattr(trainer, "_is_vision_dataset", False):
+    if has_images(trainer):
         return "images in the data"
     parallel = trainer.accelerator.parallelism_config
     if parallel is not None and (parallel.cp_size > 1 or parallel.sp_size > 1):
@@ -974,14 +974,19 @@ def layout_obstacle(trainer: Any) -> str | None:
     return None
 
 
+def has_images(trainer: Any) -> bool:
+    """Whether rows come with images, of which TRL makes tokens with each batch (`_is_vision_dataset`)."""
+    return getattr(trainer, "_is_vision_dataset", False)
+
+
 def require_rows_of_tokens(trainer: Any, weighting: str) -> None:
-    """Raises a `ValueError` for images in the data, whose tokens are made with each batch (`_is_vision_dataset`).
+    """Raises a `ValueError` for images in the data, whose tokens are made with each batch.
 
     Args:
         trainer: The trainer.
         weighting: The one that looks at numbers of the prepared rows' tokens.
     """
-    if getattr(trainer, "_is_vision_dataset", False):
+    if has_images(trainer):
         raise ValueError(
             f"`weighting={weighting!r}` looks at the tokens of prepared rows, and pairs with images get theirs when a "
             "batch is made. Set another `weighting`."

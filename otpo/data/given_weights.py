@@ -9,6 +9,7 @@ import numpy as np
 
 from .preferences import PairRule
 from .spans import span_tokens
+from .templates import text_behind_answer
 from .token_values import scored_part
 
 # Of float32, in which weights are stored.
@@ -24,8 +25,8 @@ def given_weights(row: Mapping[str, Any], rule: PairRule, tokenizer: Any) -> tup
       around it weighs 1;
     - a list of spans `[start, end, weight]` in characters of the answer, `end` not included: of the last message, or
       of the text in `chosen` behind the prompt. A token that overlaps a span gets its weight, that of the last such
-      span in the list; tokens in no span weigh 1. An empty list is no span, unless the row's other column has
-      numbers of tokens.
+      span in the list; tokens in no span weigh 1, those of tool calls too. An empty list is no span, unless the row's
+      other column has numbers of tokens.
 
     Args:
         row: With the columns, and `prompt_ids`, `chosen_ids` and `rejected_ids`.
@@ -63,12 +64,17 @@ def _of_tokens(row: Mapping[str, Any], side: str, given: list[Any], tokenizer: A
             raise ValueError(
                 f"has {weight!r} at {column}[{place}], and numbers of tokens beside it. Give one or other."
             )
+        if isinstance(weight, Mapping):
+            raise ValueError(
+                f"has {weight!r} at {column}[{place}]. Give numbers of tokens, or each span as a list, "
+                "[start, end, weight]."
+            )
         _require_weight(weight, f"{column}[{place}]")
     if len(given) == len(ids):
         return np.array(given, np.float32)
     answer = _answer(row, side, tokenizer)
-    if answer is not None:
-        in_answer = span_tokens(tokenizer, ids, answer).in_answer
+    in_answer = None if answer is None else _in_answer(row, side, answer, tokenizer)
+    if in_answer is not None:
         if len(given) == in_answer.sum():
             weights = np.ones(len(ids), np.float32)
             weights[in_answer] = given
@@ -82,15 +88,27 @@ def _of_tokens(row: Mapping[str, Any], side: str, given: list[Any], tokenizer: A
     )
 
 
+def _in_answer(row: Mapping[str, Any], side: str, answer: str, tokenizer: Any) -> np.ndarray | None:
+    """Which of a completion's tokens are the answer's, None where the answer can't be found in it."""
+    try:
+        behind = text_behind_answer(row, side, tokenizer)
+        return span_tokens(tokenizer, row[f"{side}_ids"], answer, behind=behind).in_answer
+    except ValueError:
+        return None
+
+
 def _of_spans(row: Mapping[str, Any], side: str, given: list[Any], tokenizer: Any) -> np.ndarray:
     column, ids = f"{side}_weights", row[f"{side}_ids"]
+    weights = np.ones(len(ids), np.float32)
+    if not given:  # so nothing has to be found, which a message of tool calls alone would not allow
+        return weights
     answer = _answer(row, side, tokenizer)
     if answer is None:
         raise ValueError(
             f"has spans of characters in {column!r}, and no answer in plain text that they could be of. Give a number "
             "for each token."
         )
-    spans, weights = [], np.ones(len(ids), np.float32)
+    spans = []
     for place, span in enumerate(given):
         if not _is_list(span) or len(span) != 3 or not all(_is_number(number) for number in span):
             raise ValueError(f"has {span!r} at {column}[{place}], which is no [start, end, weight].")
@@ -99,12 +117,13 @@ def _of_spans(row: Mapping[str, Any], side: str, given: list[Any], tokenizer: An
         if not 0 <= start < end <= len(answer) or start != int(start) or end != int(end):
             raise ValueError(
                 f"has the span [{start:g}, {end:g}) at {column}[{place}], and its answer has {len(answer)} "
-                "characters. Spans are whole numbers with 0 <= start < end, within the answer."
+                f"characters, {_shown(answer)}. Spans are whole numbers with 0 <= start < end, within the answer."
             )
         _require_weight(weight, f"{column}[{place}]")
         spans.append((int(start), int(end)))
     try:
-        found = span_tokens(tokenizer, ids, answer, spans).in_spans
+        behind = text_behind_answer(row, side, tokenizer)
+        found = span_tokens(tokenizer, ids, answer, spans, behind).in_spans
     except ValueError as error:
         raise ValueError(f"has weights in {column!r} that can't be placed. {error}") from error
     for tokens, (_, _, weight) in zip(found, given, strict=True):
@@ -122,6 +141,11 @@ def _answer(row: Mapping[str, Any], side: str, tokenizer: Any) -> str | None:
     ending = getattr(tokenizer, "eos_token", None)
     # TRL ends plain text with it.
     return answer.removesuffix(ending) if ending and not isinstance(row[side], list) else answer
+
+
+def _shown(text: str) -> str:
+    told = repr(text)
+    return told if len(told) <= 60 else f"{told[:57]}..."
 
 
 def _require_weight(weight: Any, where: str) -> None:

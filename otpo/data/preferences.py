@@ -115,7 +115,8 @@ class PairRule:
         limit = "" if self.max_length is None else f" within max_length={self.max_length}"
         raise RowError(
             f"{row} has the same chosen and rejected completion{limit}, so it states no "
-            "preference. Remove such rows, or set `drop_identical_pairs=True` to drop and count them."
+            "preference. Remove such rows, or set `drop_identical_pairs=True` to drop and count them. (The first "
+            "token of a row without a prompt is not scored, since nothing predicts it.)"
         )
 
 
@@ -156,9 +157,15 @@ def drop_unusable_pairs(
 
 def nothing_left(name: str, rule: PairRule, dropped: Counter[str], size: int) -> str:
     """What is said of a dataset whose pairs were all dropped."""
+    remedies = []
+    if dropped["empty"]:
+        remedies.append("raise `max_length` or shorten the prompts")
+    if dropped["identical"]:
+        remedies.append("give pairs whose completions differ in the tokens that are scored")
+    told = " and ".join(remedies)
     return (
-        f"No pair of the {name} dataset is left: {dict(dropped)} of {size}, with "
-        f"max_length={rule.max_length}. Raise `max_length` or shorten the prompts."
+        f"No pair of the {name} dataset is left: {dict(dropped)} of {size}, with max_length={rule.max_length}. "
+        f"{told[:1].upper()}{told[1:]}."
     )
 
 

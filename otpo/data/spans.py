@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from otpo.explain.pieces import Piece, split_pieces
+from otpo.explain.pieces import Piece, as_shown, split_pieces
 
 
 class SpanTokens(NamedTuple):
@@ -21,7 +21,11 @@ class SpanTokens(NamedTuple):
 
 
 def span_tokens(
-    tokenizer: Any, token_ids: Sequence[int], answer: str, spans: Sequence[tuple[int, int]] = ()
+    tokenizer: Any,
+    token_ids: Sequence[int],
+    answer: str,
+    spans: Sequence[tuple[int, int]] = (),
+    behind: str = "",
 ) -> SpanTokens:
     """Finds the tokens that overlap an answer, and spans of its characters.
 
@@ -36,15 +40,18 @@ def span_tokens(
         token_ids: A completion, n tokens: the answer, perhaps between what its chat template adds.
         answer: As it was given to the template.
         spans: `[start, end)` in characters of the answer.
+        behind: What the template puts behind the answer, such as tool calls, where that may hold the answer's text
+            too: the answer is looked for before it. Empty where it is not known.
 
     Raises:
         ValueError: The completion does not hold the answer as it is, or nothing of a span of it.
     """
     pieces = split_pieces(tokenizer, token_ids)
-    text, kept = "".join(piece.text for piece in pieces), answer.strip() or answer
-    begin = _last_place(text, kept, pieces, set(tokenizer.all_special_ids), token_ids)
+    text, answer = "".join(piece.text for piece in pieces), as_shown(answer)
+    kept, stop = answer.strip() or answer, len(text.removesuffix(as_shown(behind)))
+    begin = _last_place(text, kept, stop, pieces, set(tokenizer.all_special_ids), token_ids)
     if begin < 0 and not answer.strip():  # nothing but white space, which the template has stripped
-        kept, begin = "", len(text)
+        kept, begin = "", stop
     if begin < 0:
         raise ValueError(
             f"The completion {text!r} does not hold the answer {answer!r}: its spans can't be found. Use a tokenizer "
@@ -73,14 +80,16 @@ def _common_start(text: str, other: str) -> int:
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(text, other, strict=False)))
 
 
-def _last_place(text: str, answer: str, pieces: Sequence[Piece], special: set[int], token_ids: Sequence[int]) -> int:
-    """Where the answer begins in the text, -1 for nowhere.
+def _last_place(
+    text: str, answer: str, stop: int, pieces: Sequence[Piece], special: set[int], token_ids: Sequence[int]
+) -> int:
+    """Where the answer begins in the first `stop` characters of the text, -1 for nowhere.
 
     A template puts earlier messages and thoughts before it, and special tokens behind it. So it is the last place that
     is not within a special token's name.
     """
     named = np.array([int(token) in special for token in token_ids], dtype=bool)
-    begin = text.rfind(answer)
+    begin = text.rfind(answer, 0, stop)
     while begin >= 0 and (_overlapping(pieces, len(token_ids), begin, begin + len(answer)) & named).any():
         begin = text.rfind(answer, 0, begin + len(answer) - 1)
     return begin

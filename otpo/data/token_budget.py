@@ -55,8 +55,8 @@ def check_budget_options(args: Any) -> None:
     budget = args.tokens_per_batch
     if budget is None:
         return
-    if budget < 1:
-        raise ValueError(f"`tokens_per_batch` must be at least 1, got {budget}.")
+    if not isinstance(budget, int) or isinstance(budget, bool) or budget < 1:
+        raise ValueError(f"`tokens_per_batch` must be a whole number of at least 1, got {budget!r}.")
     named = f"`tokens_per_batch={budget}`"
     if args.auto_find_batch_size:
         raise ValueError(

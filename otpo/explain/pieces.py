@@ -51,12 +51,17 @@ def split_pieces(tokenizer: Any, token_ids: Sequence[int]) -> list[Piece]:
     for part, stop in decoded:
         text, length = text + part, length + len(part)
         if text and length in ends:
-            pieces.append(Piece(text.replace(_UNDECODED, _CUT_OFF), range(start, stop)))
+            pieces.append(Piece(as_shown(text), range(start, stop)))
             text, start = "", stop
     if start < len(token_ids):  # tokens without text at the end
         last = pieces.pop() if pieces else Piece("", range(0))
         pieces.append(Piece(last.text + text, range(last.tokens.start, len(token_ids))))
     return pieces
+
+
+def as_shown(text: str) -> str:
+    """A text with `□`, as pieces have it, for each replacement character; those of the text itself look the same."""
+    return text.replace(_UNDECODED, _CUT_OFF)
 
 
 def token_labels(pieces: Sequence[Piece], longest: int = 12) -> list[str]:

@@ -104,8 +104,9 @@ def judged(judge: Judge, prompt: Any, answers: list[str], row: Mapping[str, Any]
         scores = [float(score) for score in given]
     except JudgeError:
         raise
-    except Exception as error:  # whatever a user's function raises is of this prompt alone
-        text = " ".join(str(error).split())
+    except (Exception, SystemExit) as error:  # whatever a user's function raises is of this prompt alone
+        # What the ledger can hold: text with halves of characters, such as names of files have, is no UTF-8.
+        text = " ".join(str(error).split()).encode("utf-8", "backslashreplace").decode()
         raise JudgeError(f"the judge raised {type(error).__name__}: {text}") from error
     if len(scores) != len(answers):
         raise JudgeError(f"the judge gave {len(scores)} score(s) for {len(answers)} answers")

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 _HEAD = "run"
+_KEYS = {"row", "outcome", "reason", "answers"}
+"""What every entry has; one of a pair has the pair too."""
 
 
 def ledger_path(output: str | Path) -> Path:
@@ -108,6 +110,8 @@ def _parse(path: Path, whole: bytes) -> tuple[Any, dict[int, dict[str, Any]]]:
             entry = json.loads(line)
             if number == 1:
                 head = entry[_HEAD]
+            elif not _KEYS.issubset(entry) or not isinstance(entry["row"], int):
+                raise KeyError(sorted(_KEYS))
             else:
                 entries[entry["row"]] = entry  # the last one stands, where a failed prompt was answered again
         except (ValueError, KeyError, TypeError) as error:

@@ -42,6 +42,10 @@ class PairingRule:
     def __post_init__(self) -> None:
         if not 0 <= self.min_margin < float("inf"):
             raise ValueError(f"`min_margin` must be a finite number of at least 0, got {self.min_margin}.")
+        if self.min_score_chosen is not None and not math.isfinite(self.min_score_chosen):
+            raise ValueError(
+                f"`min_score_chosen` must be a finite number, got {self.min_score_chosen}. Leave it out for any score."
+            )
 
 
 class Outcome(NamedTuple):

@@ -3,7 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
+from jinja2 import TemplateError
+
 from otpo.data.row_checks import text_problem
+from otpo.data.templates import tools_of
 
 _IMAGES = ("image", "images")
 CARRIED = ("tools", "chat_template_kwargs")
@@ -31,8 +34,14 @@ def find_prompt(row: Mapping[str, Any]) -> Any:
         raise ValueError(problem)
     if not prompt or (isinstance(prompt, str) and not prompt.strip()):
         raise ValueError("has an empty prompt")
-    if not isinstance(prompt, str) and prompt[-1]["role"] == "assistant":
+    if isinstance(prompt, str):
+        return prompt
+    if prompt[-1]["role"] == "assistant":
         raise ValueError("has a prompt that ends with the assistant's message, so there is nothing to answer")
+    tools_of(row)  # which says what is wrong with them
+    settings = row.get("chat_template_kwargs")
+    if settings is not None and not isinstance(settings, Mapping):
+        raise ValueError(f"has {settings!r} in 'chat_template_kwargs', which must be a mapping of options by name")
     return prompt
 
 
@@ -43,17 +52,21 @@ def prompt_tokens(tokenizer: Any, prompt: Any, row: Mapping[str, Any]) -> list[i
         tokenizer: Of the model.
         prompt: Of [`find_prompt`].
         row: Its row, whose `tools` and `chat_template_kwargs` the template gets.
+
+    Raises:
+        ValueError: The template can't write it, as the end of "row 3 ...".
     """
     if isinstance(prompt, str):
         return list(tokenizer(prompt)["input_ids"])
-    made = tokenizer.apply_chat_template(
-        prompt,
-        tools=row.get("tools") or None,
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        **(row.get("chat_template_kwargs") or {}),
-    )
+    options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True}
+    settings = row.get("chat_template_kwargs") or {}
+    taken = sorted({"tools", *options} & set(settings))
+    if taken:
+        raise ValueError(f"has {taken} in 'chat_template_kwargs', which are set here. Leave them out")
+    try:
+        made = tokenizer.apply_chat_template(prompt, tools=tools_of(row), **options, **settings)
+    except (TemplateError, TypeError, ValueError) as error:
+        raise ValueError(f"has a prompt that the chat template can't write: {error}") from error
     return list(made["input_ids"])
 
 

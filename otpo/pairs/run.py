@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from otpo.data.preferences import RowError
+
 from .judges import Judge, JudgeError, judged
 from .ledger import Ledger, read_entries
 from .pairing import OUTCOMES, Answer, Outcome, PairingRule, before_judging, choose_pair, distinct, preference_row
@@ -48,6 +50,9 @@ class PairMaker:
             numbers: Number of each row, which its random numbers are made from.
             ledger: Where each prompt's outcome goes; prompts that are there stay as they are.
             done: Called with the number of prompts that are done after each block.
+
+        Raises:
+            RowError: The chat template can't write a prompt; the message names its row.
         """
         for begin in range(0, len(rows), self.batch_size):
             block = range(begin, min(begin + self.batch_size, len(rows)))
@@ -59,9 +64,12 @@ class PairMaker:
         """What the ledger keeps of a block of prompts, in their order."""
         prompts: list[Any] = []
         tokens: list[list[int]] = []
-        for row in rows:
+        for row, number in zip(rows, numbers, strict=True):
             prompts.append(find_prompt(row))
-            tokens.append(prompt_tokens(self.tokenizer, prompts[-1], row))
+            try:
+                tokens.append(prompt_tokens(self.tokenizer, prompts[-1], row))
+            except ValueError as error:
+                raise RowError(f"Row {number} of the prompts {error}.") from error
         fits = [place for place, prompt in enumerate(tokens) if self._problem(prompt) is None]
         answered = self.sampler([tokens[place] for place in fits], [numbers[place] for place in fits]) if fits else []
         answers = dict(zip(fits, answered, strict=True))

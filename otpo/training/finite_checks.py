@@ -19,7 +19,14 @@ def pairs_not_finite(bad: Tensor) -> Tensor:
 
 
 def require_finite_pairs(
-    bad: Tensor, what: str, find_rows: Callable[[int], list[int]], dataset: str, step: int, *, late: bool = False
+    bad: Tensor,
+    what: str,
+    find_rows: Callable[[int], list[int]],
+    dataset: str,
+    step: int,
+    *,
+    late: bool = False,
+    besides: str = "",
 ) -> None:
     """Raises a `FloatingPointError` that names the pairs that have a number that is not finite.
 
@@ -34,6 +41,7 @@ def require_finite_pairs(
         dataset: What that dataset is called.
         step: Optimizer steps done before the numbers were made.
         late: Whether the step may have gone on to its update in the meantime.
+        besides: What else may be wrong with them, behind "are not finite".
     """
     if not bad.any():
         return
@@ -45,7 +53,7 @@ def require_finite_pairs(
     raise FloatingPointError(
         f"{what} of pair(s) {pairs} of the micro-batch"
         + (f" (row(s) {where} of the {dataset} dataset)" if where else "")
-        + f" are not finite after {step} optimizer step(s). {update} "
+        + f" are not finite{besides} after {step} optimizer step(s). {update} "
         "Resume from the last checkpoint with a lower `learning_rate` or `max_grad_norm`, or with bf16 in place of "
         "fp16; if it is step 0, the model's weights, the weighting or this pair's text are at fault."
     )

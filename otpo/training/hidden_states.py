@@ -124,6 +124,15 @@ def check_layer_before_loading(model: Any, args: Any) -> None:
     check_layer_number(config.get_text_config().num_hidden_layers, args.hidden_layer, type(config).__name__)
 
 
+def require_decoder_alone(model: Any) -> None:
+    """Raises a `ValueError` for an encoder-decoder model: rows are of a prompt and its answer, read by one decoder."""
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):  # engines around a model have none
+        raise ValueError(
+            f"`model` is an encoder-decoder, {type(model).__name__}, which does not read a prompt and its answer as "
+            "one row. Take a causal language model."
+        )
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Dropout off inside the block; afterwards each module is in the mode that it was in."""

@@ -62,7 +62,7 @@ class PairBatch:
 
 
 class TokenWeights(NamedTuple):
-    """Weights `(2B, T)`, zero or ignored outside the mask, and numbers to log beside them."""
+    """Weights `(2B, T)`, at least 0, ignored outside the mask, and numbers to log beside them."""
 
     values: Tensor
     metrics: dict[str, float | Tensor]

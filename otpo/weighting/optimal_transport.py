@@ -74,7 +74,8 @@ def contrast(batch: PairBatch, *, options: TransportOptions, mix: float = 1.0) -
             the weights are `budget`'s to the last bit.
 
     Returns:
-        Weights, and beside the solver's numbers `contrast/destroyed`, the mean of `d`.
+        Weights, and beside the solver's numbers `contrast/destroyed`, the mean over responses of `d`'s
+        mean.
     """
     if mix == 0.0:
         return budget(batch)
@@ -83,7 +84,8 @@ def contrast(batch: PairBatch, *, options: TransportOptions, mix: float = 1.0) -
     values = within_budget(destroyed + LEAST_DESTROYED, batch)
     if mix < 1.0:
         values = torch.lerp(budget(batch).to(values.dtype), values, mix).masked_fill(~batch.mask, 0.0)
-    mean = destroyed.sum() / batch.mask.sum().clamp(min=1)
+    # Of responses, and not of tokens, so that batches of any size have the same mean over their pairs.
+    mean = (destroyed.sum(1, keepdim=True) / batch.lengths.clamp(min=1)).mean()
     return TokenWeights(values, {**moved.metrics, "contrast/destroyed": mean})
 
 

@@ -1,6 +1,7 @@
 """An evaluation's numbers are means over its pairs, whatever the batches and the processes."""
 
 import json
+from functools import partial
 
 import pytest
 from cli_helpers import python, two_processes
@@ -9,6 +10,8 @@ from transformers import AutoModelForCausalLM
 from trl import DPOConfig, DPOTrainer
 
 from otpo import OTPOConfig, OTPOTrainer
+from otpo.transport.options import TransportOptions
+from otpo.weighting import contrast
 
 
 def evaluate(model_folder, other_model_folder, folder, pairs, size, trainer=OTPOTrainer, **changes):
@@ -38,6 +41,29 @@ def test_batches_do_not_matter(pairs, model_folder, other_model_folder, tmp_path
     assert {"eval_rewards/accuracies", "eval_rewards/margins", "eval_loss"} <= want.keys()
     for name in want.keys() - one_by_one:
         assert got[name] == pytest.approx(want[name], rel=1e-4, abs=1e-5), name
+
+
+def test_what_contrast_logs_is_of_pairs_too(model_folder, other_model_folder, tmp_path):
+    weighting = partial(contrast, options=TransportOptions(cost="cosine", reg=0.1))
+    one, four = (
+        evaluate(model_folder, other_model_folder, tmp_path, 7, size, weighting=weighting)["eval_contrast/destroyed"]
+        for size in (1, 4)
+    )
+    assert four == pytest.approx(one, rel=1e-4) and one > 0.01
+
+
+def predicted(trainer, data):
+    return {name.removeprefix("test_"): value for name, value in trainer.predict(data).metrics.items()}
+
+
+def test_predictions_take_what_evaluations_take(model_folder, other_model_folder, tmp_path):
+    """Rows of text, which transformers' `predict` alone would find no column of its own in."""
+    reference = AutoModelForCausalLM.from_pretrained(other_model_folder)
+    args = OTPOConfig(**option_dict(tmp_path, weighting="otpo*diff"))
+    trainer = OTPOTrainer(model_folder, reference, args, train_dataset=make_pairs(), eval_dataset=make_pairs(5))
+    want = trainer.evaluate()["eval_loss"]
+    assert predicted(trainer, make_pairs(5))["loss"] == pytest.approx(want, rel=1e-6)
+    assert predicted(trainer, trainer.eval_dataset)["loss"] == pytest.approx(want, rel=1e-6)
 
 
 @pytest.mark.lengthy

@@ -6,16 +6,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from helpers import (
     assert_same_parameters,
     make_pairs,
     make_plain_pairs,
     make_tokenizer,
     make_trainer,
+    options,
     train_and_evaluate,
 )
 from weighting_helpers import with_weights
 
+from otpo import OTPOTrainer
 from otpo.data.given_weights import given_weights
 from otpo.data.preferences import PairRule, RowError
 from otpo.data.spans import span_tokens
@@ -93,7 +96,7 @@ def test_numbers_are_of_the_completion_or_of_the_answer_alone():
         ([[0, 3]], r"has \[0, 3\] at chosen_weights\[0\], which is no \[start, end, weight\]"),
         ([[0, 3, None]], r"has \[0, 3, None\] at chosen_weights\[0\]"),
         ([[0, 3, 1], [3, 3, 1]], r"has the span \[3, 3\) at chosen_weights\[1\], and its answer has 13 characters"),
-        ([[0, 14, 1]], r"has the span \[0, 14\) at chosen_weights\[0\]"),
+        ([[0, 14, 1]], r"the span \[0, 14\) at chosen_weights\[0\], and .* has 13 characters, 'the red shirt'\. Sp"),
         ([[-1, 2, 1]], r"has the span \[-1, 2\) at chosen_weights\[0\]"),
         ([[0.5, 2, 1]], r"has the span \[0.5, 2\) at chosen_weights\[0\]"),
         ([[0, math.inf, 1]], r"has the span \[0, inf\) at chosen_weights\[0\], and its answer has 13 characters"),
@@ -112,6 +115,10 @@ def test_numbers_are_of_the_completion_or_of_the_answer_alone():
         ([10**400], r"has the weight 1000+ at chosen_weights\[0\]. Weights are finite numbers"),
         (2.0, "has 2.0 in 'chosen_weights', which is no list. Give a weight for each token, or a list of"),
         (np.float32(2), "in 'chosen_weights', which is no list"),
+        (
+            [{"end": 3}],
+            r"has \{'end': 3\} at chosen_weights\[0\]\. Give numbers of tokens, or each span as a li",
+        ),
         ("1 1", "has '1 1' in 'chosen_weights', which is no list"),
         ({"start": 0}, "has {'start': 0} in 'chosen_weights', which is no list"),
     ],
@@ -169,6 +176,62 @@ def test_white_space_that_the_template_strips_has_no_weights():
         assert not span_tokens(tokenizer, end, text).in_answer.any()
     kept = tokenizer("  <|end|>", add_special_tokens=False)["input_ids"]
     assert span_tokens(tokenizer, kept, "  ", [(0, 2)]).in_spans[0].tolist() == [True] * (len(kept) - 1) + [False]
+
+
+CALLING = (
+    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] or '' }}"
+    "{% for call in message.tool_calls or [] %}<call>{{ call | tojson }}</call>{% endfor %}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def calling(content: str | None, word: str) -> list[dict[str, Any]]:
+    call = {"name": "find", "arguments": {"colour": word}}
+    return [{"role": "assistant", "content": content, "tool_calls": [call]}]
+
+
+def prepared_weights(model: Any, folder: Any, row: dict[str, Any], template: str = CALLING) -> list[list[Any]]:
+    """The tokens of each answer of a trainer's prepared row, with their weights."""
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = template
+    prompt = [{"role": "user", "content": "a shirt"}]
+    data = Dataset.from_list([{"prompt": prompt, **row}])
+    args = options(folder, weighting="columns")
+    made = OTPOTrainer(model, args=args, train_dataset=data, processing_class=tokenizer).train_dataset[0]
+    sides = [(made[f"{side}_ids"], made[f"{side}_given_weights"]) for side in ("chosen", "rejected")]
+    return [[(tokenizer.decode([token]), weight) for token, weight in zip(*side, strict=True)] for side in sides]
+
+
+def test_tool_calls_behind_an_answer_do_not_take_its_weights(model_folder, tmp_path):
+    """A call often repeats words of the answer."""
+    row = {"chosen": calling("red", "red"), "rejected": calling("red", "blue")}
+    found = prepared_weights(
+        model_folder, tmp_path, row | {"chosen_weights": [[0, 3, 5.0]], "rejected_weights": [[1, 2, 2.0]]}
+    )
+    for side, weight in zip(found, (5.0, 2.0), strict=True):
+        assert side[0] == ("red", weight) and {each for _, each in side[1:]} == {1.0}
+    assert [name for name, _ in found[0]].count("red") == 2
+    numbers = prepared_weights(model_folder, tmp_path, row | {"chosen_weights": [5.0], "rejected_weights": [2.0]})
+    assert numbers == found
+    silent = CALLING.replace("{{ message['content'] or '' }}", "{% if not message.tool_calls %}{{ message.content }}"
+                             "{% endif %}")  # fmt: skip
+    spans = {"chosen_weights": [[0, 3, 5.0]], "rejected_weights": [[0, 3, 2.0]]}
+    with pytest.raises(RowError, match=r"can't be placed\. The chat template writes the content of .* calls 0 times"):
+        prepared_weights(model_folder, tmp_path, row | spans, silent)
+
+
+def test_an_answer_without_spans_needs_no_text(model_folder, tmp_path):
+    row = {"chosen": calling(None, "red"), "rejected": calling(None, "blue")}
+    found = prepared_weights(model_folder, tmp_path, row | {"chosen_weights": [], "rejected_weights": []})
+    assert {weight for side in found for _, weight in side} == {1.0}
+    spans = {"rejected": calling("no", "no"), "chosen_weights": [], "rejected_weights": [[0, 2, 3.0]]}
+    assert {weight for _, weight in prepared_weights(model_folder, tmp_path, row | spans)[1]} == {1.0, 3.0}
+
+
+def test_an_answer_may_have_replacement_characters():
+    text = "a\N{REPLACEMENT CHARACTER}b red"
+    got = weights_of(tokenized(text, [[4, 7, 5.0]]))
+    assert got == [1.0] * (len(got) - 2) + [5.0, 1.0]
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["rows", "stream"])

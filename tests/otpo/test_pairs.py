@@ -1,7 +1,8 @@
-"""The parts of `otpo pairs` after sampling: distinct answers, judges, pairs, prompts, the ledger."""
+"""The parts of `otpo pairs` after sampling: distinct answers, judges, pairs, the ledger."""
 
 import json
 import math
+import sys
 from collections import Counter
 
 import pytest
@@ -13,9 +14,8 @@ from transformers import Qwen3ForSequenceClassification
 
 from otpo.data import load_demo_instructions
 from otpo.pairs.judges import JUDGES, JudgeError, checkers, exact_match, judged, load_judge
-from otpo.pairs.ledger import open_ledger
+from otpo.pairs.ledger import open_ledger, read_entries
 from otpo.pairs.pairing import Answer, PairingRule, before_judging, choose_pair, distinct, preference_row
-from otpo.pairs.prompts import find_prompt, prompt_tokens
 from otpo.pairs.reward_model import RewardModel
 from otpo.pairs.run import judge_answers
 
@@ -67,6 +67,8 @@ def test_margins_and_least_scores():
     assert choose_pair(answers, scores, PairingRule(min_score_chosen=0.6)).kind == "pair"
     with pytest.raises(ValueError, match="`min_margin` must be a finite number of at least 0, got -1"):
         PairingRule(min_margin=-1)
+    with pytest.raises(ValueError, match=r"`min_score_chosen` must be a finite number, got nan\. Leave it out"):
+        PairingRule(min_score_chosen=math.nan)
 
 
 @pytest.mark.parametrize(
@@ -116,6 +118,7 @@ def test_distinct_answers_keep_the_one_that_ended():
         (lambda prompt, answers, row: None, "raised TypeError"),
         (lambda prompt, answers, row: ["good", "bad"], "raised ValueError"),
         (lambda prompt: [1, 2], "raised TypeError"),
+        (lambda prompt, answers, row: sys.exit(3), "the judge raised SystemExit: 3"),
         (
             lambda prompt, answers, row: {0: 0.9, 1: 0.1},
             r"the judge gave a dict, \{0: 0.9, 1: 0.1\}: return a list of one num",
@@ -131,6 +134,17 @@ def test_distinct_answers_keep_the_one_that_ended():
 def test_bad_judges(judge, message):
     with pytest.raises(JudgeError, match=message):
         judged(judge, "p", ["a", "b"], {})
+
+
+def test_what_a_judge_says_fits_into_the_ledger(tmp_path):
+    def judge(prompt, answers, row):
+        raise ValueError("no file \udce9.txt")
+
+    made = judge_answers(judge, PairingRule(), 0, "p", texts("a", "b"), {})
+    assert made["reason"] == r"the judge raised ValueError: no file \udce9.txt"
+    with open_ledger(tmp_path / "ledger", {}) as ledger:
+        ledger.add([made])
+    assert read_entries(tmp_path / "ledger") == {0: made}
 
 
 def test_judges_may_give_arrays_and_cannot_change_the_answers():
@@ -217,44 +231,6 @@ def test_a_reward_model_scores_each_answer_as_it_does_alone(classifier):
             classifier.config.num_labels = 1
 
 
-# Prompts
-
-
-def test_prompts_are_found_and_tokenized():
-    user, system = {"role": "user", "content": "the red"}, {"role": "system", "content": "blue"}
-    answer = {"role": "assistant", "content": "yes"}
-    assert find_prompt({"prompt": "the red"}) == "the red"
-    assert find_prompt({"prompt": [system, user], "messages": None}) == [system, user]
-    assert find_prompt({"messages": [user, answer, user, answer]}) == [user, answer, user]
-    assert find_prompt({"messages": [user]}) == [user]
-    assert find_prompt({"messages": [user, answer, user]}) == [user, answer, user]  # an open question
-    told = {"role": "tool", "content": "red"}
-    assert find_prompt({"messages": [user, answer, told]}) == [user, answer, told]
-    tokenizer = make_tokenizer()
-    assert prompt_tokens(tokenizer, "the red", {}) == tokenizer("the red")["input_ids"]
-    told = tokenizer.decode(prompt_tokens(tokenizer, [user], {"tools": None}))
-    assert told == "<|user|>the red<|end|><|assistant|>"
-
-
-@pytest.mark.parametrize(
-    ("row", "message"),
-    [
-        ({"chosen": "a"}, r"has neither 'prompt' nor 'messages' but \['chosen'\]"),
-        ({"prompt": " "}, "has an empty prompt"),
-        ({"prompt": []}, "has an empty prompt"),
-        ({"messages": [{"role": "assistant", "content": "a"}]}, "has an empty prompt"),
-        ({"prompt": [{"role": "assistant", "content": "a"}]}, "ends with the assistant's message"),
-        ({"prompt": [{"content": "a"}]}, "has a message without a role"),
-        ({"prompt": 3}, "has 3 in 'prompt'"),
-        ({"messages": 3}, "has 3 in 'prompt'"),
-        ({"prompt": "a", "images": ["x"]}, "has images"),
-    ],
-)
-def test_rows_without_a_prompt(row, message):
-    with pytest.raises(ValueError, match=message):
-        find_prompt(row)
-
-
 # The ledger
 
 
@@ -302,6 +278,13 @@ def test_a_ledger_of_other_options_is_refused(tmp_path):
         open_ledger(path, {"seed": 2, "prompts": "a", "judge_code": "b"}, contents=contents),
     ):
         pass
-    path.write_text('{"run": {"seed": 2}}\n{"row": 1, "outcome": "tie"}\nnonsense\n')
+
+
+@pytest.mark.parametrize(
+    "line", ["nonsense", "[1]", '{"row": 1, "outcome": "tie"}', json.dumps(entry(1) | {"row": "a"}), ""]
+)
+def test_a_damaged_line_of_a_ledger_is_named(line, tmp_path):
+    path = tmp_path / "ledger"
+    path.write_text(f'{{"run": {{"seed": 2}}}}\n{json.dumps(entry(0))}\n{line}\n')
     with pytest.raises(ValueError, match=r"damaged in line 3\. Remove it"), open_ledger(path, {"seed": 2}):
         pass

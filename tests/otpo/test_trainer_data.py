@@ -13,8 +13,10 @@ from helpers import (
     options,
     train_and_evaluate,
 )
+from weighting_helpers import with_weights
 
 from otpo import OTPOTrainer
+from otpo.data.preferences import RowError
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["map", "stream"])
@@ -183,3 +185,40 @@ def test_no_pair_of_a_stream_is_left(model_folder, tmp_path):
     data = make_plain_pairs([(LONG, "yes", "no")] * 3).to_iterable_dataset()
     with pytest.raises(ValueError, match="No pair of the train dataset is left"):
         make_trainer(model_folder, tmp_path, data, max_length=20).train()
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["rows", "stream"])
+@pytest.mark.parametrize("form", ["torch", "numpy"])
+def test_a_format_of_the_rows_makes_no_difference(form, stream, model_folder, tmp_path):
+    """Lists of tokens that were tensors would be added up, not joined."""
+    losses = []
+    for pairs in (with_weights(make_pairs(8)), with_weights(make_pairs(8)).with_format(form)):
+        data: Any = pairs.to_iterable_dataset() if stream else pairs
+        losses.append(train_and_evaluate(make_trainer(model_folder, tmp_path, data, weighting="columns")).losses)
+    assert losses[0] == losses[1]
+
+
+def test_a_row_that_can_not_be_tokenized_is_named(model_folder, tmp_path):
+    pairs = make_pairs(6).to_list()
+    pairs[3]["rejected"] = None
+    with pytest.raises(RowError, match="Row 3 of the train dataset has no 'rejected': it is null or absent"):
+        make_trainer(model_folder, tmp_path, Dataset.from_list(pairs))
+    plain = make_plain_pairs([("a", " b", " c"), ("a", " b", "")]).to_list()
+    plain[1]["chosen"] = None
+    with pytest.raises(RowError, match="Row 1 of the eval dataset has no 'chosen'"):
+        OTPOTrainer(
+            model_folder, None, options(tmp_path), train_dataset=make_pairs(), eval_dataset=Dataset.from_list(plain)
+        )
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["rows", "stream"])
+def test_identical_pairs_alone_are_not_blamed_on_the_length(stream, model_folder, tmp_path):
+    pairs = make_plain_pairs([("", "a", "b"), ("x", " y", " y")])
+    data: Any = pairs.to_iterable_dataset() if stream else pairs
+    with pytest.raises(
+        ValueError, match=r"left: \{'identical': \d+\} .* Give pairs whose completions differ"
+    ) as found:
+        make_trainer(model_folder, tmp_path, data, drop_identical_pairs=True).train()
+    assert "Raise" not in str(found.value)
+    with pytest.raises(RowError, match=r"Row 0 .* \(The first token of a row without a prompt"):
+        make_trainer(model_folder, tmp_path, data, drop_identical_pairs=False).train()

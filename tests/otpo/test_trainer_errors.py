@@ -4,6 +4,7 @@ import inspect
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from datasets import IterableDataset
@@ -13,9 +14,10 @@ from helpers import (
     make_trainer,
     option_dict,
     options,
+    save_model,
     train_and_evaluate,
 )
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
 from trl import DPOConfig, DPOTrainer
 from weighting_helpers import with_weights
 
@@ -49,6 +51,9 @@ def test_options_that_must_be_positive_and_finite(name, value, tmp_path):
         ({"ld_alpha": -0.1}, r"`ld_alpha` must be within \[0, 1\], got -0.1"),
         ({"ld_alpha": math.nan}, r"`ld_alpha` must be within \[0, 1\], got nan"),
         ({"weighting": "ld"}, r"`weighting='ld'` needs `ld_alpha`, got None. Set it within \[0, 1\]"),
+        ({"truncation_mode": "middle"}, "`truncation_mode` must be keep_start or keep_end, got 'middle'"),
+        ({"beta": math.nan}, "`beta` must be a finite number of at least 0, got nan"),
+        ({"beta": -0.1}, "`beta` must be a finite number of at least 0, got -0.1: below 0 the rejected"),
     ],
     ids=[
         "unknown_weighting",
@@ -67,6 +72,9 @@ def test_options_that_must_be_positive_and_finite(name, value, tmp_path):
         "ld_alpha_negative",
         "ld_alpha_nan",
         "ld_without_alpha",
+        "truncation",
+        "beta_nan",
+        "beta_negative",
     ],
 )
 def test_options_out_of_range(settings, message, tmp_path):
@@ -125,3 +133,15 @@ def test_a_layer_that_is_not_there_is_refused_before_anything_is_read(as_object,
     with pytest.raises(ValueError, match=r"`hidden_layer` must be .* within \[-3, 2\] .* 2 layers, .* got 99"):
         make_trainer(model, tmp_path, data, hidden_layer=99)
     assert not read
+
+
+@pytest.mark.parametrize("as_reference", [False, True])
+def test_encoder_decoders_are_refused(as_reference, model_folder, tokenizer, tmp_path):
+    sizes = {"d_model": 16, "d_kv": 4, "d_ff": 16, "num_layers": 1, "num_heads": 2, "vocab_size": len(tokenizer)}
+    config = T5Config(**sizes, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id)
+    folder = save_model(T5ForConditionalGeneration(config), tmp_path / "t5", tokenizer)
+    models: Any = [folder, None]
+    if as_reference:
+        models = [model_folder, T5ForConditionalGeneration.from_pretrained(folder)]
+    with pytest.raises(ValueError, match=r"is an encoder-decoder, T5ForConditionalGeneration, .* Take a causal"):
+        OTPOTrainer(*models, options(tmp_path), train_dataset=make_pairs(), processing_class=tokenizer)

@@ -151,7 +151,9 @@ def test_a_pair_above_the_budget_is_named_once(model_folder, tmp_path, caplog):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"tokens_per_batch": 0}, "`tokens_per_batch` must be at least 1, got 0"),
+        ({"tokens_per_batch": 0}, "`tokens_per_batch` must be a whole number of at least 1, got 0"),
+        ({"tokens_per_batch": "64"}, "`tokens_per_batch` must be a whole number of at least 1, got '64'"),
+        ({"tokens_per_batch": 64.5}, "`tokens_per_batch` must be a whole number of at least 1, got 64.5"),
         ({"auto_find_batch_size": True}, "`auto_find_batch_size=True` lowers .* Set it to false"),
         ({"train_sampling_strategy": "group_by_length"}, "`train_sampling_strategy=group_by_length` orders the pairs"),
         ({"accelerator_config": {"split_batches": True}}, "`split_batches` of `accelerator_config` divides batches"),
@@ -190,7 +192,7 @@ def test_the_command_line_has_the_budget(model_folder, pairs_file, tmp_path, cap
         main(["--help"])
     assert "--tokens_per_batch" in capsys.readouterr().out
     told = refusal(main, capsys, arguments(model_folder, pairs_file, tmp_path, tokens_per_batch=0))
-    assert "`tokens_per_batch` must be at least 1, got 0" in told
+    assert "`tokens_per_batch` must be a whole number of at least 1, got 0" in told
     changes = {"tokens_per_batch": BUDGET, "gradient_accumulation_steps": 2}
     assert main(arguments(model_folder, pairs_file, tmp_path, **changes)) == 0
     printed = " ".join(capsys.readouterr().out.split())

@@ -196,6 +196,7 @@ READ_BY: dict[str, tuple[Callable, list[str]]] = {
         ["self.is_fsdp_enabled", 'if "FULL_STATE_DICT" in str(self.accelerator.state.fsdp_plugin.state_dict_type):'],
     ),
     "autocast_dtype": (Accelerator.mixed_precision.fget, ["self.state.mixed_precision"]),
+    "has_images": (DPOTrainer.__init__, ["self._is_vision_dataset"]),
     "require_rows_of_tokens": (DPOTrainer.__init__, ["self._is_vision_dataset"]),
     "layout_obstacle": (DPOTrainer.__init__, ["self._is_vision_dataset"]),
     "have_experts_run_by": (PreTrainedConfig, ["def _experts_implementation(self, value: str | dict | None):"]),

@@ -11,7 +11,19 @@ from weighting_helpers import make_batch, with_weights
 
 from otpo import OTPOTrainer
 from otpo.transport.options import TransportOptions
-from otpo.weighting import WEIGHTINGS, PairBatch, budget, columns, contrast, d2po, diff, ld, product, uniform
+from otpo.weighting import (
+    WEIGHTINGS,
+    PairBatch,
+    TokenWeights,
+    budget,
+    columns,
+    contrast,
+    d2po,
+    diff,
+    ld,
+    product,
+    uniform,
+)
 from otpo.weighting.callables import same_weighting, values_of_callable
 from otpo.weighting.optimal_transport import by_transport
 from otpo.weighting.registry import WeightingKind, make_weighting, weighting_names
@@ -46,6 +58,63 @@ def test_a_callable_is_told_as_what_it_is(model_folder, tmp_path):
     assert trainer.describe_weighting().startswith("otpo*diff, ")
     trainer.weighting = partial(product, factors=[uniform, budget])
     assert trainer.describe_weighting() == "a weighting of your own"
+
+
+@pytest.mark.parametrize(
+    ("answer", "error", "message"),
+    [
+        (
+            lambda ones: ones.numpy(),
+            TypeError,
+            "returned a `ndarray` for its weights: return a tensor of",
+        ),
+        (lambda ones: ones.tolist(), TypeError, "returned a `list` for its weights"),
+        (lambda ones: None, TypeError, "returned a `NoneType` for its weights"),
+        (
+            lambda ones: (ones, {"mine": 1.0}),
+            TypeError,
+            r"returned a `tuple` .*, or `TokenWeights\(weights",
+        ),
+        (lambda ones: ones + 1j, TypeError, "returned complex numbers for its weights"),
+        (
+            lambda ones: TokenWeights(ones, {"mine": ones[0, :3]}),
+            ValueError,
+            r"'mine' as a tensor of shape \(3,\)",
+        ),
+        (lambda ones: TokenWeights(ones, {"mine": "high"}), TypeError, "logs 'mine' as 'high': log a number"),
+        (lambda ones: TokenWeights(ones, [1.0]), TypeError, r"returned \[1.0\] as numbers to log: .* in a dictionary"),  # pyright: ignore
+        (
+            lambda ones: -ones,
+            FloatingPointError,
+            r"Weights .*row\(s\) \d.* finite, or weights negative, after 0",
+        ),
+    ],
+)
+def test_what_are_no_weights(answer, error, message, model_folder, tmp_path):
+    trainer = trainer_of(model_folder, tmp_path, lambda batch: answer(torch.ones_like(batch.logps)))
+    with pytest.raises(error, match=message):
+        trainer.train()
+
+
+def test_what_is_no_function_is_refused_at_once(model_folder, tmp_path):
+    with pytest.raises(TypeError, match=r"`weighting` must be a function of a batch of pairs, .* got 3\."):
+        trainer_of(model_folder, tmp_path, 3)
+
+
+@pytest.mark.parametrize("change", [{"ot_reg": 0.5}, {"weighting": "contrast"}, {"seed": 3, "weighting": "sampo"}])
+def test_options_that_were_changed_later_are_refused(change, model_folder, tmp_path):
+    """The trainer has its weighting already; the log would tell of one that nothing was trained by."""
+    name = "sampo" if "seed" in change else "otpo"
+    trainer = OTPOTrainer(model_folder, args=options(tmp_path, weighting=name), train_dataset=make_pairs(4))
+    for field, value in change.items():
+        setattr(trainer.args, field, value)
+    with pytest.raises(ValueError, match=r"after the trainer was made, .* Make the trainer anew with these options"):
+        trainer.train()
+    trainer.args.weighting = "magic"
+    with pytest.raises(ValueError, match=r"`weighting` must be one of .*, got 'magic'"):
+        trainer.train()
+    trainer.weighting = uniform  # one's own asks no options
+    trainer.train()
 
 
 def test_weightings_are_the_same_by_function_and_keywords(tmp_path):
