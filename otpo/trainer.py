@@ -29,7 +29,7 @@ from trl import DPOTrainer
 from . import trl_seam
 from .config import OTPOConfig
 from .data.arguments import check_datasets
-from .data.preferences import PairRule, has_tokens_alone, no_rows, require_preference_columns
+from .data.preferences import PairRule, as_lists, has_tokens_alone, no_rows, require_preference_columns
 from .data.prepared import PreparedDatasets, free_name, refuse_unread_stream
 from .data.row_checks import check_pairs
 from .data.streams import AlreadyTokenized, FirstRow
@@ -339,7 +339,7 @@ class OTPOTrainer(FullySharded, ConvertedWeights, DPOTrainer):
     def _prepare_dataset(self, dataset, processing_class, args: OTPOConfig, dataset_name):
         name = self._name_of(dataset_name)
         require_preference_columns(dataset, name)
-        dataset = dataset.with_format(None)  # TRL joins lists, which tensors and arrays would be added for
+        dataset = as_lists(dataset, name)
         dataset = self._tokenized(dataset, processing_class, args, name)
         if not args.precompute_ref_log_probs:
             dataset = without_stored(dataset)

@@ -32,6 +32,20 @@ def require_preference_columns(dataset: Dataset | IterableDataset, name: str) ->
         require_columns(columns, name)
 
 
+def as_lists(dataset: Dataset | IterableDataset, name: str) -> Any:
+    """A dataset whose rows have lists: TRL joins tokens with `+`, which adds tensors and arrays (`with_format`).
+
+    Raises:
+        ValueError: The rows have a transform of the user's own, which is a format as well.
+    """
+    if isinstance(dataset, Dataset) and dataset.format["type"] == "custom":
+        raise ValueError(
+            f"The {name} dataset has a transform (`with_transform`, `set_transform`), which would meet rows of tokens, "
+            "too. Apply it with `map`."
+        )
+    return dataset.with_format(None)
+
+
 def no_rows(name: str) -> str:
     """What is said of a dataset without rows."""
     return f"The {name} dataset has no rows."

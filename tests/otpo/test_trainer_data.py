@@ -198,6 +198,11 @@ def test_a_format_of_the_rows_makes_no_difference(form, stream, model_folder, tm
     assert losses[0] == losses[1]
 
 
+def test_a_transform_of_the_rows_is_refused(model_folder, tmp_path):
+    with pytest.raises(ValueError, match=r"train dataset has a transform .* Apply it with `map`"):
+        make_trainer(model_folder, tmp_path, make_pairs(8).with_transform(lambda rows: rows))
+
+
 def test_a_row_that_can_not_be_tokenized_is_named(model_folder, tmp_path):
     pairs = make_pairs(6).to_list()
     pairs[3]["rejected"] = None
