@@ -40,8 +40,8 @@ def as_lists(dataset: Dataset | IterableDataset, name: str) -> Any:
     """
     if isinstance(dataset, Dataset) and dataset.format["type"] == "custom":
         raise ValueError(
-            f"The {name} dataset has a transform (`with_transform`, `set_transform`), which would meet rows of tokens, "
-            "too. Apply it with `map`."
+            f"The {name} dataset has a transform (`with_transform`, `set_transform`), which would meet tokens, too. "
+            "Apply it with `map`."
         )
     return dataset.with_format(None)
 
