@@ -76,7 +76,7 @@ def _total_norm(gradients: list[Tensor]) -> Tensor:
     if all(each.dtype == torch.float32 for each in gradients):
         return torch.nn.utils.get_total_norm(gradients)
     norms: list[Tensor] = []
-    for dtype in {each.dtype for each in gradients}:
+    for dtype in dict.fromkeys(each.dtype for each in gradients):  # in one order, so that processes have the same bits
         norms += torch._foreach_norm([each for each in gradients if each.dtype == dtype], 2.0, dtype=torch.float32)
     return torch.linalg.vector_norm(torch.stack([each.to(norms[0].device, non_blocking=True) for each in norms]))
 
