@@ -56,7 +56,7 @@ def first_remainder(weight: Tensor) -> Tensor:
         int16, of that shape; 0 for zeros and what is not finite, beside which a lower half would be another number.
     """
     generator = torch.Generator().manual_seed(0)
-    places = torch.randperm(_PERIOD, generator=generator) * 2 * _HALF // _PERIOD - _HALF
+    places = torch.randperm(_PERIOD, generator=generator, device="cpu") * 2 * _HALF // _PERIOD - _HALF
     period = places.to(weight.device, torch.int16)
     remainder = period.repeat(-(-weight.numel() // _PERIOD))[: weight.numel()].view(weight.shape)
     magnitude = weight.detach().view(torch.int16) & 0x7FFF

@@ -82,7 +82,8 @@ class CompassForCausalLM(CompassPreTrainedModel, GenerationMixin):
 
         Args:
             input_ids: See [`CompassModel.forward`], also for the arguments up to `inputs_embeds`.
-            attention_mask: 0 at padding. Padding counts neither in the router's losses nor in the load.
+            attention_mask: 0 at padding. Padding counts neither in the router's losses nor in the load. A mask of
+                other form, such as `[B, 1, L, past + L]`, says who sees whom and not what is padding.
             position_ids: Positions.
             past_key_values: Keys and values of earlier tokens.
             inputs_embeds: Embeddings in place of `input_ids`.
@@ -110,6 +111,8 @@ class CompassForCausalLM(CompassPreTrainedModel, GenerationMixin):
         record = output_router_logits or (learning and weighed)
         count = output_router_logits or learning  # training logs the load, and the routers' biases are moved by it
         recording = {"output_router_logits": record, "output_expert_indices": count}
+
+        padding = attention_mask if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2 else None
 
         # The decoder. A loss needs no cache, and with a cache the documents of a packed row would see each other.
         if labels is not None and use_cache is None:
@@ -158,14 +161,14 @@ class CompassForCausalLM(CompassPreTrainedModel, GenerationMixin):
                     **recording,
                     **kwargs,
                 )
-                mtp_loss = self._mtp_loss(ahead.states, labels, attention_mask, position_ids, num_items_in_batch)
+                mtp_loss = self._mtp_loss(ahead.states, labels, padding, position_ids, num_items_in_batch)
                 loss = loss + config.effective_mtp_loss_coef * mtp_loss
                 experts = experts + ahead.expert_indices
                 if record:
                     router_logits = router_logits + ahead.router_logits
 
         # The routers' losses and load, of all layers that ran; padding would pull both towards the experts it takes.
-        mask = attention_mask if router_mask is None else router_mask
+        mask = padding if router_mask is None else router_mask
         mask = None if mask is None else mask[:, -hidden_states.size(1) :]
         if count:
             load = expert_load(experts, config.num_experts, mask)

@@ -7,6 +7,7 @@ and it predicts token t + d + 1 with the model's own head. This is DeepSeek-V3's
 Shapes: B rows, L tokens of a row, H hidden size, V vocabulary.
 """
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -119,3 +120,22 @@ class LiveMtpCandidateGenerator(MTPCandidateGenerator):
         self.logits_processor = logits_processor
         self.eos_token_id = getattr(generation_config, "_eos_token_tensor", None)
         self.is_main_model_prefill = True
+        self._early_states: list[Tensor] = []
+
+    def get_candidates(
+        self, input_ids: Any, *, model_outputs: Any = None, is_first_iteration: bool, **kwargs: Any
+    ) -> Any:
+        """Drafts as the parent does, and nothing until the row has as many tokens as there are MTP layers.
+
+        Where a draft was wrong, the parent runs the layers again over as many places as there are layers, and fails on
+        a row that had fewer of them when it began to draft.
+        """
+        if not is_first_iteration and self.is_main_model_prefill:
+            states = torch.cat([*self._early_states, model_outputs.hidden_states[-1]], dim=1)
+            self._early_states = [states]
+            if states.size(1) < self.num_mtp_layers:
+                return input_ids, None
+            self._early_states, model_outputs = [], SimpleNamespace(hidden_states=(states,))
+        return super().get_candidates(
+            input_ids, model_outputs=model_outputs, is_first_iteration=is_first_iteration, **kwargs
+        )

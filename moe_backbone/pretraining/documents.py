@@ -114,6 +114,8 @@ def _make_bundled(source: Source, streaming: bool, bundled: Mapping[str, Callabl
 
 def _tokenized(source: Source, documents: Documents, tokenizer: Any, vocab_size: int) -> Documents:
     where = f"Source {source.path} (split {source.split})"
+    if not isinstance(documents, Dataset) or documents.format["type"] != "custom":  # which may make the documents
+        documents = documents.with_format(None)  # a dataset is saved with its format, such as torch
     try:
         columns = documents.column_names or list(next(iter(documents), {}))
     except (OSError, ValueError, DatasetsError) as error:  # of a stream, which is read here for the first time
@@ -162,12 +164,18 @@ class DocumentEncoder:
             indices: Their places in the source.
 
         Raises:
-            ValueError: A document is empty, or a token is beyond the vocabulary.
+            ValueError: A document is empty or no text, or a token is no whole number or beyond the vocabulary.
         """
         documents = rows[self.column]
         for index, document in zip(indices, documents, strict=True):
             if not document or (isinstance(document, str) and not document.strip()):
                 raise ValueError(f"Row {index} of source {self.source} is an empty document. Remove such rows.")
+            if not isinstance(document, list if self.column == "input_ids" else str):
+                wanted = "a list of token ids" if self.column == "input_ids" else "text"
+                raise ValueError(
+                    f"Row {index} of source {self.source} has {document!r:.60} in column {self.column!r}, which must "
+                    f"hold {wanted}. Set `text_column` to the column with the text."
+                )
         if self.column == "input_ids":
             return self._checked(documents, indices)
         end = [self.tokenizer.eos_token_id]
@@ -176,6 +184,12 @@ class DocumentEncoder:
 
     def _checked(self, documents: list[list[int]], indices: Sequence[int]) -> dict[str, list[list[int]]]:
         for index, ids in zip(indices, documents, strict=True):
+            for token in () if set(map(type, ids)) == {int} else ids:
+                if type(token) is not int:
+                    raise ValueError(
+                        f"Row {index} of source {self.source} has {token!r:.60} among its `input_ids`, which must be "
+                        "whole numbers. Remove such rows, or set `text_column` to the column with the text."
+                    )
             if max(ids) >= self.vocab_size or min(ids) < 0:
                 worst = max(ids) if max(ids) >= self.vocab_size else min(ids)
                 raise ValueError(

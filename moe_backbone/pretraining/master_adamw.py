@@ -17,6 +17,8 @@ from otpo_kernels.master_weights import first_remainder, step_numbers, update
 
 _MOMENTS = {"exp_avg": torch.float32, "exp_avg_sq": torch.float32}
 _GROUP = {"lr", "betas", "eps", "weight_decay"}
+_OTHERS = {"maximize": False, "decoupled_weight_decay": True}
+"""Options of torch's Adam and AdamW that make another step of the same states, and what is done here."""
 
 
 class MasterAdamW(torch.optim.Optimizer):
@@ -41,8 +43,9 @@ class MasterAdamW(torch.optim.Optimizer):
         ValueError: A number is out of its range, or a weight is of another type or spread over devices.
     """
 
-    grad_scale: Tensor | None = None
-    found_inf: Tensor | None = None
+    # Without values: torch.amp.GradScaler multiplies a `grad_scale` that it finds, and deletes both after the step.
+    grad_scale: Tensor
+    found_inf: Tensor
     _step_supports_amp_scaling = True  # what torch.amp.GradScaler looks for before it sets the two above
 
     def __init__(
@@ -53,20 +56,20 @@ class MasterAdamW(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
     ):
-        ranges = {"lr": lr >= 0, "betas": all(0 <= beta < 1 for beta in betas), "eps": eps >= 0}
-        for name, right in (ranges | {"weight_decay": weight_decay >= 0}).items():
-            if not right:
-                value = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}[name]
-                raise ValueError(f"`{name}={value}` is out of AdamW's range.")
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group of weights, as every optimizer does."""
+        """Adds a group of weights, as every optimizer does.
+
+        Raises:
+            ValueError: As where the optimizer is made; the group is not added.
+        """
         super().add_param_group(param_group)
-        for weight in self.param_groups[-1]["params"]:
-            if weight.dtype not in (torch.bfloat16, torch.float32) or isinstance(weight, DTensor):
-                kind = "spread over devices" if isinstance(weight, DTensor) else f"in {weight.dtype}"
-                raise ValueError(f"MasterAdamW trains whole weights in bfloat16 or float32, and one is {kind}.")
+        try:
+            _check_group(self.param_groups[-1])
+        except ValueError:
+            self.param_groups.pop()
+            raise
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -83,6 +86,8 @@ class MasterAdamW(torch.optim.Optimizer):
             by_device: dict[torch.device, list[Tensor]] = {}
             for weight in group["params"]:
                 if weight.grad is not None:
+                    if weight.grad.is_sparse:  # before any state is written
+                        raise RuntimeError("MasterAdamW has no update for sparse gradients.")
                     by_device.setdefault(weight.device, []).append(weight)
             for device, weights in by_device.items():
                 self._step(group, device, weights)
@@ -92,7 +97,7 @@ class MasterAdamW(torch.optim.Optimizer):
         """Updates the weights of a group on one device."""
         states = [self._state(weight) for weight in weights]
         steps = [state["step"] for state in states]
-        told = (self.grad_scale, self.found_inf)
+        told = (getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
         scale, found = (each if each is None else each.to(device, non_blocking=True) for each in told)
         torch._foreach_add_(steps, 1)
         numbers = step_numbers(torch.stack(steps), group["lr"], group["betas"], group["weight_decay"], scale, found)
@@ -100,8 +105,6 @@ class MasterAdamW(torch.optim.Optimizer):
             torch._foreach_sub_(steps, [(found > 0).float()] * len(steps))  # a scaler may count more than one
         for weight, state, row in zip(weights, states, numbers.unbind(), strict=True):
             grad: Any = weight.grad
-            if grad.is_sparse:
-                raise RuntimeError("MasterAdamW has no update for sparse gradients.")
             moments = state["exp_avg"], state["exp_avg_sq"]
             update(weight, state.get("remainder"), grad, *moments, row, group["betas"], group["eps"])
 
@@ -113,6 +116,11 @@ class MasterAdamW(torch.optim.Optimizer):
                 state[name] = torch.zeros_like(weight, dtype=dtype, memory_format=torch.preserve_format)
             if weight.dtype == torch.bfloat16:
                 state["remainder"] = first_remainder(weight)
+        if ("remainder" in state) != (weight.dtype == torch.bfloat16):
+            raise ValueError(
+                f"A weight was cast to {weight.dtype} after a step of MasterAdamW, whose state is of its type before. "
+                "Make a new optimizer after the cast."
+            )
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -125,10 +133,16 @@ class MasterAdamW(torch.optim.Optimizer):
             # Not `defaults`, to which torch adds one of its own where states are unpickled.
             if lacking := ", ".join(sorted(_GROUP - group.keys())):
                 raise _other_states(f"its groups have no {lacking}")
+            for name, own in _OTHERS.items():
+                if group.get(name, own) != own:
+                    raise _other_states(f"its groups have {name}={group[name]}")
+        sizes = [[len(group["params"]) for group in each["param_groups"]] for each in (state_dict, vars(self))]
+        if sizes[0] != sizes[1]:
+            raise _other_states(f"its groups have {sizes[0]} weights, and this run's {sizes[1]}")
         saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
         own = chain.from_iterable(group["params"] for group in self.param_groups)
         states: dict[Tensor, dict[str, Any]] = {}
-        for index, weight in zip(saved, own, strict=False):  # torch refuses another number of weights below
+        for index, weight in zip(saved, own, strict=True):
             if index in state_dict["state"]:
                 found = state_dict["state"][index]
                 _check_state(weight, found)
@@ -151,6 +165,20 @@ def refuse_remainders(optimizer: torch.optim.Optimizer, state_dict: dict[str, An
         )
 
 
+def _check_group(group: dict[str, Any]) -> None:
+    lr, betas, eps, weight_decay = (group[name] for name in ("lr", "betas", "eps", "weight_decay"))
+    two = len(betas) == 2 and all(0 <= beta < 1 for beta in betas)
+    ranges = {"lr": lr >= 0, "betas": two, "eps": eps >= 0, "weight_decay": weight_decay >= 0}
+    for name, right in ranges.items():
+        if not right:
+            wanted = "two numbers in [0, 1)" if name == "betas" else "at least 0"
+            raise ValueError(f"`{name}={group[name]}` is out of AdamW's range. Set it to {wanted}.")
+    for weight in group["params"]:
+        if weight.dtype not in (torch.bfloat16, torch.float32) or isinstance(weight, DTensor):
+            kind = "spread over devices" if isinstance(weight, DTensor) else f"in {weight.dtype}"
+            raise ValueError(f"MasterAdamW trains whole weights in bfloat16 or float32, and one is {kind}.")
+
+
 def _state_types(weight: Tensor) -> dict[str, torch.dtype]:
     """Types of the states that have a weight's shape."""
     halves = {"remainder": torch.int16} if weight.dtype == torch.bfloat16 else {}
@@ -161,8 +189,12 @@ def _check_state(weight: Tensor, state: dict[str, Any]) -> None:
     wanted = {"step": torch.float32} | _state_types(weight)
     found = {name: getattr(value, "dtype", type(value).__name__) for name, value in state.items()}
     if found != wanted or any(state[name].shape != weight.shape for name in _state_types(weight)):
-        shown = ", ".join(f"{name} ({str(dtype).removeprefix('torch.')})" for name, dtype in found.items())
-        raise _other_states(f"of a weight in {str(weight.dtype).removeprefix('torch.')} it has {shown or 'nothing'}")
+        shown = ", ".join(
+            f"{name} ({str(dtype).removeprefix('torch.')} {list(getattr(state[name], 'shape', ()))})"
+            for name, dtype in found.items()
+        )
+        kind = f"{str(weight.dtype).removeprefix('torch.')} {list(weight.shape)}"
+        raise _other_states(f"of a weight ({kind}) it has {shown or 'nothing'}")
 
 
 def _other_states(what: str) -> ValueError:

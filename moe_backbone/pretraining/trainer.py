@@ -21,10 +21,10 @@ from moe_backbone.planning.hardware import recognise_gpu
 
 from .fused_clipping import clip_in_optimizer, takes_scales
 from .log_window import LogWindow
-from .master_adamw import MasterAdamW, refuse_remainders
 from .norm_check import NormCheck, look_at_norms_alone
 from .packing import PackedCollator
 from .router_bias import RouterBiasUpdate
+from .state_types import guard_states
 from .token_losses import TOKEN_LOSSES, find_token_loss
 from .weight_types import choose_optimizer
 
@@ -276,12 +276,10 @@ class PretrainingTrainer(Trainer):
         super().log(logs, start_time)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """Makes the optimizer as transformers does; none reads another's states of bfloat16 weights as its own."""
+        """Makes the optimizer as transformers does; it loads states of its own kind, in their own types."""
         optimizer = super().create_optimizer(*args, **kwargs)
-        if isinstance(optimizer, AcceleratedOptimizer):  # that of an earlier training, which has the hook
-            return optimizer
-        if not isinstance(optimizer, MasterAdamW) and hasattr(optimizer, "register_load_state_dict_pre_hook"):
-            optimizer.register_load_state_dict_pre_hook(refuse_remainders)
+        if not isinstance(optimizer, AcceleratedOptimizer):  # that of an earlier training, which has the hooks
+            guard_states(optimizer)
         return optimizer
 
     def _clip_grad_norm(self, model: Any) -> Any:

@@ -257,6 +257,33 @@ def test_an_empty_document_names_source_and_row(tmp_path, tokenizer, empty, stre
         list(load_mixture([Source(path=path)], tokenizer, 400, streaming=streaming, seed=0))
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("kind", ["numpy", "torch"])
+def test_a_dataset_that_was_saved_with_a_format_is_read(tmp_path, tokenizer, kind, streaming):
+    saved = Dataset.from_dict({"input_ids": [[1, 2, 3], [4, 5]]}).with_format(kind)
+    saved.save_to_disk(tmp_path / "saved")
+    rows = load_mixture([Source(path=str(tmp_path / "saved"))], tokenizer, 60, streaming=streaming, seed=0)
+    assert [row["input_ids"] for row in rows] == [[1, 2, 3], [4, 5]]
+
+
+@pytest.mark.parametrize(
+    ("column", "documents", "message"),
+    [
+        ("text", [3, 4], r"has 3 in column 'text', which must hold text\. Set `text_column`"),
+        ("text", [["red"], ["blue"]], r"has \['red'\] in column 'text'"),
+        ("input_ids", ["red", "blue"], "has 'red' in column 'input_ids', which must hold a list of token ids"),
+        ("input_ids", [[1.5, 2.0]], r"has 1\.5 among its `input_ids`, which must be whole numbers"),
+        ("input_ids", [[1, None]], "has None among its `input_ids`"),
+        ("input_ids", [["1", "2"]], "has '1' among its `input_ids`"),
+        ("input_ids", [[[1, 2]]], r"has \[1, 2\] among its `input_ids`"),
+    ],
+)
+def test_what_is_no_document_names_source_and_row(tmp_path, tokenizer, column, documents, message):
+    path = write(tmp_path / "a.jsonl", documents, column)
+    with pytest.raises(ValueError, match=rf"Row 0 of source .*a\.jsonl {message}"):
+        load_mixture([Source(path=path)], tokenizer, 400, streaming=True, seed=0)
+
+
 @pytest.mark.parametrize("token", [60, -1])
 def test_a_token_beyond_the_vocabulary_names_source_and_row(tmp_path, tokenizer, token):
     path = write(tmp_path / "a.jsonl", [[1, 2], [3, token]], "input_ids")

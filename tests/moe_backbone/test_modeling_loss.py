@@ -136,6 +136,15 @@ def test_a_mask_for_the_router_alone():
     assert model(**padded, output_router_logits=True).expert_load.sum() > out.expert_load.sum()
 
 
+def test_a_mask_of_who_sees_whom_trains_too():
+    model, ids = compass_model(**FULL), token_ids(2, 9)
+    expected = model(ids, labels=ids)
+    mask = torch.ones(2, 1, 9, 9, dtype=torch.bool).tril()
+    outputs = model(ids, labels=ids, attention_mask=mask)
+    for name in ("loss", "mtp_loss", "aux_loss", "z_loss", "expert_load"):
+        torch.testing.assert_close(outputs[name], expected[name], **CLOSE)
+
+
 def test_right_padding_is_ignored():
     model, ids = compass_model(**FULL), token_ids(1, 7)
     padded = torch.cat([ids, torch.zeros(1, 4, dtype=torch.int64)], dim=1)

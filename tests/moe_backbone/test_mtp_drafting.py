@@ -114,6 +114,16 @@ def test_an_untrained_model_drafts_the_same_tokens_too():
     assert torch.equal(plain, drafted) and calls > 12
 
 
+@pytest.mark.parametrize("layers", [2, 3])
+@pytest.mark.parametrize("length", [1, 2])
+def test_a_prompt_shorter_than_the_layers_draft_at_once_changes_no_token(layers, length):
+    model = compass_model(num_mtp_layers=layers, seed=layers).eval()
+    prompt = token_ids(1, length)
+    plain, _ = greedy(model, prompt)
+    drafted, _ = greedy(model, prompt, use_mtp=True)
+    assert torch.equal(plain, drafted)
+
+
 def test_a_saved_model_drafts_like_the_one_in_memory(trained, tmp_path):
     model, rows = trained
     model.save_pretrained(tmp_path)

@@ -311,6 +311,8 @@ def test_a_mixture_from_a_recipe(tmp_path, pairs_file):
         ({"model_name_or_path": "/nowhere"}, "`model_name_or_path=/nowhere`: there is no such folder"),
         ({"weighting": "otop"}, "argument --weighting: invalid choice: 'otop'"),
         ({"ot_reg": 0}, r"`ot_reg` must be a positive finite number, got 0\.0"),
+        ({"adam_beta2": 1.0}, r"`adam_beta2` must be at least 0 and below 1, got 1\.0"),
+        ({"adam_epsilon": -1}, r"`adam_epsilon` must be a finite number of at least 0, got -1"),
         ({"ot_reg": "much"}, "argument --ot_reg/--ot-reg: invalid float value"),
         ({"max_train_pairs": 0}, "`max_train_pairs` must be at least 1, got 0"),
         ({"dataset_train_split": "training", "dataset_name": "otpo/demo"}, "`dataset_train_split='training'`"),

@@ -95,9 +95,24 @@ def test_two_names_of_one_option_make_one_run(tmp_path):
 def test_a_checkpoint_without_states_of_the_optimizer_is_refused(capsys, run, model_folder, pairs_file, tmp_path):
     bare = tmp_path / "checkpoint-1"
     shutil.copytree(find_checkpoint(True, str(run)), bare)
-    (bare / "optimizer.pt").unlink()
+    (bare / "scheduler.pt").rename(tmp_path / "scheduler.pt")
     argv = arguments(model_folder, pairs_file, tmp_path / "out", **SAVING, resume_from_checkpoint=str(bare))
+    assert "has no scheduler.pt, so the learning rate would begin anew" in refusal(align.main, capsys, argv)
+    (tmp_path / "scheduler.pt").rename(bare / "scheduler.pt")
+    (bare / "optimizer.pt").unlink()
     assert "has no optimizer's states (`save_only_model`)" in refusal(align.main, capsys, argv)
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt"])
+def test_a_checkpoint_that_was_cut_short_is_passed_over(run, tmp_path, name):
+    for step in (1, 2):
+        shutil.copytree(find_checkpoint(True, str(run)), tmp_path / f"checkpoint-{step}")
+    file = tmp_path / "checkpoint-2" / name
+    for kept in (file.stat().st_size // 2, 0):
+        os.truncate(file, kept)
+        assert find_checkpoint(True, str(tmp_path)) == str(tmp_path / "checkpoint-1")
+        with pytest.raises(ValueError, match=f"is no checkpoint: its {name} is cut short"):
+            find_checkpoint(str(tmp_path / "checkpoint-2"), None)
 
 
 def test_another_model_is_refused(capsys, run, other_model_folder, pairs_file):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig
+from transformers.trainer import SCHEDULER_NAME
 
 from moe_backbone.expert_parallel.deepspeed_config import expert_parallel_config
 from moe_backbone.expert_parallel.deepspeed_trainer import with_expert_parallelism
@@ -142,6 +143,11 @@ def check_checkpoint(checkpoint: str, trainer: Any) -> None:
         raise ValueError(
             f"`resume_from_checkpoint={checkpoint}` has no optimizer's states (`save_only_model`), so the run "
             f"can't go on as it was. To go on without them, {start}"
+        )
+    if not (Path(checkpoint) / SCHEDULER_NAME).is_file():  # without which the Trainer loads no optimizer's states
+        raise ValueError(
+            f"`resume_from_checkpoint={checkpoint}` has no {SCHEDULER_NAME}, so the learning rate would begin anew. "
+            f"Resume from another checkpoint, or {start}"
         )
     engines = (
         ("transformers' expert parallelism", has_native_states(checkpoint), False),

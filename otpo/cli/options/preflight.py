@@ -26,6 +26,7 @@ PREFERENCE_LOSSES = (
 DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 """What `trl.DPOTrainer` knows; it tells an unknown one in its first step."""
 _LEAST = {"learning_rate": 0.0, "beta": 0.0, "dataloader_num_workers": 0, "weight_decay": 0.0, "max_grad_norm": 0.0}
+_LEAST |= {"adam_epsilon": 0.0}
 _PACKAGES = {"comet_ml": "comet-ml", "azure_ml": "azureml-mlflow", "flyte": "flytekit", "kubeflow": "kubeflow"}
 
 
@@ -46,6 +47,9 @@ def check_options_alone(values: Mapping[str, Any]) -> None:
         value = values.get(name)
         if value is not None and not least <= float(value) < float("inf"):
             raise ValueError(f"`{name}` must be a finite number of at least {least:g}, got {value}.")
+    for name in ("adam_beta1", "adam_beta2"):  # which Adam refuses as the first step begins
+        if not 0 <= float(values[name]) < 1:
+            raise ValueError(f"`{name}` must be at least 0 and below 1, got {values[name]}.")
     require_schedule(values["lr_scheduler_type"], values["lr_scheduler_kwargs"], float(values["learning_rate"]))
     require_trackers(values["report_to"])
     if "weighting" in values:

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from zipfile import is_zipfile
 
 from safetensors import SafetensorError, safe_open
 from transformers.trainer import TRAINER_STATE_NAME
@@ -73,4 +74,7 @@ def _fault(folder: Path) -> str | None:
                 pass
         except (OSError, SafetensorError) as error:
             return f"its {file.name} can't be read ({error})"
+    for file in (*folder.glob("optimizer.pt"), *folder.glob("scheduler.pt")):
+        if not is_zipfile(file):  # whose end lists what is in it
+            return f"its {file.name} is cut short"
     return None
