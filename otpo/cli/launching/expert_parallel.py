@@ -212,7 +212,7 @@ def _model_type(values: Mapping[str, Any]) -> str:
     name = values["model_name_or_path"]
     if name is None:
         return "compass"
-    return AutoConfig.from_pretrained(find_origin("model_name_or_path", name).base).model_type
+    return AutoConfig.from_pretrained(find_origin("model_name_or_path", name).base, trust_remote_code=False).model_type
 
 
 def _deepspeed_options(value: Any, environ: Mapping[str, str]) -> dict[str, Any] | None:
