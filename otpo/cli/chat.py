@@ -5,6 +5,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from otpo.cli.options.typed_text import readable
+
 if TYPE_CHECKING:  # at run time it is imported when options have been read, since it brings torch
     from rich.console import Console
 
@@ -123,7 +125,7 @@ def _said(console: "Console") -> Iterator[str]:
         if (not text and not sys.stdin.isatty()) or text.strip() in ("/exit", "/quit"):
             return
         if text.strip():
-            yield text.strip()
+            yield readable(text.strip())
 
 
 if __name__ == "__main__":

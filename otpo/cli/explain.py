@@ -14,6 +14,7 @@ from otpo.weighting.registry import default_note, kinds_of, registered_options, 
 
 from .launching.interrupt import interruptible
 from .options.explained import TEXTS, load_rows, typed_pair
+from .options.typed_text import readable
 from .options.writing import require_writable_file
 
 if TYPE_CHECKING:  # at run time they are imported when options have been read, since they bring torch
@@ -184,6 +185,9 @@ def _output(output: str | None, kind: str | None) -> tuple[Path, str]:
 
 def _check_source(options: argparse.Namespace) -> None:
     """Raises a `ValueError` unless the options name one pair or rows of a dataset."""
+    for name in TEXTS:
+        if getattr(options, name) is not None:
+            setattr(options, name, readable(getattr(options, name)))
     texts = {name: getattr(options, name) for name in TEXTS}
     given = [name for name, text in texts.items() if text is not None]
     if given and options.dataset_name:

@@ -1,6 +1,8 @@
 """`otpo chat`: scripted conversations, whose answers are those of `generate` in the chat template."""
 
 import io
+import json
+import shutil
 import threading
 
 import pytest
@@ -8,7 +10,7 @@ import torch
 from cli_helpers import refusal
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from otpo.cli import chat
 from otpo.cli.chatting.screen import show_answers
@@ -204,3 +206,31 @@ def test_a_model_without_a_chat_template_is_refused(model_folder, tmp_path, caps
     tokenizer.save_pretrained(tmp_path)
     message = " ".join(refusal(chat.main, capsys, [str(tmp_path), "--device", "cpu"]).split())
     assert "has no chat template" in message
+
+
+def test_code_of_a_models_own_is_refused_without_a_question(model_folder, tmp_path, capsys, monkeypatch):
+    folder = tmp_path / "model"
+    shutil.copytree(model_folder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.Own"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n"))
+    message = refusal(chat.main, capsys, [str(folder), "--device", "cpu"])
+    assert f"`MODEL={folder}`: the model can't be loaded" in message and "custom code" in message
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_model_without_a_tokenizer_is_named(model_folder, tmp_path, capsys):
+    LlamaConfig().save_pretrained(tmp_path)
+    message = refusal(chat.main, capsys, [str(tmp_path), "--device", "cpu"])
+    assert f"`MODEL={tmp_path}`: there is no tokenizer to read" in message
+    message = refusal(chat.main, capsys, [model_folder, "--compare", str(tmp_path), "--device", "cpu"])
+    assert f"`--compare={tmp_path}`: there is no tokenizer to read" in message
+
+
+def test_bytes_that_are_no_text_are_read_as_far_as_they_are(model_folder, say):
+    escaped = "réd".encode().decode("ascii", "surrogateescape")
+    _, (first,) = say(escaped, "red \udcff", argv=[model_folder, "--max_new_tokens", "2"])
+    asked = [message["content"] for message in first.messages if message["role"] == "user"]
+    assert asked == ["réd", "red \ufffd"]

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from importlib.util import find_spec
 
 import pytest
@@ -214,6 +215,17 @@ def test_lm_evals_own_command_line_reads_the_exported_model(folders):
     assert done.returncode == 0, done.stdout + done.stderr
     (found,) = (folders / "out").rglob("results_*.json")
     assert 0 <= json.loads(found.read_text())["results"]["letters"]["acc,none"] <= 1
+
+
+@needs_lm_eval
+@lengthy
+@pytest.mark.filterwarnings("default")
+def test_an_answer_longer_than_the_model_reads_is_refused(model_folder, tmp_path, capsys):
+    shutil.copytree(model_folder, tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 8}))
+    argv = [str(tmp_path / "model"), "--tasks", "otpo_pairs", "--limit", "2", "--device", "cpu"]
+    assert "has more tokens than the 8 that it reads. Name other tasks" in refusal(eval_command.main, capsys, argv)
 
 
 @needs_lm_eval

@@ -167,6 +167,13 @@ def test_what_is_refused(capsys, model_folder, pairs_file, tmp_path, monkeypatch
     assert not list(tmp_path.iterdir())
 
 
+def test_bytes_that_are_no_text_are_read_as_far_as_they_are(model_folder, tmp_path):
+    texts = {name: f"{text} é".encode().decode("ascii", "surrogateescape") for name, text in PAIR.items()}
+    page = tmp_path / "page.html"
+    assert explain.main(words(model_name_or_path=model_folder, **texts, output=page)) == 0
+    assert "é" in page.read_text()
+
+
 def test_a_reference_of_another_vocabulary(capsys, model_folder, tmp_path):
     other = AutoModelForCausalLM.from_pretrained(model_folder)
     other.resize_token_embeddings(8)

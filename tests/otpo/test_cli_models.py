@@ -204,6 +204,11 @@ def test_the_package_runs_as_the_script():
         ({"report_to": "paper"}, "`report_to=paper` is not known. Set one or several of: none, all, "),
         ({"loss_type": "sigmod"}, "`loss_type=sigmod` is not known. Set one or several of: sigmoid, hinge"),
         ({"per_device_train_batch_size": 0}, "`per_device_train_batch_size` must be at least 1, got 0"),
+        ({"num_train_epochs": -1}, "`num_train_epochs` must be a finite number of at least 0, got -1"),
+        (
+            {"per_device_train_batch_size": 999, "dataloader_drop_last": True},
+            "row(s), since a batch of all processes has 999. Leave it out, or lower `per_device_train_batch_size=999`",
+        ),
         ({"lr_scheduler_type": "cosine_with_min_lr"}, "`lr_scheduler_kwargs` can't be used with `lr_sched"),
         ({"lr_scheduler_kwargs": '{"low": 1}'}, "can't be used with `lr_scheduler_type=linear`: get_linear_schedule"),
         ({"model_init_kwargs": json.dumps({"foo": 1})}, "`model_init_kwargs` has the name `foo`, which is not known"),

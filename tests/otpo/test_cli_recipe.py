@@ -24,6 +24,11 @@ def read(text: str | bytes, tmp_path, *words: str):
         ("- 1", "a recipe is a YAML mapping"),
         ("1: 2", "1 is no name of an option"),
         ("env: [1]", "`env` must be a mapping"),
+        ("env: {1: x}", "`env` has 1, which is no name of a variable"),
+        ("env: {A=B: x}", "`env` has 'A=B', which is no name of a variable"),
+        ("env: {A: null}", "`A: null` in `env` is of the wrong type"),
+        ("seed: 1\nbeta: 2\nseed: 3", "line 3, column 1: no valid YAML: `seed` stands there twice"),
+        ("model_init_kwargs: {a: 1, a: 2}", "column 27: no valid YAML: `a` stands there twice"),
         ("model_name_or_path: [x]", r'`model_name_or_path: \["x"\]` is of the wrong type.*is null or text'),
         ("beta: true", "`beta: true` is of the wrong type. `beta` is a number"),
         ("max_steps: 2.5", "`max_steps` is a whole number"),
@@ -40,6 +45,12 @@ def read(text: str | bytes, tmp_path, *words: str):
 def test_what_is_refused(text, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         read(text, tmp_path)
+
+
+def test_anchors_and_merged_names_are_read(tmp_path):
+    text = "model_init_kwargs: &a {dtype: float32}\nlr_scheduler_kwargs: {<<: *a, dtype: x}"
+    values = read(text, tmp_path).values
+    assert values["model_init_kwargs"] == {"dtype": "float32"} and values["lr_scheduler_kwargs"] == {"dtype": "x"}
 
 
 def test_a_folder_is_no_recipe(tmp_path):

@@ -13,7 +13,9 @@ import pytest
 from cli_helpers import HANG, ROOT, arguments, refusal
 
 from otpo.cli import align, pretrain, sft
+from otpo.cli.options.run_options import Given
 from otpo.cli.running.checkpoints import find_checkpoint
+from otpo.cli.running.command import _how_to_resume
 from otpo.cli.running.identity import RUN_FILE, require_same_run, run_identity
 
 pytestmark = pytest.mark.usefixtures("own_process")
@@ -111,7 +113,7 @@ def test_a_checkpoint_that_was_cut_short_is_passed_over(run, tmp_path, name):
     for kept in (file.stat().st_size // 2, 0):
         os.truncate(file, kept)
         assert find_checkpoint(True, str(tmp_path)) == str(tmp_path / "checkpoint-1")
-        with pytest.raises(ValueError, match=f"is no checkpoint: its {name} is cut short"):
+        with pytest.raises(ValueError, match=f"is no checkpoint: its {name} is no whole file"):
             find_checkpoint(str(tmp_path / "checkpoint-2"), None)
 
 
@@ -161,12 +163,37 @@ def test_folders_that_are_no_checkpoint(run, tmp_path):
         find_checkpoint(str(tmp_path), None)
     with pytest.raises(ValueError, match=r"Name the last one in it, .*checkpoint-[12]"):
         find_checkpoint(str(run), None)
-    (tmp_path / "trainer_state.json").write_text("{}")
+    (tmp_path / "trainer_state.json").write_text('{"global_step": 1}')
     with pytest.raises(ValueError, match="it has no weights"):
         find_checkpoint(str(tmp_path), None)
-    (tmp_path / "trainer_state.json").write_text("{")
-    with pytest.raises(ValueError, match=r"its trainer_state.json can't be read"):
-        find_checkpoint(str(tmp_path), None)
+    for text in ("{", "{}", "[1]"):
+        (tmp_path / "trainer_state.json").write_text(text)
+        with pytest.raises(ValueError, match=r"its trainer_state.json can't be read"):
+            find_checkpoint(str(tmp_path), None)
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+@pytest.mark.parametrize("kept", [0, 300])
+def test_a_checkpoint_whose_file_is_cut_off_is_passed_over(run, tmp_path, name, kept):
+    for step in (1, 2):
+        shutil.copytree(run / "checkpoint-1", tmp_path / f"checkpoint-{step}")
+    assert find_checkpoint(True, str(tmp_path)) == str(tmp_path / "checkpoint-2")
+    file = tmp_path / "checkpoint-2" / name
+    file.write_bytes(file.read_bytes()[:kept])
+    assert find_checkpoint(True, str(tmp_path)) == str(tmp_path / "checkpoint-1")
+    with pytest.raises(ValueError, match=f"is no checkpoint: its {name} is no whole file"):
+        find_checkpoint(str(file.parent), None)
+
+
+def test_ctrl_c_names_the_checkpoint_where_an_earlier_run_went_further(run, tmp_path):
+    shutil.copytree(run / "checkpoint-1", tmp_path / "checkpoint-9")
+    os.utime(tmp_path / "checkpoint-9" / "trainer_state.json", (0, 0))
+    shutil.copytree(run / "checkpoint-1", tmp_path / "checkpoint-1")
+    given = Given({"output_dir": str(tmp_path), "resume_from_checkpoint": None}, {}, [], [], [])
+    advice = _how_to_resume([given], since=1)
+    assert advice == f"resume with the same command and `--resume_from_checkpoint {tmp_path / 'checkpoint-1'}`"
+    shutil.rmtree(tmp_path / "checkpoint-9")
+    assert "`--resume_from_checkpoint true`, which goes on from" in _how_to_resume([given], since=1)
 
 
 @pytest.mark.lengthy

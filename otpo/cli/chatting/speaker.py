@@ -2,20 +2,18 @@
 
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
     StoppingCriteria,
     StoppingCriteriaList,
     TextIteratorStreamer,
 )
 
 from otpo.cli.models import compass  # noqa: F401 - makes its models known to the Auto classes
-from otpo.cli.models.loading import find_origin
+from otpo.cli.models.loading import find_origin, load_config, load_tokenizer
 
 THREAD = "answer"
 """Name of the thread that a model answers in."""
@@ -131,12 +129,15 @@ def load_speaker(
         options: Of `generate`.
 
     Raises:
-        ValueError: It can't be found, or its tokenizer has no chat template.
+        ValueError: It can't be found, needs code of its own, or its tokenizer has no chat template.
     """
     origin = find_origin(option, name)
-    own = origin.adapted and (Path(name) / "tokenizer_config.json").is_file()
-    tokenizer = AutoTokenizer.from_pretrained(name if own else origin.base, revision=None if own else origin.revision)
-    model: Any = AutoModelForCausalLM.from_pretrained(origin.base, revision=origin.revision, dtype=dtype)
+    # Code of a model's own is refused: transformers would ask for it on the standard input, where the user talks.
+    load_config(origin, trust_remote_code=False)
+    tokenizer = load_tokenizer(origin, trust_remote_code=False)
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        origin.base, revision=origin.revision, dtype=dtype, trust_remote_code=False
+    )
     if origin.adapted:
         from peft import PeftModel
 

@@ -63,7 +63,7 @@ def _folder(name: str, revision: str) -> Path:
 def _config(name: str, folder: Path) -> Any:
     try:
         with one_line_refusals():
-            return AutoConfig.from_pretrained(folder)
+            return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except ValueError as error:
         raise ValueError(f"`MODEL={name}`: config.json can't be read: {error}") from error
 
@@ -71,7 +71,7 @@ def _config(name: str, folder: Path) -> Any:
 def _merged(origin: Origin, folder: Path, keep_dtype: bool, verify: bool) -> Source:
     """The model with the adapter in its weights: in memory once, in float32, since each layer is merged in place."""
     _config(origin.base, folder)
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", device_map="cpu")
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", device_map="cpu", trust_remote_code=False)
     dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
     adapted = load_adapter(model.float(), origin.name)
     before = answers(adapted) if verify else None

@@ -6,10 +6,11 @@ from difflib import get_close_matches
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from traceback import extract_tb
 from typing import Any
 
 from otpo.cli.models import compass  # noqa: F401 - makes its models known to the Auto classes
-from otpo.cli.models.loading import default_device, find_origin
+from otpo.cli.models.loading import default_device, find_origin, load_config, load_tokenizer
 
 OWN_TASKS = Path(__file__).parent / "tasks"
 
@@ -83,6 +84,8 @@ def evaluate(
         ValueError: The model can't be found.
     """
     origin = find_origin(option, name)
+    load_config(origin, trust_remote_code=False)
+    load_tokenizer(origin, trust_remote_code=False)
     own_tokenizer = (Path(name) / "tokenizer_config.json").is_file()
     model = _extra("lm_eval.models.huggingface").HFLM(
         pretrained=origin.base,
@@ -126,25 +129,33 @@ def run(
         lm-eval's results.
 
     Raises:
-        ValueError: A chat template is asked for, and there is none.
+        ValueError: A chat template is asked for, and there is none, or an answer is longer than the model reads.
     """
     if options["apply_chat_template"] and not getattr(model.tokenizer, "chat_template", None):
         raise ValueError(
             f"`--apply_chat_template`: the tokenizer of {name} has no chat template. Leave the option out."
         )
     seed = options.pop("seed")
-    results = _extra("lm_eval").simple_evaluate(
-        model=model,
-        tasks=tasks,
-        task_manager=manager,
-        log_samples=True,
-        bootstrap_iters=1000,
-        random_seed=seed,
-        numpy_random_seed=seed,
-        torch_random_seed=seed,
-        fewshot_random_seed=seed,
-        **options,
-    )
+    try:
+        results = _extra("lm_eval").simple_evaluate(
+            model=model,
+            tasks=tasks,
+            task_manager=manager,
+            log_samples=True,
+            bootstrap_iters=1000,
+            random_seed=seed,
+            numpy_random_seed=seed,
+            torch_random_seed=seed,
+            fewshot_random_seed=seed,
+            **options,
+        )
+    except AssertionError as error:
+        if "self.max_length" not in (extract_tb(error.__traceback__)[-1].line or ""):
+            raise
+        raise ValueError(
+            f"`--tasks`: an answer that {name} is to score has more tokens than the {model.max_length} that it reads. "
+            "Name other tasks, or a model that reads more."
+        ) from error
     assert results is not None  # of the first process, and this is the only one
     return dict(results)
 

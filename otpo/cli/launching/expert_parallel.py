@@ -7,7 +7,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
 from transformers.trainer import SCHEDULER_NAME
 
 from moe_backbone.expert_parallel.deepspeed_config import expert_parallel_config
@@ -17,7 +16,7 @@ from moe_backbone.expert_parallel.sizes import check_expert_parallel
 from moe_backbone.memcpy_experts import NAME
 from moe_backbone.model.saved_code import with_saved_code
 from otpo.cli.models.compass import require_own_code
-from otpo.cli.models.loading import find_origin
+from otpo.cli.models.loading import find_origin, load_config
 from otpo.cli.options.run_options import EXPERT_PARALLEL_BACKENDS, RunArguments
 from otpo.trl_seam import ConvertedWeights, FullySharded
 
@@ -218,7 +217,8 @@ def _model_type(values: Mapping[str, Any]) -> str:
     name = values["model_name_or_path"]
     if name is None:
         return "compass"
-    return AutoConfig.from_pretrained(find_origin("model_name_or_path", name).base).model_type
+    origin = find_origin("model_name_or_path", name)
+    return load_config(origin, bool(values.get("trust_remote_code"))).model_type
 
 
 def _deepspeed_options(value: Any, environ: Mapping[str, str]) -> dict[str, Any] | None:

@@ -157,6 +157,19 @@ def rows_in_step(trainer: Any) -> int:
     return args.train_batch_size * args.gradient_accumulation_steps * groups
 
 
+def require_a_batch(trainer: Any) -> None:
+    """Raises a `ValueError` where `dataloader_drop_last` leaves no batch at all, so that nothing would be trained."""
+    args, rows = trainer.args, trainer.train_dataset
+    if not args.dataloader_drop_last or not hasattr(rows, "__len__") or getattr(args, "tokens_per_batch", None):
+        return  # a budget of tokens looks by itself
+    needed = args.train_batch_size * trainer.accelerator.num_processes // processes_of_a_row(trainer.accelerator)
+    if len(rows) < needed:
+        raise ValueError(
+            f"`dataloader_drop_last=True` leaves none of {len(rows)} row(s), since a batch of all processes has "
+            f"{needed}. Leave it out, or lower `per_device_train_batch_size={args.per_device_train_batch_size}`."
+        )
+
+
 def describe_sharing(accelerator: Any) -> dict[str, str]:
     """A line on how rows are shared, and what of the loss is then another one; none where they are not."""
     size = processes_of_a_row(accelerator)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers import AutoConfig, AutoProcessor
+from transformers import AutoConfig, AutoProcessor, AutoTokenizer
 from trl import ModelConfig
 from trl.trainer.utils import create_model_from_path
 
@@ -163,10 +163,29 @@ def require_same_vocabulary(option: str, policy: Any, reference: Any) -> None:
 
 
 def load_processor(origin: Origin, trust_remote_code: bool) -> Any:
-    """The tokenizer or processor: that beside the adapter if one was saved there, else the model's."""
-    if origin.adapted and (Path(origin.name) / "tokenizer_config.json").is_file():
-        return AutoProcessor.from_pretrained(origin.name, trust_remote_code=trust_remote_code)
-    return AutoProcessor.from_pretrained(origin.base, revision=origin.revision, trust_remote_code=trust_remote_code)
+    """The tokenizer or processor: that beside the adapter if one was saved there, else the model's.
+
+    Raises:
+        ValueError: There is none; the message names the option of the model.
+    """
+    return _load_beside(AutoProcessor, origin, trust_remote_code)
+
+
+def load_tokenizer(origin: Origin, trust_remote_code: bool) -> Any:
+    """[`load_processor`] for text alone."""
+    return _load_beside(AutoTokenizer, origin, trust_remote_code)
+
+
+def _load_beside(auto: Any, origin: Origin, trust_remote_code: bool) -> Any:
+    own = origin.adapted and (Path(origin.name) / "tokenizer_config.json").is_file()
+    name, revision = (origin.name, "main") if own else (origin.base, origin.revision)
+    try:
+        return auto.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"`{origin.option}={origin.name}`: there is no tokenizer to read, which the model's folder should have "
+            f"beside its weights: {error}"
+        ) from error
 
 
 def load_config(origin: Origin, trust_remote_code: bool) -> Any:

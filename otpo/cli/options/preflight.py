@@ -26,7 +26,7 @@ PREFERENCE_LOSSES = (
 DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 """What `trl.DPOTrainer` knows; it tells an unknown one in its first step."""
 _LEAST = {"learning_rate": 0.0, "beta": 0.0, "dataloader_num_workers": 0, "weight_decay": 0.0, "max_grad_norm": 0.0}
-_LEAST |= {"adam_epsilon": 0.0}
+_LEAST |= {"adam_epsilon": 0.0, "num_train_epochs": 0.0}
 _PACKAGES = {"comet_ml": "comet-ml", "azure_ml": "azureml-mlflow", "flyte": "flytekit", "kubeflow": "kubeflow"}
 
 

@@ -15,6 +15,21 @@ _NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: 
 _UNUSABLE = object()
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML's safe loader that refuses a name that stands twice in a mapping, of which it would take the last."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        """The mapping of a node."""
+        seen: set[tuple[str, str]] = set()
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if (key.tag, key.value) in seen:
+                    problem = f"`{key.value}` stands there twice. Leave one out"
+                    raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+                seen.add((key.tag, key.value))
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(option: str, path: str) -> Any:
     """The content of a YAML file.
 
@@ -33,7 +48,7 @@ def read_yaml(option: str, path: str) -> Any:
     content = b""
     try:
         content = file.read_bytes()
-        return yaml.safe_load(content.decode("utf-8-sig"))
+        return yaml.load(content.decode("utf-8-sig"), _Loader)
     except OSError as error:
         raise ValueError(f"`{option} {path}` can't be read: {error.strerror}.") from error
     except UnicodeDecodeError as error:
@@ -72,6 +87,14 @@ def read_recipe(path: str) -> dict[str, Any]:
     env = recipe.get("env")
     if env is not None and not isinstance(env, dict):
         raise ValueError(f"`--config {path}`: `env` must be a mapping of variables to values, got {env!r:.60}.")
+    for name, value in (env or {}).items():
+        if not isinstance(name, str) or not name or "=" in name or "\0" in f"{name}{value}":
+            raise ValueError(f"`--config {path}`: `env` has {name!r}, which is no name of a variable with its value.")
+        if not isinstance(value, str | int | float):
+            raise ValueError(
+                f"`--config {path}`: `{name}: {_shown(value)}` in `env` is of the wrong type. A variable is text, a "
+                "number, true or false."
+            )
     return recipe
 
 

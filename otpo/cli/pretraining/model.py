@@ -170,7 +170,7 @@ def load_tokenizer(name: str | None, revision: str | None, option: str) -> Any:
         raise ValueError(f"A new model (`preset`) needs a tokenizer: set `{option}`.")
     require_folder(option, name)
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(name, revision=revision)
+        tokenizer: Any = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"`{option}={name}`: there is no tokenizer to read: {' '.join(str(error).split())}"

@@ -86,7 +86,9 @@ def opened(options: argparse.Namespace) -> Iterator[Opened]:
 
 def _loaded(options: argparse.Namespace, folder: Path, dtype: torch.dtype | None, kind: str | None) -> Opened:
     device = options.device or default_device()
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto", device_map={"": device})
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype or "auto", device_map={"": device}, trust_remote_code=False
+    )
     # The routers' loss only teaches, and transformers 5.23 can't compute it while a model answers a padded batch.
     model.config.output_router_logits = False
     places = find_places(model.eval())
@@ -94,5 +96,9 @@ def _loaded(options: argparse.Namespace, folder: Path, dtype: torch.dtype | None
     if dtype is not None:
         tensors = cast_all(tensors, dtype)
     targets = find_targets(tensors, places)
-    tokenizer = AutoTokenizer.from_pretrained(folder) if (folder / "tokenizer_config.json").is_file() else None
+    tokenizer = (
+        AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        if (folder / "tokenizer_config.json").is_file()
+        else None
+    )
     return Opened(folder, tensors, model, tokenizer, places, targets, kind or type(model).__name__)

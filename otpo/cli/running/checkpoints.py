@@ -10,6 +10,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 # A model or an adapter, whole or in shards, or what DeepSpeed and FSDP write.
 _WEIGHTS = ("*.safetensors", "*.bin", "global_step*", "pytorch_model_fsdp*", "adapter_model*")
+# What torch writes, each of them a zip whose directory comes last.
+_OF_TORCH = ("*.pt", "*.pth", "optimizer*.bin", "pytorch_model*.bin", "adapter_model*.bin")
 
 
 def find_checkpoint(value: str | bool | None, output_dir: str | None) -> str | None:
@@ -63,8 +65,8 @@ def _fault(folder: Path) -> str | None:
     if not state.is_file():  # the Trainer writes it last
         return f"it has no {TRAINER_STATE_NAME}"
     try:
-        json.loads(state.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        json.loads(state.read_text(encoding="utf-8"))["global_step"]
+    except (OSError, ValueError, TypeError, KeyError) as error:
         return f"its {TRAINER_STATE_NAME} can't be read ({error})"
     if not any(any(folder.glob(pattern)) for pattern in _WEIGHTS):
         return "it has no weights"
@@ -74,7 +76,7 @@ def _fault(folder: Path) -> str | None:
                 pass
         except (OSError, SafetensorError) as error:
             return f"its {file.name} can't be read ({error})"
-    for file in (*folder.glob("optimizer.pt"), *folder.glob("scheduler.pt")):
-        if not is_zipfile(file):  # whose end lists what is in it
-            return f"its {file.name} is cut short"
+    for file in (file for pattern in _OF_TORCH for file in folder.glob(pattern)):
+        if not is_zipfile(file):  # a machine that stopped leaves files that are empty or cut off
+            return f"its {file.name} is no whole file of torch's"
     return None

@@ -30,7 +30,7 @@ from otpo.cli.launching.engine import (
 from otpo.cli.launching.failures import FOLDER, came_later, note, rank, say_error
 from otpo.cli.launching.interrupt import interruptible, leave
 from otpo.cli.launching.launch import check_options, default_launch, is_launched, launch, module_of
-from otpo.cli.launching.shared_rows import require_right_gradients, require_whole_rows
+from otpo.cli.launching.shared_rows import require_a_batch, require_right_gradients, require_whole_rows
 from otpo.cli.options.preflight import check_options_alone
 from otpo.cli.options.redact import redact_text
 from otpo.cli.options.run_options import Given, changed_options, read_command_line
@@ -201,6 +201,8 @@ def _how_to_resume(read: Sequence[Given], since: float) -> str:
     checkpoint = newest_checkpoint(folder, None if resumed else since) if read else None
     if checkpoint is None:
         return "there is no checkpoint yet to resume from"
+    if checkpoint != newest_checkpoint(folder):  # `true` would go on from a later step of an earlier run
+        return f"resume with the same command and `--resume_from_checkpoint {checkpoint}`"
     return f"resume with the same command and `--resume_from_checkpoint true`, which goes on from {checkpoint}"
 
 
@@ -253,6 +255,7 @@ def _prepare(
         leave_boolean_buffers_to_ranks(trainer.model)
     require_engine(engines, trainer.accelerator.distributed_type.value, trainer.accelerator.num_processes)
     require_right_gradients(trainer.accelerator)
+    require_a_batch(trainer)
     if checkpoint is not None:
         from otpo.cli.launching.expert_parallel import check_checkpoint
 
