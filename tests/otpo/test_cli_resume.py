@@ -105,18 +105,6 @@ def test_a_checkpoint_without_states_of_the_optimizer_is_refused(capsys, run, mo
     assert "has no optimizer's states (`save_only_model`)" in refusal(align.main, capsys, argv)
 
 
-@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt"])
-def test_a_checkpoint_that_was_cut_short_is_passed_over(run, tmp_path, name):
-    for step in (1, 2):
-        shutil.copytree(find_checkpoint(True, str(run)), tmp_path / f"checkpoint-{step}")
-    file = tmp_path / "checkpoint-2" / name
-    for kept in (file.stat().st_size // 2, 0):
-        os.truncate(file, kept)
-        assert find_checkpoint(True, str(tmp_path)) == str(tmp_path / "checkpoint-1")
-        with pytest.raises(ValueError, match=f"is no checkpoint: its {name} is no whole file"):
-            find_checkpoint(str(tmp_path / "checkpoint-2"), None)
-
-
 def test_another_model_is_refused(capsys, run, other_model_folder, pairs_file):
     found = refusal(align.main, capsys, resuming(other_model_folder, pairs_file, run))
     assert "`model_name_or_path` was" in found and found.count(" was ") == 1
