@@ -7,12 +7,15 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from cli_helpers import HANG, ROOT, arguments, refusal
 
 from otpo.cli import align, pretrain, sft
+from otpo.cli.launching.expert_parallel import check_checkpoint
 from otpo.cli.options.run_options import Given
 from otpo.cli.running.checkpoints import find_checkpoint
 from otpo.cli.running.command import _how_to_resume
@@ -103,6 +106,18 @@ def test_a_checkpoint_without_states_of_the_optimizer_is_refused(capsys, run, mo
     (tmp_path / "scheduler.pt").rename(bare / "scheduler.pt")
     (bare / "optimizer.pt").unlink()
     assert "has no optimizer's states (`save_only_model`)" in refusal(align.main, capsys, argv)
+
+
+@pytest.mark.parametrize(
+    ("config", "refused"), [({}, True), ({"scheduler": {"type": "WarmupLR"}}, False)], ids=["ours", "DeepSpeed's"]
+)
+def test_a_schedule_of_deepspeeds_own_has_no_file(tmp_path, config, refused):
+    (tmp_path / "latest").write_text("global_step2")
+    plugin = SimpleNamespace(deepspeed_config=config)
+    accelerator = SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin))
+    trainer = SimpleNamespace(is_deepspeed_enabled=True, is_fsdp_enabled=False, accelerator=accelerator)
+    with pytest.raises(ValueError, match="has no scheduler.pt") if refused else nullcontext():
+        check_checkpoint(str(tmp_path), trainer)
 
 
 def test_another_model_is_refused(capsys, run, other_model_folder, pairs_file):

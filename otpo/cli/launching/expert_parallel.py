@@ -143,7 +143,8 @@ def check_checkpoint(checkpoint: str, trainer: Any) -> None:
             f"`resume_from_checkpoint={checkpoint}` has no optimizer's states (`save_only_model`), so the run "
             f"can't go on as it was. To go on without them, {start}"
         )
-    if not (Path(checkpoint) / SCHEDULER_NAME).is_file():  # without which the Trainer loads no optimizer's states
+    # Without it the Trainer loads no optimizer's states; a schedule of DeepSpeed's own is saved among these.
+    if not (Path(checkpoint) / SCHEDULER_NAME).is_file() and not _has_schedule_of_deepspeed(trainer):
         raise ValueError(
             f"`resume_from_checkpoint={checkpoint}` has no {SCHEDULER_NAME}, so the learning rate would begin anew. "
             f"Resume from another checkpoint, or {start}"
@@ -219,6 +220,11 @@ def _model_type(values: Mapping[str, Any]) -> str:
         return "compass"
     origin = find_origin("model_name_or_path", name)
     return load_config(origin, bool(values.get("trust_remote_code"))).model_type
+
+
+def _has_schedule_of_deepspeed(trainer: Any) -> bool:
+    plugin = trainer.accelerator.state.deepspeed_plugin if trainer.is_deepspeed_enabled else None
+    return plugin is not None and "scheduler" in plugin.deepspeed_config
 
 
 def _deepspeed_options(value: Any, environ: Mapping[str, str]) -> dict[str, Any] | None:
