@@ -116,7 +116,7 @@ def test_a_schedule_of_deepspeeds_own_has_no_file(tmp_path, config, refused):
     plugin = SimpleNamespace(deepspeed_config=config)
     accelerator = SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin))
     trainer = SimpleNamespace(is_deepspeed_enabled=True, is_fsdp_enabled=False, accelerator=accelerator)
-    with pytest.raises(ValueError, match="has no scheduler.pt") if refused else nullcontext():
+    with pytest.raises(ValueError, match=r"has no scheduler\.pt") if refused else nullcontext():
         check_checkpoint(str(tmp_path), trainer)
 
 
