@@ -1,5 +1,6 @@
 """`benchmarks.random_kills` with a training of its own, which is killed and resumed as a real one is."""
 
+import json
 import math
 import sys
 from collections import Counter
@@ -49,7 +50,7 @@ for step in range(done + 1, 9):
         folder = output / f"checkpoint-{step}"
         save(folder, value)
         time.sleep(0.05)
-        (folder / "trainer_state.part").write_text(json.dumps({"log_history": log}))
+        (folder / "trainer_state.part").write_text(json.dumps({"global_step": step, "log_history": log}))
         (folder / "trainer_state.part").rename(folder / "trainer_state.json")
 save(output, value)
 time.sleep(0.1)
@@ -171,7 +172,7 @@ def test_what_a_kill_has_left(tmp_path):
         (tmp_path / f"checkpoint-{step}").mkdir()
         save_file({"w": torch.ones(1)}, tmp_path / f"checkpoint-{step}" / "model.safetensors")
         assert phase(tmp_path, 4) == "while saving a checkpoint"
-        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(json.dumps({"global_step": step}))
         assert phase(tmp_path, 4) == ("between checkpoints" if step == 2 else "after the last checkpoint")
 
 

@@ -340,11 +340,14 @@ def test_checkpoints_that_cannot_be_resumed_exactly(tmp_path):
 def make_checkpoint(folder, file, layout):
     """What tells a checkpoint of DeepSpeed's, without its states."""
     (folder / "global_step1").mkdir(parents=True)
-    (folder / "trainer_state.json").write_text("{}")
+    (folder / "trainer_state.json").write_text(json.dumps({"global_step": 1}))
+    torch.save({}, folder / "scheduler.pt")
     (folder / file).parent.mkdir(exist_ok=True)
-    (folder / file).write_text(json.dumps(layout._asdict()))
     if file == "pytorch_model_fsdp.bin":
-        (folder / "optimizer.bin").touch()
+        torch.save({}, folder / file)
+        torch.save({}, folder / "optimizer.bin")
+    else:
+        (folder / file).write_text(json.dumps(layout._asdict()))
 
 
 @pytest.mark.parametrize(
