@@ -12,12 +12,12 @@ place as likely as any other, as the masters of weights that were drawn in float
 distance a tenth of the weights takes note, and a tensor's weights move by the step in the mean. This is our choice.
 """
 
-import functools
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from .backend import triton_is_installed
 
 _NAN = 0x7FC00000
 _HALF = 0x8000
@@ -149,7 +149,7 @@ def update(
         eps: AdamW's.
     """
     tensors = [each for each in (weight, remainder, grad, exp_avg, exp_avg_sq) if each is not None]
-    if weight.is_cuda and _has_triton() and all(each.is_contiguous() for each in tensors):
+    if weight.is_cuda and triton_is_installed() and all(each.is_contiguous() for each in tensors):
         from .master_weights_kernels import update as update_in_triton
 
         update_in_triton(weight, remainder, grad, exp_avg, exp_avg_sq, numbers, betas, eps)
@@ -157,11 +157,6 @@ def update(
         update_whole(weight, grad, exp_avg, exp_avg_sq, numbers, betas, eps)
     else:
         update_halves(weight.view(torch.int16), remainder, grad, exp_avg, exp_avg_sq, numbers, betas, eps)
-
-
-@functools.cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
 
 
 def update_halves(

@@ -1,10 +1,9 @@
 """The transport in the Triton kernels of `otpo_kernels.sinkhorn`: when they can run, and how they are called."""
 
-from functools import cache
-from importlib.util import find_spec
-
 import torch
 from torch import Tensor
+
+from otpo_kernels.backend import triton_is_installed
 
 from .options import TransportOptions
 from .solution import TransportWeights
@@ -15,7 +14,7 @@ _KNOWN = {"cost": ("euclidean", "cosine"), "cost_scale": ("release", "pairwise")
 
 def obstacle(chosen: Tensor, rejected: Tensor, options: TransportOptions) -> str | None:
     """Why the kernels can't run for these hidden states `(B, M, D)` and `(B, N, D)`, or None."""
-    if not _triton_is_installed():
+    if not triton_is_installed():
         return "triton is not installed (pip install 'otpo[triton]')"
     from otpo_kernels import sinkhorn as kernels
 
@@ -64,8 +63,3 @@ def solve(
     # A look at the residual on a GPU would wait for it.
     solved = found.residual <= options.tolerance if found.residual.device.type == "cpu" else None
     return TransportWeights(*found, solver="triton", solved=solved)
-
-
-@cache
-def _triton_is_installed() -> bool:
-    return find_spec("triton") is not None

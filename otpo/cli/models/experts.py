@@ -5,7 +5,6 @@ file, and where a class goes without it. So what runs is read off the experts' m
 """
 
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedModel
@@ -14,6 +13,7 @@ from moe_backbone.experts_choice import ExpertsKind, choose_experts, find_expert
 from moe_backbone.memcpy_experts import NAME
 from otpo.cli.options.run_options import RunArguments
 from otpo.trl_seam import have_experts_run_by, implementations
+from otpo_kernels.backend import triton_is_installed
 
 AUTO = "auto"
 _OPTION = "experts_implementation"
@@ -109,7 +109,7 @@ def set_experts(
     Raises:
         ValueError: The experts can't be run so, or there are none and the user named a function.
     """
-    triton = find_spec("triton") is not None if has_triton is None else has_triton
+    triton = triton_is_installed() if has_triton is None else has_triton
     told = [_set(request, model, (device_type, 2 if halved else 4, triton)) for model in models]
     if not any(told):
         if request.name != AUTO:
