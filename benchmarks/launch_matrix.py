@@ -32,7 +32,7 @@ from rich.console import Console
 from benchmarks import harness
 from benchmarks.launching.commands import ENGINES, SINGLE, Row, Setting, all_rows, as_typed, command_line
 from benchmarks.launching.materials import make_materials
-from benchmarks.launching.processes import Ports, Started, count_gpus, last_line, run_together, start
+from benchmarks.launching.processes import Ports, Started, count_gpus, last_line, names_of_gpus, run_together, start
 
 COLUMNS = ("command", "model", "adapter", "engine", "status", "reason", "difference", "bound", "losses", "single")
 COLUMNS += ("seconds", "steps", "precision", "gpus", "typed")
@@ -140,7 +140,7 @@ class Board:
         variables = {}
         if ENGINES[row.engine].processes == 1 and "device_map" not in " ".join(words) and self.gpus:
             self.cards += 1  # one GPU each, in turn
-            variables["CUDA_VISIBLE_DEVICES"] = visible_gpu(self.cards % self.gpus)
+            variables["CUDA_VISIBLE_DEVICES"] = names_of_gpus()[self.cards % self.gpus]
         return start(words, self.folder / f"{row.name}.log", **variables)
 
     def _done(self, row: Row, started: Started, seconds: float, hung: bool) -> None:
@@ -239,12 +239,6 @@ def judge(losses: str, single: str, status: str, bound: float) -> dict[str, Any]
     difference = max((abs(left - right) for left, right in pairs), key=lambda value: (math.isnan(value), value))
     found = {"difference": float(f"{difference:.3g}"), "bound": bound, "single": single}
     return {**found, "status": "ok" if difference <= bound else "differs"}
-
-
-def visible_gpu(number: int) -> str:
-    """The name of a GPU for `CUDA_VISIBLE_DEVICES`, among those that this process sees."""
-    named = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
-    return named[number] if named else str(number)
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ from transformers import trainer as transformers_trainer
 
 from benchmarks import harness
 from benchmarks.figures import legend, machine_line, save
-from benchmarks.launching.processes import count_gpus, side_by_side
+from benchmarks.launching.processes import names_of_gpus, side_by_side
 from benchmarks.pretraining import SHAPES, command
 from benchmarks.step_clock import Span
 from benchmarks.words import text_tokenizer
@@ -66,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if len(missing) < len(asked):
         console.print(f"{len(asked) - len(missing)} of {len(asked)} runs are in {args.output}")
     devices: SimpleQueue[str] = SimpleQueue()
-    names = [str(index) for index in range(count_gpus())] or [""]
+    names = names_of_gpus() or [""]
     for name in names:
         devices.put(name)
     failed = []

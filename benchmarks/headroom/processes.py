@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from benchmarks.launching.processes import names_of_gpus
+
 from .plan import Job, Plan, result_path
 
 
@@ -25,9 +27,7 @@ def devices_of(plan: Plan, per_gpu: int) -> list[str]:
     """The GPU of each process, as `CUDA_VISIBLE_DEVICES` names it; one process without a name on the CPU."""
     if plan.use_cpu or not torch.cuda.is_available():
         return [""]
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    gpus = named.split(",") if named else [str(number) for number in range(torch.cuda.device_count())]
-    return [gpu for _ in range(per_gpu) for gpu in gpus]
+    return [gpu for _ in range(per_gpu) for gpu in names_of_gpus()]
 
 
 def run_jobs(

@@ -151,6 +151,13 @@ def count_gpus() -> int:
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
+def names_of_gpus() -> list[str]:
+    """These GPUs, each as `CUDA_VISIBLE_DEVICES` names it to a process that is to see it alone."""
+    named = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    numbers = range(count_gpus())
+    return [named[number] if named else str(number) for number in numbers]
+
+
 def last_line(log: Path, command: str) -> str:
     """What a command said it failed of: its own line if there is one, else the last line of its output."""
     lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
