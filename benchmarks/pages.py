@@ -188,7 +188,13 @@ def pretraining(file: str = "pretraining_h100.csv") -> str:
         "compass-v3-width": "two layers of compass-v3's width, 4 experts",
         "qwen3-30b-a3b-4-layers": SHAPES["qwen3-30b-a3b-4-layers"],
     }
-    ways = {"grouped_mm": "`grouped_mm`, nothing compiled", "default-bfloat16": "default, `--dtype bfloat16`"}
+    ways = {
+        "grouped_mm": "`grouped_mm`, nothing compiled",
+        "grouped_mm-float32": "`grouped_mm`, nothing compiled, `--dtype float32`",
+        "default-bfloat16": "default, `--dtype bfloat16`",
+        "default-float32": "default, `--dtype float32`",
+        "transformers": "transformers' class and Trainer, float32 weights",
+    }
     rows = [
         (
             names[row["shape"]],

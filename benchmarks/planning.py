@@ -17,6 +17,7 @@ import gc
 import statistics
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,14 @@ from rich.table import Table
 from benchmarks.harness import describe_machine, name_of_gpu, write_rows
 from moe_backbone import CompassConfig, CompassForCausalLM
 from moe_backbone.packed_attention import NAME as TORCH_VARLEN
-from moe_backbone.planning.activations import saved_activations
+from moe_backbone.planning.activations import MASTERS, saved_activations
 from moe_backbone.planning.hardware import find_gpu
 from moe_backbone.planning.memory import plan_memory
 from moe_backbone.planning.plan import load_config, make_plan
 from moe_backbone.planning.setup import TrainingSetup
+from moe_backbone.pretraining.master_adamw import MasterAdamW
 from moe_backbone.pretraining.packing import PackedCollator
+from moe_backbone.pretraining.weight_types import round_weights
 from otpo.layouts.compiled import compile_layers
 
 GATE, TIME_GATE = 0.1, 1.3
@@ -49,6 +52,8 @@ SETTINGS: tuple[dict[str, Any], ...] = (
     {"micro_batch_size": 2, "precision": "bf16-pure"},
     {"micro_batch_size": 4, "compile_layers": True, "experts_implementation": "memcpy"},
     {"micro_batch_size": 4, "packed": True, "compile_layers": True, "experts_implementation": "memcpy"},
+    {"micro_batch_size": 4, "packed": True, "compile_layers": True, "experts_implementation": "memcpy"}
+    | {"precision": MASTERS},
 )
 PLAIN: dict[str, Any] = {"compile_layers": False, "experts_implementation": "grouped_mm"}
 """What a setting has that does not say otherwise."""
@@ -75,18 +80,24 @@ def run(config: CompassConfig, setup: TrainingSetup) -> dict[str, float]:
         ).train()
     if setup.compiles(config):
         compile_layers(model, dynamic=None)
-    if setup.bytes_of.weights == 2:
+    masters = setup.precision == MASTERS
+    if masters:
+        round_weights(model)
+    elif setup.bytes_of.weights == 2:
         model = model.bfloat16()
     if setup.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     foreach = setup.optimizer == "adamw_foreach"
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=not foreach, foreach=foreach)
+    kind = MasterAdamW if masters else partial(torch.optim.AdamW, fused=not foreach, foreach=foreach)
+    optimizer = kind(model.parameters(), lr=1e-4)
     made = make_batch(config, setup)
     batch = {name: value.cuda() if isinstance(value, torch.Tensor) else value for name, value in made.items()}
     measured: dict[str, float] = {}
 
     def forward() -> torch.Tensor:
-        mixed = torch.autocast("cuda", torch.bfloat16) if setup.bytes_of.copies else contextlib.nullcontext()
+        mixed = (
+            torch.autocast("cuda", torch.bfloat16) if setup.bytes_of.copies or masters else contextlib.nullcontext()
+        )
         with mixed:
             return model(**batch, use_cache=False).loss
 

@@ -72,10 +72,14 @@ VARIANTS: dict[str, list[str]] = {
     "default-sdpa": ["--attn_implementation", "sdpa"],
     "default-logits": ["--token_loss", "logits"],
     "default-chunked": ["--token_loss", "chunked"],
-    "default-bfloat16": ["--dtype", "bfloat16"],
+    "default-float32": ["--dtype", "float32"],
+    "grouped_mm-float32": [
+        *("--experts_implementation", "grouped_mm", "--compile_layers", "false"),
+        *("--dtype", "float32"),
+    ],
     RIVAL: [],
 }
-"""What each variant adds; those after `default` change one thing of it."""
+"""What each variant adds; those named after `default` change one thing of it. On a GPU weights are bfloat16."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

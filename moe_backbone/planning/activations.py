@@ -24,7 +24,8 @@ class Precision:
     Attributes:
         weights: Weights of the model.
         gradients: Gradients of the weights.
-        master: The optimizer's float32 copy of the weights; 0 where it has none.
+        master: What the optimizer has of the weights in float32: a copy, or of bfloat16 weights the half that they
+            lack; 0 where it has nothing.
         moments: Each of Adam's two moments.
         stream: The residual stream.
         compute: Inputs and outputs of matrix products.
@@ -40,14 +41,18 @@ class Precision:
     copies: bool = False
 
 
+MASTERS = "bf16-masters"
 PRECISIONS = {
     "bf16-mixed": Precision(weights=4, gradients=4, master=0, moments=4, stream=4, compute=2, copies=True),
     "bf16": Precision(weights=2, gradients=2, master=4, moments=4, stream=2, compute=2),
+    MASTERS: Precision(weights=2, gradients=2, master=2, moments=4, stream=2, compute=2),
     "bf16-pure": Precision(weights=2, gradients=2, master=0, moments=2, stream=2, compute=2),
     "float32": Precision(weights=4, gradients=4, master=0, moments=4, stream=4, compute=4),
 }
 """`bf16-mixed` is autocast over float32 weights, as in transformers' Trainer with `bf16=True`. `bf16` is DeepSpeed's:
-bfloat16 weights and gradients beside float32 master weights and moments. `bf16-pure` has everything in bfloat16."""
+bfloat16 weights and gradients beside float32 master weights and moments. [`MASTERS`] is `otpo pretrain`'s on one GPU:
+bfloat16 weights, and in the optimizer the other halves of their float32 masters. `bf16-pure` has everything in
+bfloat16."""
 
 
 @dataclass(frozen=True)

@@ -250,11 +250,12 @@ def _moments(
     added = persistent or config.tie_word_embeddings
     yield now.moment("backward of the embeddings", temporary=table * size.gradients if added else 0)
 
-    # The optimizer's step, on this GPU's part of the parameters. Master weights need float32 copies of the gradients.
+    # The optimizer's step, on this GPU's part of the parameters. Whole master weights need float32 copies of the
+    # gradients; those in two halves are updated within a kernel.
     now.activations = 0
     sharded = _local_parameters(config, setup, sharded=setup.stage >= 1)
     of_step = sharded * OPTIMIZERS[setup.optimizer].temporaries * setup.moment
-    if size.master:
+    if size.master == FLOAT:
         of_step += sharded * FLOAT
     yield now.moment("step of the optimizer", temporary=of_step)
 

@@ -1,10 +1,10 @@
 """The options of a run that its plan depends on, and their checks."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from moe_backbone.model.configuration_compass import CompassConfig
 
-from .activations import PRECISIONS, Batch, Precision
+from .activations import FLOAT, MASTERS, PRECISIONS, Batch, Precision
 
 STRATEGIES = {"ddp": 0, "zero1": 1, "zero2": 2, "zero3": 3}
 """DeepSpeed's ZeRO stage of each strategy; plain data parallelism has 0. GPUs divide optimizer states from stage 1 on,
@@ -160,7 +160,9 @@ class TrainingSetup:
     @property
     def bytes_of(self) -> Precision:
         """Bytes of a number in each role, as the precision has them."""
-        return PRECISIONS[self.precision]
+        size = PRECISIONS[self.precision]
+        summed = self.precision == MASTERS and self.gradient_accumulation_steps > 1  # in float32
+        return replace(size, gradients=FLOAT) if summed else size
 
     @property
     def moment(self) -> float:

@@ -262,5 +262,6 @@ def _optimizer_bytes(config: CompassConfig, setup: TrainingSetup) -> float:
         local = dense_parameters(config) / setup.world + experts / setup.world
     else:
         local = dense_parameters(config) + experts / setup.expert_parallel_size
-    weights = 2 * size.master + size.weights if size.master else 2 * size.weights
+    halves = size.master == size.weights
+    weights = 2 * size.master + (2 if halves or not size.master else 1) * size.weights
     return local * (2 * 2 * setup.moment + weights + 2 * size.gradients)

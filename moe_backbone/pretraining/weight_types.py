@@ -14,7 +14,8 @@ from moe_backbone.model.router import CompassRouter
 from .master_adamw import MasterAdamW
 
 _PLAIN = {DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU}
-_ADAMW = ("adamw_torch", "adamw_torch_fused")
+ADAMW = ("adamw_torch", "adamw_torch_fused")
+"""Names of `optim` that float32 masters are trained by."""
 _MASTERED = {torch.bfloat16, torch.float32}
 # By names of `optim`: others' kernels want gradients of the weights' type, or read them as such.
 _TAKES_FLOAT32 = {"sgd", "adafactor", "rmsprop", "adagrad"}
@@ -76,7 +77,7 @@ def choose_optimizer(trainer: Any) -> Choice:
     sharded = any(isinstance(weight, DTensor) for weight in weights)
     reducer = "transformers' sharding" if sharded else _reducer(engine)
     plain = engine in _PLAIN and not sharded
-    chosen = plain and name in _ADAMW and all(weight.dtype in _MASTERED for weight in weights)
+    chosen = plain and name in ADAMW and all(weight.dtype in _MASTERED for weight in weights)
     _sum_in_float32(
         rounded,
         engine,
@@ -136,7 +137,7 @@ def _sum_in_float32(
         others += ["`bf16` to true"] if engine == DistributedType.FSDP else []
     else:
         why = f"and {name if name.startswith('the caller') else f'`optim={name}`'}"
-        others += [] if name in _ADAMW else ["`optim` to adamw_torch_fused"]
+        others += [] if name in ADAMW else ["`optim` to adamw_torch_fused"]
     raise ValueError(
         f"`gradient_accumulation_steps={micro_batches}` with bfloat16 weights {why}, which takes no gradients in "
         f"float32, so that micro-batches would be summed in bfloat16. Set {', '.join(others)}, or "

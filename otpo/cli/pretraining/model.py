@@ -28,6 +28,7 @@ from otpo.trl_seam import new_model
 from otpo_kernels.flash import flash_kernels
 
 from .options import ModelArguments, PretrainArguments
+from .weights import choose_dtype
 
 _VOCABULARY_MULTIPLE = 64
 _SET_ELSEWHERE = {f"{token}_token_id": "the tokenizer" for token in ("pad", "bos", "eos")}
@@ -54,18 +55,21 @@ def make_model(
     if longer:
         data.notes["length"] = longer
         config.max_position_embeddings = args.sequence_length
+    dtype, reason = choose_dtype(data, args, model, config)
+    if reason is not None:
+        data.notes["weights"] = f"{dtype}, {reason}"
     attention, why = model.attn_implementation, None
     if attention == "auto":
-        attention, why = choose_attention(config, args.device, computing_dtype(args, model.dtype, config))
+        attention, why = choose_attention(config, args.device, computing_dtype(args, dtype, config))
     if attention == TORCH_VARLEN:
         data.notes["attention"] = f"{attention}, {flash_kernels(args.device, config.head_dim)}"
     else:
         data.notes["attention"] = attention if why is None else f"{attention}, since {why}"
-    options: Any = {"attn_implementation": attention, "dtype": model.dtype}
+    options: Any = {"attn_implementation": attention, "dtype": dtype}
     spread = model_options(data)
     # Made in float32 and rounded, a seed gives the model that it gives in float32, and routers lose nothing.
     engines = requested_engines(args.deepspeed, args.fsdp, os.environ)
-    kind = weights_dtype(model.dtype, config)
+    kind = weights_dtype(dtype, config)
     if kind == torch.float16 and not engines:  # which may keep float32 copies; the trainer looks again
         raise float16_refusal()
     rounded = kind == torch.bfloat16 and data.expert_parallel_size == 1 and not engines

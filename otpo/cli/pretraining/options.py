@@ -75,7 +75,8 @@ class ModelArguments:
     Parameters:
         model_name_or_path: A Compass model's folder or its name on the Hub.
         model_revision: Its branch, tag or commit on the Hub.
-        dtype: Type of the weights; `auto` is a checkpoint's own.
+        dtype: Type of the weights; `auto` is a checkpoint's own. None is what one GPU trains fastest, see
+            [`choose_dtype`](otpo.cli.pretraining.weights.choose_dtype).
         attn_implementation: How attention is computed.
     """
 
@@ -85,12 +86,13 @@ class ModelArguments:
     model_revision: str | None = field(
         default=None, metadata={"help": "Its branch, tag or commit on the Hub, of the tokenizer too. Unset: main."}
     )
-    dtype: str = field(
-        default="float32",
+    dtype: str | None = field(
+        default=None,
         metadata={
             "help": "Type of the weights; `auto` is the checkpoint's. AdamW trains bfloat16 weights by float32 "
             "masters, half of each in the optimizer; routers stay float32. float16 only where DeepSpeed, or FSDP "
-            "under mixed precision, keeps float32 copies.",
+            "under mixed precision, keeps float32 copies. Unset: bfloat16 by AdamW on one GPU without an engine, "
+            "unless a checkpoint has float32 weights; else float32; a resumed run's own.",
             "choices": ["auto", "bfloat16", "float16", "float32"],
         },
     )

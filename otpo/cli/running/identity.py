@@ -124,6 +124,8 @@ def _says_something(name: str, values: Mapping[str, Any]) -> bool:
     # The mixture's stages before say what a stage starts from.
     if name == "previous_stage" or (values.get("stage") and name in ("preset", "model_name_or_path")):
         return False
+    if name == "dtype" and values[name] is None:  # a resumed run takes its checkpoint's own
+        return False
     if any(name.startswith(start) and not values.get(switch, True) for start, switch in _ONLY_WITH.items()):
         return False
     return not says_nothing(name, values.get("weighting"))
