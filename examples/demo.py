@@ -2,7 +2,7 @@
 
 The data is a shopping assistant's, in several languages, bundled or generated; nothing is downloaded. Each step is a
 command of `otpo` that is printed before it runs. After each, the model is asked about products that no step has seen.
-The tiny model is aligned on its own answers: it answers new questions several times, checkers judge, and `otpo pairs`
+A model is aligned on its own answers: it answers new questions several times, checkers judge, and `otpo pairs`
 makes pairs of the best and the worst. At the end a page of `otpo explain` shows which tokens of such pairs counted.
 
     python examples/demo.py                  # compass-tiny, two CPU cores, a few minutes
@@ -80,10 +80,13 @@ def train_tokenizer(corpus: Dataset, vocabulary: int) -> PreTrainedTokenizerFast
 def make_data(scale: Mapping[str, Any], languages: Sequence[str], seed: int) -> tuple[dict[str, Dataset], Dataset]:
     """The training data of all steps by what they are, and the held-out rows."""
     if scale["task"] == "bundled":
+        asked = scale["instructions"]
+        rows = load_demo_instructions("train", languages, asked + scale["prompts"], seed)
         data = {
             "corpus": load_demo_corpus("train", scale["documents"], languages, seed),
-            "instructions": load_demo_instructions("train", languages, count=scale["instructions"]),
-            "pairs": load_demo_preferences("train", languages, count=scale["bundled_pairs"]),
+            "instructions": rows.select(range(asked)),
+            # The checkers know the right answers to these, in which no instruction is.
+            "prompts": rows.select(range(asked, len(rows))),
         }
         return data, load_demo_preferences("test", languages, count=scale["held_out"])
     asked, misread = scale["instructions"], scale["misread"]
@@ -224,7 +227,7 @@ def main() -> int:
     data, held_out = make_data(scale, languages, args.seed)
     paths = write_data(folder, data, scale["vocabulary"])
     held_out.to_json(folder / "held_out.jsonl")
-    pairs = paths.get("pairs", folder / "pairs.jsonl")
+    pairs = folder / "pairs.jsonl"
     steps: dict[str, dict[str, Any]] = {
         "pretrain": {"tokenizer_name_or_path": paths["tokenizer"], "dataset_name": paths["corpus"]},
         "sft": {"model_name_or_path": folder / "pretrain", "dataset_name": paths["instructions"]},
@@ -234,7 +237,7 @@ def main() -> int:
     for step, options in steps.items():
         console.rule(step)
         started = time.monotonic()
-        if step == "align" and "prompts" in paths:
+        if step == "align":
             # An older run's ledger is of another model, though its folder has the same name.
             for stale in (pairs, Path(f"{pairs}.ledger")):
                 stale.unlink(missing_ok=True)

@@ -57,5 +57,15 @@ def test_no_step_of_the_tiny_demo_sees_what_it_is_checked_on(demo):
     assert other[0]["prompts"].to_list() != data["prompts"].to_list()
 
 
+def test_no_step_of_the_small_demo_sees_what_it_is_checked_on(demo):
+    scale = {**settings("small"), "documents": 50, "instructions": 600, "prompts": 100, "held_out": 60}
+    data, held_out = demo.make_data(scale, ("en", "id"), seed=0)
+    assert {name: len(rows) for name, rows in data.items()} == {"corpus": 50, "instructions": 600, "prompts": 100}
+    asked, new = ({row["messages"][0]["content"] for row in data[name]} for name in ("instructions", "prompts"))
+    checked = {row["prompt"][0]["content"] for row in held_out}
+    assert not asked & new and not (asked | new) & checked
+    assert {row["length"] for row in data["prompts"]} == {"short", "medium", "long"}
+
+
 def test_the_demos_tokenizer_marks_answers(demo):
     assert demo.CHAT_TEMPLATE == MARKED_TEMPLATE
