@@ -36,6 +36,7 @@ from otpo.data import load_demo_corpus, load_demo_instructions, load_demo_prefer
 from otpo.data.demo import LANGUAGES
 from otpo.data.ecommerce.answers import check_answer
 from otpo.data.ecommerce.new_questions import MISREAD
+from otpo.pairs.any_length import attend_at_any_length
 from otpo.weighting import WEIGHTINGS
 
 SCALES = Path(__file__).parent / "scales"
@@ -124,7 +125,8 @@ def log_probabilities(
         input_ids[place, : len(text)] = torch.tensor(text)
         answer[place, len(prompt) : len(text)] = True
     input_ids, answer = input_ids.to(model.device), answer.to(model.device)
-    logits = model(input_ids, use_cache=False).logits[:, :-1].float()
+    with attend_at_any_length():
+        logits = model(input_ids, use_cache=False).logits[:, :-1].float()
     of_tokens = logits.log_softmax(-1).gather(-1, input_ids[:, 1:, None]).squeeze(-1)
     return (of_tokens * answer[:, 1:]).sum(1)
 

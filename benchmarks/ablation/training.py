@@ -23,6 +23,7 @@ from otpo import OTPOConfig
 from otpo.data import load_demo_preferences
 from otpo.data.demo import KINDS, SPLITS
 from otpo.data.ecommerce.answers import check_answer
+from otpo.pairs.any_length import attend_at_any_length
 
 from .cells import BUNDLED, METHODS, Cell, Matrix
 from .methods import TRAINERS
@@ -172,7 +173,8 @@ def _answers(model: Any, tokenizer: Any, rows: Rows, tokens: int) -> list[str]:
         return_tensors="pt",
         return_dict=True,
     ).to(model.device)
-    output = model.generate(**prompts, max_new_tokens=tokens, do_sample=False, use_cache=True)
+    with attend_at_any_length():
+        output = model.generate(**prompts, max_new_tokens=tokens, do_sample=False, use_cache=True)
     return tokenizer.batch_decode(output[:, prompts["input_ids"].size(1) :], skip_special_tokens=True)
 
 

@@ -23,6 +23,7 @@ from transformers.utils import logging
 import moe_backbone  # noqa: F401 - makes Compass known to transformers
 from otpo import OTPOConfig, OTPOTrainer
 from otpo.cli.main import main as otpo
+from otpo.pairs.any_length import attend_at_any_length
 from otpo.pairs.judges import load_judge
 from otpo.pairs.ledger import ledger_path, open_ledger
 from otpo.pairs.pairing import PairingRule
@@ -227,14 +228,15 @@ class Worker:
         width = max(map(len, prompts))
         ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts])
         mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-        written = model.generate(
-            input_ids=ids.to(self.device),
-            attention_mask=mask.to(self.device),
-            max_new_tokens=self.plan.tokens,
-            do_sample=False,
-            eos_token_id=ends,
-            pad_token_id=pad,
-        )
+        with attend_at_any_length():
+            written = model.generate(
+                input_ids=ids.to(self.device),
+                attention_mask=mask.to(self.device),
+                max_new_tokens=self.plan.tokens,
+                do_sample=False,
+                eos_token_id=ends,
+                pad_token_id=pad,
+            )
         answers = []
         for tokens in written[:, width:].tolist():
             end = next((place for place, token in enumerate(tokens) if token in ends), len(tokens))

@@ -21,6 +21,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from .any_length import attend_at_any_length
 from .pairing import Answer
 
 
@@ -163,13 +164,14 @@ class TransformersSampler:
         seeds = [answer_seed(options.seed, row, number) for row in rows for number in range(options.num_samples)]
         device = self.model.device
         processors.append(SeededDraw(uniform_table(seeds, options.max_new_tokens).to(device), width))
-        written = self.model.generate(
-            input_ids=input_ids.to(device),
-            attention_mask=mask.to(device),
-            logits_processor=processors,
-            do_sample=False,
-            max_new_tokens=options.max_new_tokens,
-        )
+        with attend_at_any_length():
+            written = self.model.generate(
+                input_ids=input_ids.to(device),
+                attention_mask=mask.to(device),
+                logits_processor=processors,
+                do_sample=False,
+                max_new_tokens=options.max_new_tokens,
+            )
 
         answers = [self._read(tokens) for tokens in written[:, width:].tolist()]
         return [answers[begin : begin + options.num_samples] for begin in range(0, len(answers), options.num_samples)]

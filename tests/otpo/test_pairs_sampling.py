@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
+from otpo.pairs.any_length import attend_at_any_length
 from otpo.pairs.sampling import (
     SamplingOptions,
     SeededDraw,
@@ -132,3 +133,18 @@ def test_end_tokens_are_the_models_and_the_tokenizers(model_folder):
 def test_options_that_cannot_be_drawn_with(changes, message):
     with pytest.raises(ValueError, match=message):
         SamplingOptions(**changes)
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_answers_are_written_without_cudnns_attention(before):
+    kernels = torch.backends.cuda
+    kept = kernels.cudnn_sdp_enabled()
+    kernels.enable_cudnn_sdp(before)
+    try:
+        with pytest.raises(RuntimeError, match="stop"), attend_at_any_length():
+            assert not kernels.cudnn_sdp_enabled()
+            assert kernels.flash_sdp_enabled() and kernels.mem_efficient_sdp_enabled() and kernels.math_sdp_enabled()
+            raise RuntimeError("stop")
+        assert kernels.cudnn_sdp_enabled() == before
+    finally:
+        kernels.enable_cudnn_sdp(kept)

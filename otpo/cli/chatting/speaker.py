@@ -14,6 +14,7 @@ from transformers import (
 
 from otpo.cli.models import compass  # noqa: F401 - makes its models known to the Auto classes
 from otpo.cli.models.loading import find_origin, load_config, load_tokenizer
+from otpo.pairs.any_length import attend_at_any_length
 
 THREAD = "answer"
 """Name of the thread that a model answers in."""
@@ -91,7 +92,8 @@ class Speaker:
 
         def generate() -> None:
             try:
-                out = self.model.generate(**inputs, streamer=streamer, stopping_criteria=criteria, **options)
+                with attend_at_any_length():
+                    out = self.model.generate(**inputs, streamer=streamer, stopping_criteria=criteria, **options)
                 written.append(out[0, length:])
             except BaseException as error:
                 failed.append(error)

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import moe_backbone  # noqa: F401 - makes Compass known to transformers
 from otpo.cli.main import main as otpo
+from otpo.pairs.any_length import attend_at_any_length
 from otpo.pairs.prompts import prompt_tokens
 from otpo.pairs.sampling import end_tokens
 
@@ -91,16 +92,17 @@ def greedy_answers(
     answers = []
     for batch in batches(asked, size):
         width = max(map(len, batch))
-        output = model.generate(
-            input_ids=torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in batch]).to(model.device),
-            attention_mask=torch.tensor(
-                [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in batch], device=model.device
-            ),
-            max_new_tokens=tokens,
-            do_sample=False,
-            pad_token_id=pad,
-            eos_token_id=ends or None,
-        )
+        with attend_at_any_length():
+            output = model.generate(
+                input_ids=torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in batch]).to(model.device),
+                attention_mask=torch.tensor(
+                    [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in batch], device=model.device
+                ),
+                max_new_tokens=tokens,
+                do_sample=False,
+                pad_token_id=pad,
+                eos_token_id=ends or None,
+            )
         for written in output[:, width:].tolist():
             end = next((place for place, token in enumerate(written) if token in ends), None)
             answers.append(tokenizer.decode(written[:end], skip_special_tokens=True))
