@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from otpo_kernels.master_weights import first_remainder, step_numbers, update
+from otpo_kernels.master_weights import first_remainder, step_numbers, update_all
 
 _MOMENTS = {"exp_avg": torch.float32, "exp_avg_sq": torch.float32}
 _GROUP = {"lr", "betas", "eps", "weight_decay"}
@@ -103,10 +103,10 @@ class MasterAdamW(torch.optim.Optimizer):
         numbers = step_numbers(torch.stack(steps), group["lr"], group["betas"], group["weight_decay"], scale, found)
         if found is not None:
             torch._foreach_sub_(steps, [(found > 0).float()] * len(steps))  # a scaler may count more than one
-        for weight, state, row in zip(weights, states, numbers.unbind(), strict=True):
-            grad: Any = weight.grad
-            moments = state["exp_avg"], state["exp_avg_sq"]
-            update(weight, state.get("remainder"), grad, *moments, row, group["betas"], group["eps"])
+        remainders = [state.get("remainder") for state in states]
+        grads: Any = [weight.grad for weight in weights]
+        moments = ([state[name] for state in states] for name in _MOMENTS)
+        update_all(weights, remainders, grads, *moments, numbers, group["betas"], group["eps"])
 
     def _state(self, weight: Tensor) -> dict[str, Any]:
         state = self.state[weight]
