@@ -150,12 +150,12 @@ def update_all(
         betas: AdamW's.
         eps: AdamW's.
     """
-    in_triton = _runs_in_triton(numbers)
-    kinds: dict[tuple[torch.dtype, torch.dtype], list[tuple[Any, ...]]] = {}
-    for row, each in enumerate(zip(weights, remainders, grads, firsts, seconds, strict=True)):
-        weight, remainder, grad, first, second = each
-        if in_triton and _kernel_reads(*each, numbers.device):
-            kinds.setdefault((weight.dtype, grad.dtype), []).append((*each, row))
+    columns = (weights, remainders, grads, firsts, seconds)
+    kernel_reads = _kernel_reads(*columns, numbers.device) if _runs_in_triton(numbers) else [False] * len(weights)
+    kinds: dict[tuple[torch.dtype, torch.dtype], list[int]] = {}  # a launch each
+    for row, (read, weight, remainder, grad, first, second) in enumerate(zip(kernel_reads, *columns, strict=True)):
+        if read:
+            kinds.setdefault((weight.dtype, grad.dtype), []).append(row)
         elif remainder is None:
             update_whole(weight, grad, first, second, numbers[row], betas, eps)
         else:
@@ -163,8 +163,9 @@ def update_all(
     if kinds:
         from .master_weights_kernels import update_all as update_in_triton
 
-        for same in kinds.values():
-            update_in_triton(*zip(*same, strict=True), numbers, betas, eps)
+        for rows in kinds.values():
+            same: list[list[Any]] = [[column[row] for row in rows] for column in columns]
+            update_in_triton(same[0], same[1], same[2], same[3], same[4], rows, numbers, betas, eps)
 
 
 def _runs_in_triton(tensor: Tensor) -> bool:
@@ -172,20 +173,31 @@ def _runs_in_triton(tensor: Tensor) -> bool:
 
 
 def _kernel_reads(
-    weight: Tensor, remainder: Tensor | None, grad: Tensor, first: Tensor, second: Tensor, device: torch.device
-) -> bool:
-    """Whether a weight's tensors are what a kernel takes them for that knows their addresses alone."""
-    count = weight.numel()
-    others = [grad, first, second] if remainder is None else [grad, first, second, remainder]
-    return (
-        weight.dtype == (torch.float32 if remainder is None else torch.bfloat16)
-        and grad.dtype in _GRADIENTS
-        and first.dtype == second.dtype == torch.float32
-        and (remainder is None or remainder.dtype == torch.int16)
-        and weight.device == device
-        and weight.is_contiguous()
-        and all(each.numel() == count and each.device == device and each.is_contiguous() for each in others)
-    )
+    weights: Sequence[Tensor],
+    remainders: Sequence[Tensor | None],
+    grads: Sequence[Tensor],
+    firsts: Sequence[Tensor],
+    seconds: Sequence[Tensor],
+    device: torch.device,
+) -> list[bool]:
+    """Of each weight, whether its tensors are what a kernel takes them for that knows their addresses alone."""
+    counts = [each.numel() for each in weights]
+    whole = [torch.float32 if each is None else torch.bfloat16 for each in remainders]
+    columns = [(remainders, {torch.int16}), (grads, _GRADIENTS), (firsts, {torch.float32}), (seconds, {torch.float32})]
+    reads = [
+        each.dtype == dtype and each.device == device and each.is_contiguous()
+        for each, dtype in zip(weights, whole, strict=True)
+    ]
+    for column, dtypes in columns:
+        reads = [
+            read
+            and (
+                each is None
+                or (each.dtype in dtypes and each.numel() == count and each.device == device and each.is_contiguous())
+            )
+            for read, each, count in zip(reads, column, counts, strict=True)
+        ]
+    return reads
 
 
 def update_halves(

@@ -8,6 +8,7 @@ bfloat16, 28 where it is float32; a master has four bytes in halves as well as w
 # Triton's language is typed as Python, not as what `jit` makes of it.
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportOperatorIssue=false
 
+from array import array
 from collections.abc import Sequence
 from itertools import accumulate
 
@@ -174,14 +175,18 @@ def update_all(
     *begins, programs = accumulate((-(-count // _CHUNK) for count in counts), initial=0)
     if programs == 0:
         return
-    tensors = (weights, remainders, grads, firsts, seconds)
-    addresses = [[0 if each is None else each.data_ptr() for each in column] for column in tensors]
-    table = torch.tensor([*addresses, counts, begins, rows], device="cpu", pin_memory=numbers.is_cuda)
+    table = array("q")
+    for column in (weights, remainders, grads, firsts, seconds):
+        table.extend([0 if each is None else each.data_ptr() for each in column])
+    for column in (counts, begins, rows):
+        table.extend(column)
+    sent = torch.frombuffer(table, dtype=torch.int64)
+    if numbers.is_cuda:  # torch gives this memory to nobody else before the copy is done, so nothing waits
+        sent = sent.pin_memory()
     beta1, beta2 = betas
     with torch.cuda.device_of(numbers):
         _update_kernel[(programs,)](
-            # From pinned memory that torch gives to nobody else before the copy is done, so that nothing waits.
-            table.to(numbers.device, non_blocking=True),
+            sent.to(numbers.device, non_blocking=True),
             len(counts),
             numbers,
             1 - beta1,
