@@ -12,6 +12,7 @@ place as likely as any other, as the masters of weights that were drawn in float
 distance a tenth of the weights takes note, and a tensor's weights move by the step in the mean. This is our choice.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from .backend import triton_is_installed
 _NAN = 0x7FC00000
 _HALF = 0x8000
 _INFINITE = 0x7F80  # a bfloat16's bits without its sign
+_GRADIENTS = {torch.bfloat16, torch.float16, torch.float32, torch.float64}  # that the kernel reads
 _PERIOD = 65_521  # elements after which remainders repeat: a prime, so that rows of a matrix do not have the same
 
 
@@ -123,40 +125,79 @@ def adamw(
     return master * decay - size * exp_avg / (exp_avg_sq.sqrt() / root + eps), exp_avg, exp_avg_sq
 
 
-def update(
-    weight: Tensor,
-    remainder: Tensor | None,
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
+def update_all(
+    weights: Sequence[Tensor],
+    remainders: Sequence[Tensor | None],
+    grads: Sequence[Tensor],
+    firsts: Sequence[Tensor],
+    seconds: Sequence[Tensor],
     numbers: Tensor,
     betas: tuple[float, float],
     eps: float,
 ) -> None:
-    """One step of [`adamw`] in place: on a GPU by one kernel, elsewhere by plain torch.
+    """One step of [`adamw`] in place: on a GPU by one kernel for each pair of types, elsewhere by plain torch.
 
-    Not by what [`otpo_kernels.backend`] says: on the CPU a step has the bits of `torch.optim.AdamW`, always. A tensor
-    that is not contiguous, which the kernel does not read, goes by plain torch as well.
+    Not by what [`otpo_kernels.backend`] says: on the CPU a step has the bits of `torch.optim.AdamW`, always. A weight
+    whose tensors are not all contiguous, which the kernel does not read, goes by plain torch as well.
 
     Args:
-        weight: bfloat16, the upper halves of its masters, or float32, of any shape.
-        remainder: int16, the lower halves; None beside a float32 weight.
-        grad: In any floating-point type, before it is divided by the scale; it is not written.
-        exp_avg: The first moment, float32.
-        exp_avg_sq: The second moment, float32.
-        numbers: `[8]`, a row of [`step_numbers`].
+        weights: `n`, each bfloat16, the upper halves of its masters, or float32, of any shape; all on one device.
+        remainders: int16, the lower halves; None beside a float32 weight.
+        grads: In any floating-point types, before they are divided by the scale; they are not written.
+        firsts: The first moments, float32.
+        seconds: The second moments, float32.
+        numbers: `[n, 8]`, of [`step_numbers`].
         betas: AdamW's.
         eps: AdamW's.
     """
-    tensors = [each for each in (weight, remainder, grad, exp_avg, exp_avg_sq) if each is not None]
-    if weight.is_cuda and triton_is_installed() and all(each.is_contiguous() for each in tensors):
-        from .master_weights_kernels import update as update_in_triton
+    columns = (weights, remainders, grads, firsts, seconds)
+    kernel_reads = _kernel_reads(*columns, numbers.device) if _runs_in_triton(numbers) else [False] * len(weights)
+    kinds: dict[tuple[torch.dtype, torch.dtype], list[int]] = {}  # a launch each
+    for row, (read, weight, remainder, grad, first, second) in enumerate(zip(kernel_reads, *columns, strict=True)):
+        if read:
+            kinds.setdefault((weight.dtype, grad.dtype), []).append(row)
+        elif remainder is None:
+            update_whole(weight, grad, first, second, numbers[row], betas, eps)
+        else:
+            update_halves(weight.view(torch.int16), remainder, grad, first, second, numbers[row], betas, eps)
+    if kinds:
+        from .master_weights_kernels import update_all as update_in_triton
 
-        update_in_triton(weight, remainder, grad, exp_avg, exp_avg_sq, numbers, betas, eps)
-    elif remainder is None:
-        update_whole(weight, grad, exp_avg, exp_avg_sq, numbers, betas, eps)
-    else:
-        update_halves(weight.view(torch.int16), remainder, grad, exp_avg, exp_avg_sq, numbers, betas, eps)
+        for rows in kinds.values():
+            same: list[list[Any]] = [[column[row] for row in rows] for column in columns]
+            update_in_triton(same[0], same[1], same[2], same[3], same[4], rows, numbers, betas, eps)
+
+
+def _runs_in_triton(tensor: Tensor) -> bool:
+    return tensor.is_cuda and triton_is_installed()
+
+
+def _kernel_reads(
+    weights: Sequence[Tensor],
+    remainders: Sequence[Tensor | None],
+    grads: Sequence[Tensor],
+    firsts: Sequence[Tensor],
+    seconds: Sequence[Tensor],
+    device: torch.device,
+) -> list[bool]:
+    """Of each weight, whether its tensors are what a kernel takes them for that knows their addresses alone."""
+    counts = [each.numel() for each in weights]
+    whole = [torch.float32 if each is None else torch.bfloat16 for each in remainders]
+    columns = [(remainders, {torch.int16}), (grads, _GRADIENTS), (firsts, {torch.float32}), (seconds, {torch.float32})]
+    reads = [
+        each.dtype == dtype and each.device == device and each.is_contiguous()
+        for each, dtype in zip(weights, whole, strict=True)
+    ]
+    for column, dtypes in columns:
+        reads = [
+            read
+            and (
+                each is None
+                or (each.dtype in dtypes and each.numel() == count and each.device == device and each.is_contiguous())
+            )
+            for read, each, count in zip(reads, column, counts, strict=True)
+        ]
+    return reads
 
 
 def update_halves(

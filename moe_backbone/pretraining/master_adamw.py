@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from otpo_kernels.master_weights import first_remainder, step_numbers, update
+from otpo_kernels.master_weights import first_remainder, step_numbers, update_all
 
 _MOMENTS = {"exp_avg": torch.float32, "exp_avg_sq": torch.float32}
 _GROUP = {"lr", "betas", "eps", "weight_decay"}
@@ -85,8 +85,9 @@ class MasterAdamW(torch.optim.Optimizer):
         for group in self.param_groups:
             by_device: dict[torch.device, list[Tensor]] = {}
             for weight in group["params"]:
-                if weight.grad is not None:
-                    if weight.grad.is_sparse:  # before any state is written
+                grad = weight.grad
+                if grad is not None:
+                    if grad.is_sparse:  # before any state is written
                         raise RuntimeError("MasterAdamW has no update for sparse gradients.")
                     by_device.setdefault(weight.device, []).append(weight)
             for device, weights in by_device.items():
@@ -99,14 +100,14 @@ class MasterAdamW(torch.optim.Optimizer):
         steps = [state["step"] for state in states]
         told = (getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
         scale, found = (each if each is None else each.to(device, non_blocking=True) for each in told)
-        torch._foreach_add_(steps, 1)
-        numbers = step_numbers(torch.stack(steps), group["lr"], group["betas"], group["weight_decay"], scale, found)
-        if found is not None:
-            torch._foreach_sub_(steps, [(found > 0).float()] * len(steps))  # a scaler may count more than one
-        for weight, state, row in zip(weights, states, numbers.unbind(), strict=True):
-            grad: Any = weight.grad
-            moments = state["exp_avg"], state["exp_avg_sq"]
-            update(weight, state.get("remainder"), grad, *moments, row, group["betas"], group["eps"])
+        now = torch.stack(steps) + 1
+        numbers = step_numbers(now, group["lr"], group["betas"], group["weight_decay"], scale, found)
+        counted: Any = 1 if found is None else (~(found > 0)).float()  # a scaler's count may be above one
+        torch._foreach_add_(steps, counted)
+        remainders = [state.get("remainder") for state in states]
+        grads: Any = [weight.grad for weight in weights]
+        first, second = ([state[name] for state in states] for name in _MOMENTS)
+        update_all(weights, remainders, grads, first, second, numbers, group["betas"], group["eps"])
 
     def _state(self, weight: Tensor) -> dict[str, Any]:
         state = self.state[weight]

@@ -1,6 +1,7 @@
 """bfloat16 weights with float32 masters in two halves train as float32 weights do, bit for bit on the CPU."""
 
 import math
+from copy import deepcopy
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from moe_backbone.pretraining import trainer as pretraining
 from moe_backbone.pretraining.fused_clipping import clip_in_optimizer, takes_scales
 from moe_backbone.pretraining.master_adamw import MasterAdamW
 from moe_backbone.pretraining.weight_types import round_weights
+from otpo_kernels import master_weights
 from otpo_kernels.master_weights import first_remainder, join_master, split_master
 
 EDGES = [0x0000, 0x0001, 0x007F, 0x0080, 0x3F7F, 0x3F80, 0x7F7F, 0x7F80, 0x7FFF]
@@ -130,23 +132,35 @@ def split_whole(copy: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return copy if dtype == torch.float32 else split_master(copy)[0].view(torch.bfloat16).float()
 
 
-@pytest.mark.gpu
-def test_a_step_on_a_gpu_is_the_same():
-    weights, copies = [], []
-    for shape in [(64, 48), (32,), (7, 11), (16, 3), (), (0, 4)]:
-        weights.append(nn.Parameter(torch.randn(shape).bfloat16().cuda()))
-        copies.append(nn.Parameter(weights[-1].detach().cpu()))
-    weights.append(nn.Parameter(torch.randn(9, 5).bfloat16().cuda().T))  # not contiguous
-    copies.append(nn.Parameter(weights[-1].detach().cpu()))
-    optimizer, expected = MasterAdamW(weights, lr=1e-2), MasterAdamW(copies, lr=1e-2)
-    for _ in range(4):
-        for copy, weight in zip(copies, weights, strict=True):
-            weight.grad = torch.randn(weight.shape, device="cuda").bfloat16()
-            copy.grad = weight.grad.cpu()
-        optimizer.step()
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_step_by_the_kernel_is_the_same(device, monkeypatch):
+    weights = []
+    for shape in [(64, 48), (32,), (7, 11), (16, 3), (), (0, 4), (900,)]:
+        for dtype in (torch.bfloat16, torch.float32):
+            weights.append(nn.Parameter(torch.randn(shape).to(device, dtype)))
+    weights.append(nn.Parameter(torch.randn(9, 5).bfloat16().to(device).T))  # not contiguous
+    weights.append(nn.Parameter(torch.randn(50).bfloat16().to(device)[1:]))  # at an odd address
+    copies = [nn.Parameter(weight.detach().clone().cpu()) for weight in weights]
+    optimizer, expected = (MasterAdamW(two_groups(each), lr=1e-2) for each in (weights, copies))
+    for step in range(8):
+        for place, (weight, copy) in enumerate(zip(weights, copies, strict=True)):
+            dtype = torch.bfloat16 if weight.dtype == torch.bfloat16 and place % 4 else torch.float32
+            weight.grad_dtype = copy.grad_dtype = dtype
+            copy.grad = None if place % 3 == step else torch.randn(copy.shape).to(dtype)
+            weight.grad = None if copy.grad is None else copy.grad.to(device)
+        for each in (optimizer, expected):
+            each.found_inf = torch.tensor(float(step == 5))
+        if step == 4:  # all that the kernel was given lies elsewhere
+            optimizer.load_state_dict(deepcopy(optimizer.state_dict()))
+            for weight in weights:
+                weight.data = weight.data.clone()
+        with monkeypatch.context() as patch:
+            patch.setattr(master_weights, "_runs_in_triton", lambda tensor: True)
+            optimizer.step()
         expected.step()
     for weight, copy in zip(weights, copies, strict=True):
-        torch.testing.assert_close(master(optimizer, weight).cpu(), master(expected, copy), rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(master(optimizer, weight).cpu(), master(expected, copy), rtol=1e-5, atol=1e-6)
+        assert optimizer.state[weight]["step"] == expected.state[copy]["step"] >= 6
 
 
 def test_scales_and_left_out_steps_are_those_of_fused_adamw():
