@@ -173,8 +173,9 @@ class CompassForCausalLM(CompassPreTrainedModel, GenerationMixin):
         if count:
             load = expert_load(experts, config.num_experts, mask)
         if record:
-            aux_loss = load_balancing_loss(router_logits, experts, mask)
-            z_loss = router_z_loss(router_logits, mask)
+            logits_of_layers = torch.stack(router_logits)
+            aux_loss = load_balancing_loss(logits_of_layers, experts, mask, load)
+            z_loss = router_z_loss(logits_of_layers, mask)
             if labels is not None and loss is not None:
                 loss = loss + self._router_loss(aux_loss, z_loss, labels, num_items_in_batch).to(loss)
 

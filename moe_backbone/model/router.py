@@ -63,7 +63,12 @@ class CompassRouter(nn.Module):
         return logits_TE, weights_TK.to(hidden_states.dtype), experts_TK
 
 
-def load_balancing_loss(logits: Sequence[Tensor], experts: Sequence[Tensor], mask: Tensor | None = None) -> Tensor:
+def load_balancing_loss(
+    logits: Sequence[Tensor] | Tensor,
+    experts: Sequence[Tensor],
+    mask: Tensor | None = None,
+    load: Tensor | None = None,
+) -> Tensor:
     """Mean over layers of `E * sum_e f_e p_e` (arXiv 2101.03961, eq. 4 to 6), which is K at an even load.
 
     `f_e` is the share of the layer's tokens that took expert e, and `p_e` the mean of expert e's probability.
@@ -71,34 +76,44 @@ def load_balancing_loss(logits: Sequence[Tensor], experts: Sequence[Tensor], mas
     out.
 
     Args:
-        logits: A tensor `[T, E]` for each layer.
+        logits: A tensor `[T, E]` for each layer, or one of all layers, `[L, T, E]`.
         experts: A tensor `[T, K]` for each layer.
         mask: `[T]`, nonzero for the tokens that count; None for all.
+        load: What [`expert_load`] counts by these experts and this mask, `[L, E]`; None counts it here.
     """
-    losses = []
-    for logits_TE, experts_TK in zip(logits, experts, strict=True):
-        counts_T, probabilities_TE = logits_TE.new_ones(len(logits_TE)), logits_TE.softmax(dim=-1)
-        if mask is not None:
-            counts_T = mask.reshape(-1).to(counts_T)
-        taken_TE = torch.zeros_like(probabilities_TE).scatter_(1, experts_TK, 1.0)
-        tokens = counts_T.sum().clamp(min=1)
-        fractions_E, means_E = counts_T @ taken_TE / tokens, counts_T @ probabilities_TE / tokens
-        losses.append(probabilities_TE.size(-1) * (fractions_E * means_E).sum())
-    return torch.stack(losses).mean()
+    probabilities_LTE = _all_layers(logits).softmax(dim=-1)
+    layers, tokens, num_experts = probabilities_LTE.shape
+    if load is None:
+        load = expert_load(experts, num_experts, mask)
+    if mask is not None:
+        counts_T = _counts(mask, probabilities_LTE)
+        probabilities_LTE, tokens = probabilities_LTE * counts_T.unsqueeze(-1), counts_T.sum().clamp(min=1)
+    fractions_LE, means_LE = load.to(probabilities_LTE) / tokens, probabilities_LTE.sum(dim=1) / tokens
+    return num_experts * (fractions_LE * means_LE).sum() / layers
 
 
-def router_z_loss(logits: Sequence[Tensor], mask: Tensor | None = None) -> Tensor:
+def router_z_loss(logits: Sequence[Tensor] | Tensor, mask: Tensor | None = None) -> Tensor:
     """Mean over layers and tokens of `logsumexp(logits)^2` (arXiv 2202.08906, eq. 5).
 
     Args:
-        logits: A tensor `[T, E]` for each layer.
+        logits: A tensor `[T, E]` for each layer, or one of all layers, `[L, T, E]`.
         mask: `[T]`, nonzero for the tokens that count; None for all.
     """
-    squares_LT = torch.stack([logits_TE.logsumexp(dim=-1).square() for logits_TE in logits])
+    squares_LT = _all_layers(logits).logsumexp(dim=-1).square()
     if mask is None:
         return squares_LT.mean()
-    counts_T = mask.reshape(-1).to(squares_LT)
+    counts_T = _counts(mask, squares_LT)
     return (squares_LT * counts_T).mean(dim=0).sum() / counts_T.sum().clamp(min=1)
+
+
+def _all_layers(logits: Sequence[Tensor] | Tensor) -> Tensor:
+    """The logits of all layers as one tensor, for which an operation is started once and not once a layer."""
+    return logits if isinstance(logits, Tensor) else torch.stack(tuple(logits))
+
+
+def _counts(mask: Tensor, like: Tensor) -> Tensor:
+    """1 for the tokens that count and 0 for the others, `[T]` in the dtype of `like`."""
+    return (mask.reshape(-1) != 0).to(like)
 
 
 def expert_load(experts: Sequence[Tensor], num_experts: int, mask: Tensor | None = None) -> Tensor:

@@ -175,7 +175,7 @@ def saved_activations(
     if batch.packed and gradient_checkpointing:
         rest += batch.rows * length * length
     if config.router_aux_loss_coef or config.router_z_loss_coef:
-        rest += (config.num_hidden_layers + ahead) * 2 * tokens * (config.num_experts + 1) * FLOAT
+        rest += (config.num_hidden_layers + ahead) * tokens * (2 * config.num_experts + 1) * FLOAT
     layers = config.num_hidden_layers * kept + ahead * kept_ahead
     total = layers + (1 + ahead) * head + head_copy + rest
     return Activations(layer, mtp, kept, kept_ahead, head, head_copy, rest, total)

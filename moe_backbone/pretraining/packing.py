@@ -7,6 +7,7 @@ as a document of its own. A part of one token has no label.
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset, IterableDataset
 from trl import pack_dataset
@@ -49,24 +50,28 @@ class PackedCollator:
             it has `cu_seq_lens_q` and `cu_seq_lens_k`, int32: 0 and where each document ends; and `max_length_q` and
             `max_length_k`, which are L, a bound of the documents' lengths that is the same in each batch.
         """
+        # By numpy, whose small operations and reading of lists take the host a fraction of torch's time.
         size = (len(rows), self.sequence_length)
-        input_ids = torch.full(size, self.pad_token_id)
-        position_ids = torch.zeros(size, dtype=torch.long)
-        router_mask = torch.zeros(size, dtype=torch.long)
-        for place, row in enumerate(rows):
-            lengths = [*row["seq_lengths"], self.sequence_length - len(row["input_ids"])]
-            position_ids[place] = torch.cat([torch.arange(length) for length in lengths])
-            input_ids[place, : len(row["input_ids"])] = torch.as_tensor(row["input_ids"])
-            router_mask[place, : len(row["input_ids"])] = 1
-        labels = input_ids.masked_fill((router_mask == 0) | (position_ids == 0), IGNORED)
-        batch = {"input_ids": input_ids, "position_ids": position_ids, "labels": labels, "router_mask": router_mask}
+        places = np.arange(self.sequence_length)
+        input_ids = np.full(size, self.pad_token_id, dtype=np.int64)
+        position_ids = np.zeros(size, dtype=np.int64)
+        router_mask = np.zeros(size, dtype=np.int64)
+        for row, ids, positions, mask in zip(rows, input_ids, position_ids, router_mask, strict=True):
+            tokens = len(row["input_ids"])
+            ids[:tokens] = row["input_ids"]
+            mask[:tokens] = 1
+            lengths = np.append(np.asarray(row["seq_lengths"], dtype=np.int64), self.sequence_length - tokens)
+            positions[:] = places - np.repeat(lengths.cumsum() - lengths, lengths)
+        begins = position_ids == 0
+        labels = np.where(begins | (router_mask == 0), IGNORED, input_ids)
+        arrays = {"input_ids": input_ids, "position_ids": position_ids, "labels": labels, "router_mask": router_mask}
+        batch = {name: torch.from_numpy(array) for name, array in arrays.items()}
         if not self.flatten:
             return batch
         joined: dict[str, Any] = {name: value.view(1, -1) for name, value in batch.items()}
         if not self.tell_ends:
             return joined
-        begins = (position_ids.flatten() == 0).nonzero().flatten()
-        ends = torch.cat([begins, torch.tensor([input_ids.numel()])]).int()
-        lengths = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends}
-        lengths |= {"max_length_q": self.sequence_length, "max_length_k": self.sequence_length}
-        return joined | lengths
+        ends = torch.from_numpy(np.append(np.flatnonzero(begins), begins.size).astype(np.int32))
+        bounds = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends}
+        bounds |= {"max_length_q": self.sequence_length, "max_length_k": self.sequence_length}
+        return joined | bounds

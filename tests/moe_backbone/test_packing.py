@@ -2,6 +2,7 @@
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -34,6 +35,51 @@ def test_a_batch():
     assert batch["labels"].tolist() == [[-100, 6, 7, -100, -100, -100]]
     assert batch["router_mask"].tolist() == [[1, 1, 1, 1, 0, 0]]
     assert "attention_mask" not in batch
+
+
+def written_out_batch(rows, length):
+    """Each name's rows, joined to one, and where their documents begin, in Python's lists."""
+    batch = {"input_ids": [], "position_ids": [], "labels": [], "router_mask": []}
+    for row in rows:
+        ids, padding = row["input_ids"], length - len(row["input_ids"])
+        positions = [place for size in [*row["seq_lengths"], padding] for place in range(size)]
+        batch["input_ids"] += [*ids, *[7] * padding]
+        batch["position_ids"] += positions
+        batch["router_mask"] += [1] * len(ids) + [0] * padding
+        batch["labels"] += [token if place else -100 for token, place in zip(ids, positions, strict=False)]
+        batch["labels"] += [-100] * padding
+    return batch, [place for place, position in enumerate(batch["position_ids"]) if position == 0]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    lengths=st.lists(st.lists(st.integers(0, 4), max_size=5), min_size=1, max_size=3),
+    room=st.integers(0, 3),
+    form=st.sampled_from([list, torch.tensor, np.array]),
+)
+def test_a_batch_is_its_rows_written_out(lengths, room, form):
+    """Documents of no token and of one, rows of no document, full rows; lists, tensors and arrays."""
+    length = max(2, max(map(sum, lengths)) + room)
+    rows = [{"input_ids": [20 + place for place in range(sum(sizes))], "seq_lengths": sizes} for sizes in lengths]
+    expected, begins = written_out_batch(rows, length)
+    formed = [{name: form(value) for name, value in row.items()} for row in rows]
+    batch = PackedCollator(7, length)(formed)
+    joined = PackedCollator(7, length, flatten=True)(formed)
+    for name, values in expected.items():
+        assert batch[name].dtype is torch.int64 and batch[name].shape == (len(rows), length)
+        assert batch[name].flatten().tolist() == joined[name][0].tolist() == values, name
+    assert set(batch) == set(expected)
+    for name in ("cu_seq_lens_q", "cu_seq_lens_k"):
+        assert joined[name].dtype is torch.int32 and joined[name].tolist() == [*begins, len(rows) * length]
+    assert joined["max_length_q"] == joined["max_length_k"] == length
+    assert set(PackedCollator(7, length, flatten=True, tell_ends=False)(formed)) == set(expected)
+
+
+@pytest.mark.parametrize("lengths", [[2], [2, 2], [7]])
+def test_rows_that_contradict_themselves_or_are_too_long_are_refused(lengths):
+    tokens = 7 if lengths == [7] else 3
+    with pytest.raises(ValueError, match="broadcast"):
+        PackedCollator(0, 6)([{"input_ids": [1] * tokens, "seq_lengths": lengths}])
 
 
 def test_streams_are_packed_alike():

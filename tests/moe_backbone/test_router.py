@@ -165,6 +165,40 @@ def test_a_mask_of_nothing_gives_zeros():
     assert expert_load(choices, 5, mask).sum() == 0
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_losses_take_layers_as_one_tensor_and_a_load_that_is_known(masked):
+    logits, choices = random_routing(3, 12, 5, 2)
+    mask = torch.tensor([1, 0, 1, 1, 0, 1] * 2) if masked else None
+    known = load_balancing_loss(torch.stack(logits), choices, mask, expert_load(choices, 5, mask))
+    assert torch.equal(known, load_balancing_loss(logits, choices, mask))
+    assert torch.equal(router_z_loss(torch.stack(logits), mask), router_z_loss(logits, mask))
+
+
+def test_the_losses_stay_in_float32_under_autocast():
+    """bfloat16 would round each expert's share and probability to three digits."""
+    logits, choices = random_routing(2, 50, 5, 2)
+    mask = torch.ones(50).index_fill(0, torch.arange(9), 0)
+    expected = load_balancing_loss(logits, choices, mask), router_z_loss(logits, mask)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = load_balancing_loss(logits, choices, mask), router_z_loss(logits, mask)
+    assert torch.equal(torch.stack(got), torch.stack(expected))
+
+
+def test_layers_add_no_operations_to_the_losses():
+    """An operation costs the host more to start than its work on a layer's logits takes a GPU."""
+
+    def operations(layers: int) -> int:
+        logits, choices = random_routing(layers, 12, 5, 2)
+        logits = [layer.requires_grad_() for layer in logits]
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+            loss = load_balancing_loss(logits, choices, torch.ones(12)) + router_z_loss(logits, torch.ones(12))
+        assert loss.requires_grad
+        outermost = [event for event in profiler.events() if event.cpu_parent is None]
+        return sum(event.name.startswith("aten::") for event in outermost)
+
+    assert operations(9) == operations(2)
+
+
 @given(seed=st.integers(0, 2**30), layers=st.integers(1, 3), tokens=st.integers(1, 9), masked=st.booleans())
 @settings(max_examples=25, deadline=None)
 def test_the_load_counts_tokens(seed, layers, tokens, masked):
