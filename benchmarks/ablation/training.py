@@ -20,6 +20,7 @@ from transformers import (
 
 from examples.demo import log_probabilities
 from otpo import OTPOConfig
+from otpo.cli.models.experts import set_answering_experts
 from otpo.data import load_demo_preferences
 from otpo.data.demo import KINDS, SPLITS
 from otpo.data.ecommerce.answers import check_answer
@@ -145,6 +146,7 @@ def evaluate(model: Any, tokenizer: Any, rows: Mapping[str, Rows], matrix: Matri
     """
     results = {}
     model.generation_config.max_length = None  # or `generate` warns of two limits
+    set_answering_experts(model)
     for split, pairs in rows.items():
         found: dict[str, list[Any]] = {"chosen": [], "rejected": [], "answers": []}
         for begin in range(0, len(pairs), _BATCH):

@@ -23,6 +23,7 @@ from transformers.utils import logging
 import moe_backbone  # noqa: F401 - makes Compass known to transformers
 from otpo import OTPOConfig, OTPOTrainer
 from otpo.cli.main import main as otpo
+from otpo.cli.models.experts import set_answering_experts
 from otpo.pairs.any_length import attend_at_any_length
 from otpo.pairs.judges import load_judge
 from otpo.pairs.ledger import ledger_path, open_ledger
@@ -84,7 +85,9 @@ class Worker:
     def answerer(self) -> Any:
         """The model that answers; weights are copied into it."""
         dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
-        return copy.deepcopy(self.template).to(dtype)
+        model = copy.deepcopy(self.template).to(dtype)
+        set_answering_experts(model)
+        return model
 
     @cached_property
     def held_out(self) -> dict[str, tuple[Rows, list[list[int]]]]:

@@ -15,7 +15,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from moe_backbone.experts_choice import find_experts
 from otpo import OTPOConfig, OTPOTrainer
 from otpo.cli import align, pretrain, sft
-from otpo.cli.models.experts import Request, read_request, set_experts
+from otpo.cli.models.experts import Request, read_request, set_answering_experts, set_experts
 from otpo.cli.options.run_options import RunArguments
 
 pytestmark = pytest.mark.usefixtures("own_process")
@@ -109,6 +109,15 @@ def test_auto_says_why_it_is_not_memcpy(model, device, triton, told, runs):
     made = model()
     assert set_experts(Request(), [made], device, True, triton) == told
     assert running(made) == runs
+
+
+def test_a_model_that_answers_on_a_gpu_is_not_left_to_what_copies_weights_for_each_token():
+    """transformers takes `batched_mm` in place of `grouped_mm` there, where tokens are written one by one."""
+    model = compass_model()
+    assert set_answering_experts(model) is None and running(model) == "grouped_mm"  # as it is on the CPU
+    assert set_answering_experts(model, "cuda") == "run by memcpy" and running(model) == "memcpy"
+    assert "grouped_mm" not in model.get_experts_implementation().values()
+    assert set_answering_experts(model_of(DENSE), "cuda") is None
 
 
 def test_a_reference_of_its_own_kind_is_told_apart():

@@ -10,6 +10,7 @@ from traceback import extract_tb
 from typing import Any
 
 from otpo.cli.models import compass  # noqa: F401 - makes its models known to the Auto classes
+from otpo.cli.models.experts import set_answering_experts
 from otpo.cli.models.loading import default_device, find_origin, load_config, load_tokenizer
 
 OWN_TASKS = Path(__file__).parent / "tasks"
@@ -97,6 +98,8 @@ def evaluate(
         dtype=options.pop("dtype"),
         batch_size=options["batch_size"],
     )
+    if options["batch_size"] != 1:
+        set_answering_experts(model.model)
     return run(model, tasks, manager, name, **options)
 
 

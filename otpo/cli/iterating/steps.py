@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import moe_backbone  # noqa: F401 - makes Compass known to transformers
 from otpo.cli.main import main as otpo
+from otpo.cli.models.experts import set_answering_experts
 from otpo.pairs.any_length import attend_at_any_length
 from otpo.pairs.prompts import prompt_tokens
 from otpo.pairs.sampling import end_tokens
@@ -58,7 +59,9 @@ def load_for_answers(
     dtype = "auto" if torch.device(device).type == "cpu" else torch.bfloat16
     options: Any = {"revision": revision, "trust_remote_code": trust_remote_code}
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
-    return model.to(device).eval(), AutoTokenizer.from_pretrained(folder, padding_side="left", **options)
+    model = model.to(device).eval()
+    set_answering_experts(model)
+    return model, AutoTokenizer.from_pretrained(folder, padding_side="left", **options)
 
 
 @torch.no_grad()

@@ -128,6 +128,25 @@ def set_experts(
     return f"{policy}, the reference's too" if reference == policy else f"{policy}; the reference's {reference}"
 
 
+def set_answering_experts(model: Any, device_type: str | None = None) -> str | None:
+    """[`set_experts`] for a model that answers in batches, as `auto` has them; on a GPU alone.
+
+    Where a GPU writes token after token, transformers runs `grouped_mm` experts by `batched_mm`. That copies, in each
+    layer, the weights of every token's experts: of some hundred rows many times the whole model.
+
+    Args:
+        model: On its device.
+        device_type: Of that device; None to look.
+
+    Returns:
+        `"run by ..."`; None where nothing is set.
+    """
+    weight = next(model.parameters())
+    if (weight.device.type if device_type is None else device_type) != "cuda":
+        return None
+    return set_experts(Request(), [model], "cuda", weight.element_size() == 2)
+
+
 def set_trainers_experts(request: Request, trainer: Any, options: RunArguments) -> None:
     """[`set_experts`] for the models of a trainer; what runs is noted for the header."""
     models = [trainer.model, getattr(trainer, "ref_model", None)]

@@ -9,6 +9,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from trl import DatasetMixtureConfig
 
+from otpo.cli.models.experts import set_answering_experts
 from otpo.cli.models.loading import find_origin, load_config, load_processor, require_folder
 from otpo.data.loading import RowArguments, load_rows
 from otpo.data.preferences import RowError
@@ -152,6 +153,9 @@ def load_answering(options: PairsArguments, drawing: SamplingOptions) -> Answeri
     model = model.to(device).eval()
     weights = str(next(model.parameters()).dtype).removeprefix("torch.")
     described = f"transformers' generate on {_shown(device)}, {weights} weights"
+    experts = set_answering_experts(model)
+    if experts is not None:
+        described += f", experts {experts}"
     return Answering(TransformersSampler(model, tokenizer, drawing), tokenizer, limit, described)
 
 
