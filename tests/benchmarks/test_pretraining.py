@@ -28,7 +28,14 @@ def test_commands_are_timed_as_they_are_typed(tmp_path, monkeypatch, capsys):
 
 def test_who_learns_something_else_has_no_time():
     row = dict.fromkeys(pretraining.COLUMNS, "") | {"status": "ok", "first_loss": 6.0, "loss": 4.0, "ms": 1.0}
-    row |= {"shape": "a", "variant": GROUPED, "idle_share": 0.1, "first_step_s": 1.0, "tokens_per_s": 100}
+    row |= {
+        "first_norm": 2.0,
+        "shape": "a",
+        "variant": GROUPED,
+        "idle_share": 0.1,
+        "first_step_s": 1.0,
+        "tokens_per_s": 100,
+    }
     first = judged(dict(row), None)
     assert first["speedup"] == 1.0
     close = judged({**row, "loss": 4.01, "tokens_per_s": 150}, first)
@@ -38,6 +45,12 @@ def test_who_learns_something_else_has_no_time():
         assert wrong["status"].startswith("wrong: ") and wrong["ms"] == wrong["tokens_per_s"] == ""
     other = judged({**row, "first_loss": 6.01, "loss": 4.01}, first)
     assert other["status"].startswith("wrong: the first loss is off by 1.7e-03") and other["ms"] == ""
+    steep = judged({**row, "first_norm": 2.2}, first)
+    assert steep["status"].startswith("wrong: the norm of the first gradients is off by 1.0e-01")
+    # Where little is learnt, its rounding is a larger share of it, and half of it is still seen.
+    slow = judged({**row, "loss": 5.99}, None)
+    assert judged({**row, "loss": 5.9885}, slow)["status"] == "ok"
+    assert judged({**row, "loss": 5.995}, slow)["status"].startswith("wrong: ")
     lost = judged(dict(row), wrong)
     assert lost["status"].startswith("nothing to compare with, grouped_mm: wrong")
 
@@ -46,7 +59,7 @@ def test_who_learns_something_else_has_no_time():
 def test_half_the_learning_rate_has_no_time(tmp_path, monkeypatch):
     monkeypatch.setitem(pretraining.VARIANTS, "half", ["--learning_rate", "1.5e-4"])
     path = tmp_path / "pretraining.csv"
-    assert main([*SHORT, "--variants", GROUPED, "half", "--output", str(path)]) == 1
+    assert main([*SHORT, "--steps", "8", "--variants", GROUPED, "half", "--output", str(path)]) == 1
     grouped, half = harness.read_rows(path)
     assert grouped["status"] == "ok" and half["status"].startswith("wrong: ") and half["tokens_per_s"] == ""
 

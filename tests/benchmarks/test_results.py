@@ -147,19 +147,40 @@ def test_what_is_said_of_tasks_with_headroom_was_measured():
 def test_what_is_said_of_bfloat16_weights_was_measured():
     page = " ".join((RESULTS.parent / "README.md").read_text().split())
     rows = {(row["shape"], row["variant"]): row for row in read_rows(RESULTS / "pretraining_h200.csv")}
-    for key, row in rows.items():
+    timed = {key: row for key, row in rows.items() if row["status"] == "ok"}
+    assert rows.keys() - timed.keys() == {("compass-v3-width", "default")}
+    for key, row in timed.items():
         assert f"{int(row['tokens_per_s']):,}" in page, key
-    for variant in ("default", "default-bfloat16"):
-        assert f"{float(rows['qwen3-30b-a3b-4-layers', variant]['speedup']):.2f} times" in page
+    assert f"{float(rows['compass-small', 'default']['speedup']):.2f} times `grouped_mm` with the same weights" in page
+    of_class, ours = (timed["qwen3-30b-a3b-4-layers", name] for name in ("transformers", "default"))
+    assert f"{int(ours['tokens_per_s']) / int(of_class['tokens_per_s']):.1f} times the class" in page
+    assert abs(float(ours["loss"]) / float(of_class["loss"]) - 1) < 5e-5 and "the same to 0.005%" in page
+
     curves = weight_types.read_curves(read_rows(RESULTS / "weight_types_seeds_compass-small_h200.csv"))
     ends = {key: weight_types.late(curve) for key, curve in curves.items()}
     plain = [ends["float32", seed] for seed in range(3)]
     assert f"is {plain[0]:.4f}, {plain[1]:.4f} and {plain[2]:.4f} with float32" in page
-    for variant, words in (("float32-again", "away from that"), ("bfloat16", "In the first steps")):
-        apart = [f"{ends[variant, seed] - plain[seed]:+.4f}" for seed in range(3)]
-        assert f"{apart[0]}, {apart[1]} and {apart[2]}" in page.split(words)[0]
-    behind = [curves["bfloat16", seed][10] - curves["float32", seed][10] for seed in range(3)]
-    assert f"by {min(behind):.2f} to {max(behind):.2f} in the first ten" in page
+    again = [f"{ends['float32-again', seed] - plain[seed]:+.4f}" for seed in range(3)]
+    assert f"{again[0]}, {again[1]} and {again[2]} away from that" in page
+    halves = [f"{ends['bfloat16', seed] - plain[seed]:+.4f}" for seed in range(2)]
+    assert f"it is {halves[0]} and {halves[1]} away in two seeds" in page and ("bfloat16", 2) not in ends
+    first = [curves["bfloat16", seed][10] - curves["float32", seed][10] for seed in range(2)]
+    assert f"behind by {first[0]:.3f} in one and ahead by {-first[1]:.3f} in the other" in page
+
+
+def test_what_is_said_of_the_small_road_was_measured():
+    page = " ".join((RESULTS.parent / "README.md").read_text().split())
+    road = json.loads((RESULTS / "road_compass_small_h200.json").read_text(encoding="utf-8"))
+    seconds = road["seconds"]
+    steps = ", ".join(
+        f"{name} {seconds[step]:.0f}"
+        for name, step in (("fine-tuning", "sft"), ("own pairs", "pairs"), ("alignment", "align"))
+    )
+    checks = sum(value for step, value in seconds.items() if step.endswith("checks"))
+    assert f"{seconds['all']:.0f} s, of them pretraining {seconds['pretrain']:.0f}" in page
+    assert f"{steps}, checks {checks:.0f}" in page
+    before, after = (road["results"][step]["right, all"] for step in ("sft", "align"))
+    assert f"right in {after:.1f}% of the products and was in {before:.1f}% before" in page
 
 
 def test_what_is_said_of_the_launch_matrix_was_measured():
