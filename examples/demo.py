@@ -86,7 +86,7 @@ def make_data(scale: Mapping[str, Any], languages: Sequence[str], seed: int) -> 
         data = {
             "corpus": load_demo_corpus("train", scale["documents"], languages, seed),
             "instructions": rows.select(range(asked)),
-            # The checkers know the right answers to these, in which no instruction is.
+            # The checkers know the right answers to these. None is among the instructions.
             "prompts": rows.select(range(asked, len(rows))),
         }
         return data, load_demo_preferences("test", languages, count=scale["held_out"])

@@ -35,7 +35,7 @@ def make_start(
         **yaml.safe_load(SCALES[scale].read_text(encoding="utf-8")),
         "documents": DOCUMENTS[scale] * steps[0],
         "instructions": INSTRUCTIONS[scale] * steps[1],
-        "bundled_pairs": 1,
+        "prompts": 1,
         "held_out": 1,
     }
     folder.mkdir(parents=True, exist_ok=True)

@@ -171,6 +171,8 @@ def update_all(
         betas: AdamW's.
         eps: AdamW's.
     """
+    if numbers.is_cuda and torch.cuda.is_current_stream_capturing():  # replays would read this call's addresses
+        raise RuntimeError("A step of MasterAdamW can't be captured in a CUDA graph. Leave the optimizer out of it.")
     counts = [each.numel() for each in weights]
     *begins, programs = accumulate((-(-count // _CHUNK) for count in counts), initial=0)
     if programs == 0:

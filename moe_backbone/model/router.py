@@ -85,6 +85,11 @@ def load_balancing_loss(
     layers, tokens, num_experts = probabilities_LTE.shape
     if load is None:
         load = expert_load(experts, num_experts, mask)
+    if load.shape != (layers, num_experts):
+        raise ValueError(
+            f"The experts' load is of {list(load.shape)}, and the logits are of {layers} layers with {num_experts} "
+            "experts. Give `experts`, and `load`, of the same layers."
+        )
     if mask is not None:
         counts_T = _counts(mask, probabilities_LTE)
         probabilities_LTE, tokens = probabilities_LTE * counts_T.unsqueeze(-1), counts_T.sum().clamp(min=1)
@@ -107,8 +112,9 @@ def router_z_loss(logits: Sequence[Tensor] | Tensor, mask: Tensor | None = None)
 
 
 def _all_layers(logits: Sequence[Tensor] | Tensor) -> Tensor:
-    """The logits of all layers as one tensor, for which an operation is started once and not once a layer."""
-    return logits if isinstance(logits, Tensor) else torch.stack(tuple(logits))
+    """The logits of all layers in one tensor, of at least float32: an operation starts once, not once a layer."""
+    layers = logits if isinstance(logits, Tensor) else torch.stack(tuple(logits))
+    return layers.to(torch.promote_types(layers.dtype, torch.float32))
 
 
 def _counts(mask: Tensor, like: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from moe_backbone.model.configuration_compass import CompassConfig
 
-from .activations import FLOAT, Activations, saved_activations
+from .activations import FLOAT, MASTERS, Activations, saved_activations
 from .counting import count_layer, count_parameters
 from .setup import OPTIMIZERS, TrainingSetup
 
@@ -254,7 +254,8 @@ def _moments(
     # gradients; those in two halves are updated within a kernel.
     now.activations = 0
     sharded = _local_parameters(config, setup, sharded=setup.stage >= 1)
-    of_step = sharded * OPTIMIZERS[setup.optimizer].temporaries * setup.moment
+    copies = 0 if setup.precision == MASTERS else OPTIMIZERS[setup.optimizer].temporaries
+    of_step = sharded * copies * setup.moment
     if size.master == FLOAT:
         of_step += sharded * FLOAT
     yield now.moment("step of the optimizer", temporary=of_step)

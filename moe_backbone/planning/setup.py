@@ -105,12 +105,34 @@ class TrainingSetup:
         ):
             if getattr(self, name) not in known:
                 raise ValueError(f"`{name}={getattr(self, name)}` is not known. Set one of: {', '.join(known)}.")
+        if self.precision == MASTERS:
+            self._check_masters()
         if self.gpus_per_node % self.expert_parallel_size:
             raise ValueError(
                 f"`expert_parallel_size={self.expert_parallel_size}` does not divide `gpus_per_node="
                 f"{self.gpus_per_node}`: experts are shared inside a node, whose links are fast. Set "
                 f"`expert_parallel_size` to one of {_divisors(self.gpus_per_node)}."
             )
+
+    def _check_masters(self) -> None:
+        """Refuses masters in halves where no training has them."""
+        summed = self.world > 1 and self.gradient_accumulation_steps > 1
+        for clashes, other, value in (
+            (self.strategy != "ddp", f"strategy={self.strategy}", "`precision` to bf16, as DeepSpeed trains"),
+            (
+                self.expert_parallel_size > 1,
+                f"expert_parallel_size={self.expert_parallel_size}",
+                "`precision` to bf16",
+            ),
+            (self.optimizer == "adamw_8bit", "optimizer=adamw_8bit", "`optimizer` to adamw"),
+            (
+                summed,
+                f"gradient_accumulation_steps={self.gradient_accumulation_steps}",
+                "it to 1, since DDP would sum micro-batches in bfloat16",
+            ),
+        ):
+            if clashes:
+                raise ValueError(f"`precision={MASTERS}` and `{other}` do not go together. Set {value}.")
 
     @property
     def world(self) -> int:

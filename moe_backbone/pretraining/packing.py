@@ -61,6 +61,8 @@ class PackedCollator:
             ids[:tokens] = row["input_ids"]
             mask[:tokens] = 1
             lengths = np.append(np.asarray(row["seq_lengths"], dtype=np.int64), self.sequence_length - tokens)
+            if lengths.sum() != self.sequence_length:
+                raise ValueError(f"`seq_lengths` add up to {lengths[:-1].sum()}, and `input_ids` has {tokens} tokens.")
             positions[:] = places - np.repeat(lengths.cumsum() - lengths, lengths)
         begins = position_ids == 0
         labels = np.where(begins | (router_mask == 0), IGNORED, input_ids)

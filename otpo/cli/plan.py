@@ -100,7 +100,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="bf16-mixed: autocast over float32 weights, as the Trainer's bf16 option does. bf16: bfloat16 weights "
         "and gradients beside float32 master weights and moments, as DeepSpeed does. bf16-masters: bfloat16 weights, "
         "and the other halves of their float32 masters in the optimizer. bf16-pure: all in bfloat16. float32. auto: "
-        "what pretrain takes, bf16-masters on one GPU by adamw, else bf16-mixed (auto)",
+        "what pretrain takes, bf16-masters on one GPU by adamw, bf16 under ZeRO, else bf16-mixed (auto)",
     )
     add("--optimizer", default="adamw", metavar="NAME", help="adamw (fused), adamw_foreach, adamw_8bit (adamw)")
     add("--tokens", type=float, metavar="X", help="also print how many days so many tokens take, as in 12e12")
@@ -138,7 +138,6 @@ def _print_json(report: dict[str, Any]) -> None:
 
 
 def _make_plan(options: argparse.Namespace) -> "Plan":
-    from moe_backbone.planning.activations import MASTERS
     from moe_backbone.planning.hardware import find_gpu
     from moe_backbone.planning.plan import load_config, make_plan
     from moe_backbone.planning.setup import TrainingSetup
@@ -152,11 +151,20 @@ def _make_plan(options: argparse.Namespace) -> "Plan":
     if options.attention_kernels == "auto":
         named["attention_kernels"] = "flash4" if _fourth_would_run(options.gpu, config.head_dim) else "torch"
     if options.precision == "auto":
-        alone = options.nodes == options.gpus_per_node == 1 and options.strategy == "ddp"
-        named["precision"] = MASTERS if alone and options.optimizer != "adamw_8bit" else TrainingSetup.precision
+        named["precision"] = _precision(options, config)
     share = options.efficiency
     rates = Rates() if share is None else Rates(matmul=share, attention=share / 2)
     return make_plan(config, find_gpu(options.gpu), TrainingSetup(**named), rates)
+
+
+def _precision(options: argparse.Namespace, config: Any) -> str:
+    """What training takes where nothing is said: DeepSpeed its own, one GPU masters unless weights are float32."""
+    from moe_backbone.planning.activations import MASTERS
+
+    if options.strategy != "ddp":
+        return "bf16"
+    alone = options.nodes == options.gpus_per_node == 1 and options.optimizer != "adamw_8bit"
+    return MASTERS if alone and str(config.dtype).removeprefix("torch.") in ("None", "bfloat16") else "bf16-mixed"
 
 
 def _fourth_would_run(gpu: str, head_dim: int) -> bool:

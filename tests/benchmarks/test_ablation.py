@@ -10,7 +10,7 @@ from helpers import make_pairs
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging
 
-from benchmarks.ablation import __main__, run
+from benchmarks.ablation import __main__, run, start
 from benchmarks.ablation.cells import NAMED, Matrix, read_matrix, weightings_of
 from benchmarks.ablation.judges import checkers, judged, load_judge
 from benchmarks.ablation.report import report, table_rows
@@ -320,3 +320,18 @@ def test_checkers_know_right_from_wrong():
     assert judged(checkers, prompts, chosen, rejected, rows) == [1.0] * len(rows)
     assert judged(checkers, prompts, [""] * len(rows), chosen, rows) == [0.0] * len(rows)
     assert judged(checkers, prompts, chosen, chosen, rows) == [0.5] * len(rows)
+
+
+@pytest.mark.parametrize("scale", ["tiny", "small"])
+def test_the_start_asks_for_data_that_the_demo_makes(tmp_path, monkeypatch, scale):
+    ran = {}
+    monkeypatch.setattr(start, "run", lambda step, options: ran.update({step: options}))
+    monkeypatch.setattr(start, "DOCUMENTS", dict.fromkeys(start.DOCUMENTS, 60))
+    start.make_start(tmp_path, ("en",), (1, 1), scale)
+    assert list(ran) == ["pretrain", "sft"]
+    for step, option in (
+        ("pretrain", "dataset_name"),
+        ("sft", "dataset_name"),
+        ("pretrain", "tokenizer_name_or_path"),
+    ):
+        assert ran[step][option].exists()

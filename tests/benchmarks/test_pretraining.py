@@ -47,10 +47,6 @@ def test_who_learns_something_else_has_no_time():
     assert other["status"].startswith("wrong: the first loss is off by 1.7e-03") and other["ms"] == ""
     steep = judged({**row, "first_norm": 2.2}, first)
     assert steep["status"].startswith("wrong: the norm of the first gradients is off by 1.0e-01")
-    # Where little is learnt, its rounding is a larger share of it, and half of it is still seen.
-    slow = judged({**row, "loss": 5.99}, None)
-    assert judged({**row, "loss": 5.9885}, slow)["status"] == "ok"
-    assert judged({**row, "loss": 5.995}, slow)["status"].startswith("wrong: ")
     lost = judged(dict(row), wrong)
     assert lost["status"].startswith("nothing to compare with, grouped_mm: wrong")
 
@@ -59,7 +55,7 @@ def test_who_learns_something_else_has_no_time():
 def test_half_the_learning_rate_has_no_time(tmp_path, monkeypatch):
     monkeypatch.setitem(pretraining.VARIANTS, "half", ["--learning_rate", "1.5e-4"])
     path = tmp_path / "pretraining.csv"
-    assert main([*SHORT, "--steps", "8", "--variants", GROUPED, "half", "--output", str(path)]) == 1
+    assert main([*SHORT, "--variants", GROUPED, "half", "--output", str(path)]) == 1
     grouped, half = harness.read_rows(path)
     assert grouped["status"] == "ok" and half["status"].startswith("wrong: ") and half["tokens_per_s"] == ""
 

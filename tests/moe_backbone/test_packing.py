@@ -78,8 +78,14 @@ def test_a_batch_is_its_rows_written_out(lengths, room, form):
 @pytest.mark.parametrize("lengths", [[2], [2, 2], [7]])
 def test_rows_that_contradict_themselves_or_are_too_long_are_refused(lengths):
     tokens = 7 if lengths == [7] else 3
-    with pytest.raises(ValueError, match="broadcast"):
+    with pytest.raises(ValueError, match=r"broadcast|add up to"):
         PackedCollator(0, 6)([{"input_ids": [1] * tokens, "seq_lengths": lengths}])
+
+
+@pytest.mark.parametrize(("tokens", "lengths"), [(6, [1]), (5, []), (5, [0])])
+def test_one_length_is_not_spread_over_a_row(tokens, lengths):
+    with pytest.raises(ValueError, match=f"add up to {sum(lengths)}, and `input_ids` has {tokens} tokens"):
+        PackedCollator(0, 6)([{"input_ids": [5] * tokens, "seq_lengths": lengths}])
 
 
 def test_streams_are_packed_alike():

@@ -115,9 +115,11 @@ def test_a_model_that_answers_on_a_gpu_is_not_left_to_what_copies_weights_for_ea
     """transformers takes `batched_mm` in place of `grouped_mm` there, where tokens are written one by one."""
     model = compass_model()
     assert set_answering_experts(model) is None and running(model) == "grouped_mm"  # as it is on the CPU
-    assert set_answering_experts(model, "cuda") == "run by memcpy" and running(model) == "memcpy"
+    told = set_answering_experts(model, "cuda", has_triton=False)
+    assert str(told).endswith("Triton is not installed; by batched_mm as tokens are written")
+    assert set_answering_experts(model, "cuda", True) == "run by memcpy" and running(model) == "memcpy"
     assert "grouped_mm" not in model.get_experts_implementation().values()
-    assert set_answering_experts(model_of(DENSE), "cuda") is None
+    assert set_answering_experts(model_of(DENSE), "cuda", True) is None
 
 
 def test_a_reference_of_its_own_kind_is_told_apart():

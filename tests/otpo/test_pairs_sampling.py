@@ -138,13 +138,21 @@ def test_options_that_cannot_be_drawn_with(changes, message):
 @pytest.mark.parametrize("before", [True, False])
 def test_answers_are_written_without_cudnns_attention(before):
     kernels = torch.backends.cuda
-    kept = kernels.cudnn_sdp_enabled()
+    kept = kernels.cudnn_sdp_enabled(), kernels.flash_sdp_enabled()
     kernels.enable_cudnn_sdp(before)
+    kernels.enable_flash_sdp(False)  # what is off stays off
     try:
         with pytest.raises(RuntimeError, match="stop"), attend_at_any_length():
-            assert not kernels.cudnn_sdp_enabled()
-            assert kernels.flash_sdp_enabled() and kernels.mem_efficient_sdp_enabled() and kernels.math_sdp_enabled()
+            assert not kernels.cudnn_sdp_enabled() and not kernels.flash_sdp_enabled()
             raise RuntimeError("stop")
         assert kernels.cudnn_sdp_enabled() == before
+        first, second = attend_at_any_length(), attend_at_any_length()  # two that overlap, as threads' do
+        first.__enter__()
+        second.__enter__()
+        first.__exit__(None, None, None)
+        assert not kernels.cudnn_sdp_enabled()
+        second.__exit__(None, None, None)
+        assert kernels.cudnn_sdp_enabled() == before and not kernels.flash_sdp_enabled()
     finally:
-        kernels.enable_cudnn_sdp(kept)
+        kernels.enable_cudnn_sdp(kept[0])
+        kernels.enable_flash_sdp(kept[1])

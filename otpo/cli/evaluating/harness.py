@@ -12,6 +12,7 @@ from typing import Any
 from otpo.cli.models import compass  # noqa: F401 - makes its models known to the Auto classes
 from otpo.cli.models.experts import set_answering_experts
 from otpo.cli.models.loading import default_device, find_origin, load_config, load_tokenizer
+from otpo.pairs.any_length import attend_at_any_length
 
 OWN_TASKS = Path(__file__).parent / "tasks"
 
@@ -98,7 +99,7 @@ def evaluate(
         dtype=options.pop("dtype"),
         batch_size=options["batch_size"],
     )
-    if options["batch_size"] != 1:
+    if options["batch_size"] > 4:  # fewer rows are as fast by transformers' own choice
         set_answering_experts(model.model)
     return run(model, tasks, manager, name, **options)
 
@@ -140,18 +141,19 @@ def run(
         )
     seed = options.pop("seed")
     try:
-        results = _extra("lm_eval").simple_evaluate(
-            model=model,
-            tasks=tasks,
-            task_manager=manager,
-            log_samples=True,
-            bootstrap_iters=1000,
-            random_seed=seed,
-            numpy_random_seed=seed,
-            torch_random_seed=seed,
-            fewshot_random_seed=seed,
-            **options,
-        )
+        with attend_at_any_length():
+            results = _extra("lm_eval").simple_evaluate(
+                model=model,
+                tasks=tasks,
+                task_manager=manager,
+                log_samples=True,
+                bootstrap_iters=1000,
+                random_seed=seed,
+                numpy_random_seed=seed,
+                torch_random_seed=seed,
+                fewshot_random_seed=seed,
+                **options,
+            )
     except AssertionError as error:
         if "self.max_length" not in (extract_tb(error.__traceback__)[-1].line or ""):
             raise

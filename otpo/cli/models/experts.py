@@ -128,15 +128,17 @@ def set_experts(
     return f"{policy}, the reference's too" if reference == policy else f"{policy}; the reference's {reference}"
 
 
-def set_answering_experts(model: Any, device_type: str | None = None) -> str | None:
+def set_answering_experts(model: Any, device_type: str | None = None, has_triton: bool | None = None) -> str | None:
     """[`set_experts`] for a model that answers in batches, as `auto` has them; on a GPU alone.
 
     Where a GPU writes token after token, transformers runs `grouped_mm` experts by `batched_mm`. That copies, in each
-    layer, the weights of every token's experts: of some hundred rows many times the whole model.
+    layer, the weights of every token's experts: of some hundred rows many times the whole model. Where memcpy can't
+    run, it stays so.
 
     Args:
         model: On its device.
         device_type: Of that device; None to look.
+        has_triton: Whether Triton is installed; None to look.
 
     Returns:
         `"run by ..."`; None where nothing is set.
@@ -144,7 +146,10 @@ def set_answering_experts(model: Any, device_type: str | None = None) -> str | N
     weight = next(model.parameters())
     if (weight.device.type if device_type is None else device_type) != "cuda":
         return None
-    return set_experts(Request(), [model], "cuda", weight.element_size() == 2)
+    told = set_experts(Request(), [model], "cuda", weight.element_size() == 2, has_triton)
+    if told is not None and "grouped_mm" in model.get_experts_implementation().values():
+        told += "; by batched_mm as tokens are written"
+    return told
 
 
 def set_trainers_experts(request: Request, trainer: Any, options: RunArguments) -> None:

@@ -42,6 +42,7 @@ class RunArguments:
             model; see `otpo.cli.models.experts`.
         verbose: Whether the console shows all of a log, of bars and of failures; see `otpo.cli.running.console`.
         notes: Lines for the header, found while the models were made.
+        resolved: Options that were not set, by name, as they were chosen while the models were made.
     """
 
     report: str | None = field(
@@ -100,6 +101,7 @@ class RunArguments:
         },
     )
     notes: dict[str, str] = field(default_factory=dict, init=False)
+    resolved: dict[str, Any] = field(default_factory=dict, init=False)
 
 
 @dataclass

@@ -56,6 +56,7 @@ def make_model(
         data.notes["length"] = longer
         config.max_position_embeddings = args.sequence_length
     dtype, reason = choose_dtype(data, args, model, config)
+    data.resolved["dtype"] = dtype
     if reason is not None:
         data.notes["weights"] = f"{dtype}, {reason}"
     attention, why = model.attn_implementation, None

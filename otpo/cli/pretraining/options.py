@@ -2,6 +2,7 @@
 
 import argparse
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from moe_backbone import PRESETS
 from otpo.cli.options.run_options import Given, RunArguments
@@ -75,10 +76,12 @@ class ModelArguments:
     Parameters:
         model_name_or_path: A Compass model's folder or its name on the Hub.
         model_revision: Its branch, tag or commit on the Hub.
-        dtype: Type of the weights; `auto` is a checkpoint's own. None is what one GPU trains fastest, see
-            [`choose_dtype`](otpo.cli.pretraining.weights.choose_dtype).
+        dtype: Type of the weights; `auto` is a checkpoint's own. None lets
+            [`choose_dtype`](otpo.cli.pretraining.weights.choose_dtype) choose.
         attn_implementation: How attention is computed.
     """
+
+    FROM_CHECKPOINT: ClassVar[frozenset[str]] = frozenset({"dtype"})
 
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "Go on from this checkpoint of a Compass model, in place of `preset`."}
@@ -91,8 +94,8 @@ class ModelArguments:
         metadata={
             "help": "Type of the weights; `auto` is the checkpoint's. AdamW trains bfloat16 weights by float32 "
             "masters, half of each in the optimizer; routers stay float32. float16 only where DeepSpeed, or FSDP "
-            "under mixed precision, keeps float32 copies. Unset: bfloat16 by AdamW on one GPU without an engine, "
-            "unless a checkpoint has float32 weights; else float32; a resumed run's own.",
+            "under mixed precision, keeps float32 copies. Unset: bfloat16 by AdamW on one GPU under bf16 "
+            "without an engine, of a new model or a checkpoint in bfloat16; else float32; a resumed run's own.",
             "choices": ["auto", "bfloat16", "float16", "float32"],
         },
     )

@@ -137,7 +137,7 @@ def _run(command: TrainingCommand, argv: list[str], read: list[Given]) -> int:
     # Training, then the model's folder and the report.
     if not parsed[0].verbose:
         show_little(trainer)
-    trainer.add_callback(RunFile(run_identity(parser.dataclass_types, given.values)))
+    trainer.add_callback(RunFile(run_identity(parser.dataclass_types, {**given.values, **parsed[0].resolved})))
     try:
         _train({**lines, **line}, trainer, checkpoint)
     except RowError as error:  # of a stream, whose rows are looked at when they are read

@@ -37,7 +37,8 @@ _OLDER_NAMES = {"max_train_pairs": "max_train_rows"}  # that of `max_eval_rows` 
 def run_identity(dataclasses: Iterable[Any], values: Mapping[str, Any]) -> dict[str, Any]:
     """The options that make a run what it is, as JSON values: model, adapter, data, weighting and loss.
 
-    Those of `TrainingArguments` are not among them (steps, batches, logging, saving, precision), seeds apart.
+    Those of `TrainingArguments` are not among them (steps, batches, logging, saving, precision), seeds apart, nor what
+    is not set and is in `FROM_CHECKPOINT` of its class: a resumed run takes what its checkpoint had.
 
     Args:
         dataclasses: Of the command.
@@ -45,8 +46,10 @@ def run_identity(dataclasses: Iterable[Any], values: Mapping[str, Any]) -> dict[
     """
     values = with_defaults(_by_newer_names(values))
     of_training = {entry.name for entry in fields(TrainingArguments)}
-    names = {name for kind in dataclasses for base in kind.__mro__ for name in get_annotations(base)}
+    kinds = tuple(dataclasses)
+    names = {name for kind in kinds for base in kind.__mro__ for name in get_annotations(base)}
     names -= of_training | _MAY_CHANGE | set(get_annotations(RunArguments))
+    names -= {name for kind in kinds for name in getattr(kind, "FROM_CHECKPOINT", ()) if values.get(name) is None}
     names = {name for name in (names | set(_ALSO)) & set(values) if _says_something(name, values)}
     return {name: _plain(name, without_secrets(values[name])) for name in sorted(names)}
 
@@ -69,6 +72,16 @@ def require_same_run(identity: Mapping[str, Any], checkpoint: str) -> bool:
             f"`output_dir`, or remove {file} to resume all the same."
         )
     return True
+
+
+def read_identity(checkpoint: str) -> dict[str, Any]:
+    """What the run of a checkpoint was, by option; nothing where no file tells it.
+
+    Raises:
+        ValueError: The file can't be read.
+    """
+    found = _read(checkpoint)
+    return {} if found is None else with_defaults(_by_newer_names(found[1]))
 
 
 class RunFile(TrainerCallback):
@@ -123,8 +136,6 @@ def _says_something(name: str, values: Mapping[str, Any]) -> bool:
     """Whether an option makes a difference to a run with these others."""
     # The mixture's stages before say what a stage starts from.
     if name == "previous_stage" or (values.get("stage") and name in ("preset", "model_name_or_path")):
-        return False
-    if name == "dtype" and values[name] is None:  # a resumed run takes its checkpoint's own
         return False
     if any(name.startswith(start) and not values.get(switch, True) for start, switch in _ONLY_WITH.items()):
         return False
