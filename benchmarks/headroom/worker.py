@@ -9,7 +9,7 @@ import gc
 import json
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
@@ -22,15 +22,15 @@ from transformers.utils import logging
 
 import moe_backbone  # noqa: F401 - makes Compass known to transformers
 from otpo import OTPOConfig, OTPOTrainer
+from otpo.cli.iterating.steps import greedy_tokens
 from otpo.cli.main import main as otpo
 from otpo.cli.models.experts import set_answering_experts
-from otpo.pairs.any_length import attend_at_any_length
 from otpo.pairs.judges import load_judge
 from otpo.pairs.ledger import ledger_path, open_ledger
 from otpo.pairs.pairing import PairingRule
 from otpo.pairs.prompts import find_prompt, prompt_tokens
 from otpo.pairs.run import PairMaker, summarise
-from otpo.pairs.sampling import SamplingOptions, TransformersSampler, end_tokens
+from otpo.pairs.sampling import SamplingOptions, TransformersSampler
 
 from .plan import Job, Plan, Rows, held_out_prompts, is_right, result_path, sft_rows, training_prompts
 
@@ -212,39 +212,17 @@ class Worker:
         model = self.load(state)
         found: dict[str, Any] = {}
         for split, (rows, prompts) in self.held_out.items():
-            answers: list[str] = []
-            lengths: list[int] = []
-            for at in range(0, len(prompts), self.plan.batch):
-                for tokens in self.greedy(model, prompts[at : at + self.plan.batch]):
-                    answers.append(self.tokenizer.decode(tokens, skip_special_tokens=True))
-                    lengths.append(len(tokens))
+            written = greedy_tokens(model, self.tokenizer, prompts, self.plan.tokens, self.plan.batch)
+            answers = [self.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in written]
             right = [int(is_right(row, answer)) for row, answer in zip(rows, answers, strict=True)]
             kinds = [row["kind"] for row in rows]
-            found[split] = {"right": right, "tokens": lengths, "kinds": kinds, "example": answers[0]}
+            found[split] = {
+                "right": right,
+                "tokens": [len(tokens) for tokens in written],
+                "kinds": kinds,
+                "example": answers[0],
+            }
         return {"held_out": found, "check_seconds": round(time.monotonic() - begin, 2)}
-
-    @torch.no_grad()
-    def greedy(self, model: Any, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
-        """The likeliest answers, token by token, without the token that ends them."""
-        ends = end_tokens(model, self.tokenizer)
-        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else ends[0]
-        width = max(map(len, prompts))
-        ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts])
-        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-        with attend_at_any_length():
-            written = model.generate(
-                input_ids=ids.to(self.device),
-                attention_mask=mask.to(self.device),
-                max_new_tokens=self.plan.tokens,
-                do_sample=False,
-                eos_token_id=ends,
-                pad_token_id=pad,
-            )
-        answers = []
-        for tokens in written[:, width:].tolist():
-            end = next((place for place, token in enumerate(tokens) if token in ends), len(tokens))
-            answers.append(tokens[:end])
-        return answers
 
     def load(self, state: State) -> Any:
         """The model that answers, with these weights."""

@@ -164,8 +164,7 @@ def update_all(
         from .master_weights_kernels import update_all as update_in_triton
 
         for rows in kinds.values():
-            same: list[list[Any]] = [[column[row] for row in rows] for column in columns]
-            update_in_triton(same[0], same[1], same[2], same[3], same[4], rows, numbers, betas, eps)
+            update_in_triton([[column[row] for row in rows] for column in columns], rows, numbers, betas, eps)
 
 
 def _runs_in_triton(tensor: Tensor) -> bool:

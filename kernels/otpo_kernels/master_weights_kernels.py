@@ -11,6 +11,7 @@ bfloat16, 28 where it is float32; a master has four bytes in halves as well as w
 from array import array
 from collections.abc import Sequence
 from itertools import accumulate
+from typing import Any
 
 import torch
 import triton
@@ -146,11 +147,7 @@ def _update_kernel(
 
 
 def update_all(
-    weights: Sequence[Tensor],
-    remainders: Sequence[Tensor | None],
-    grads: Sequence[Tensor],
-    firsts: Sequence[Tensor],
-    seconds: Sequence[Tensor],
+    columns: Sequence[Sequence[Tensor | None]],
     rows: Sequence[int],
     numbers: Tensor,
     betas: tuple[float, float],
@@ -161,16 +158,15 @@ def update_all(
     The kernel writes to bare addresses: nothing here looks at the tensors that they come from.
 
     Args:
-        weights: `n` of one type, contiguous, at any address, as are all tensors here; all on one device.
-        remainders: int16 beside bfloat16 weights, None beside float32 ones.
-        grads: Of one floating-point type whose name torch and Triton share.
-        firsts: Float32.
-        seconds: Float32. Each tensor has as many elements as its weight.
+        columns: Its first five arguments, in their order, of weights of one type and gradients of one whose name
+            torch and Triton share. All tensors are contiguous, at any address, and on one device.
         rows: Each weight's place in `numbers`.
         numbers: `[at least n, 8]`, of `master_weights.step_numbers`.
         betas: AdamW's.
         eps: AdamW's.
     """
+    weights: Any = columns[0]
+    grads: Any = columns[2]
     if numbers.is_cuda and torch.cuda.is_current_stream_capturing():  # replays would read this call's addresses
         raise RuntimeError("A step of MasterAdamW can't be captured in a CUDA graph. Leave the optimizer out of it.")
     counts = [each.numel() for each in weights]
@@ -178,7 +174,7 @@ def update_all(
     if programs == 0:
         return
     table = array("q")
-    for column in (weights, remainders, grads, firsts, seconds):
+    for column in columns:
         table.extend([0 if each is None else each.data_ptr() for each in column])
     for column in (counts, begins, rows):
         table.extend(column)

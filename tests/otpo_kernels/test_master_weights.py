@@ -52,9 +52,9 @@ def launches(monkeypatch):
     found = []
     launch = master_weights_kernels.update_all
 
-    def counted(weights, *rest):
-        found.append(len(weights))
-        launch(weights, *rest)
+    def counted(columns, *rest):
+        found.append(len(columns[0]))
+        launch(columns, *rest)
 
     monkeypatch.setattr(master_weights, "_runs_in_triton", lambda tensor: True)
     monkeypatch.setattr(master_weights_kernels, "update_all", counted)

@@ -64,7 +64,6 @@ def load_for_answers(
     return model, AutoTokenizer.from_pretrained(folder, padding_side="left", **options)
 
 
-@torch.no_grad()
 def greedy_answers(
     model: Any,
     tokenizer: Any,
@@ -90,17 +89,26 @@ def greedy_answers(
         prompt_tokens(tokenizer, prompt, row)
         for prompt, row in zip(prompts, [{}] * len(prompts) if rows is None else rows, strict=True)
     ]
+    written = greedy_tokens(model, tokenizer, asked, tokens, size)
+    return [tokenizer.decode(answer, skip_special_tokens=True) for answer in written]
+
+
+@torch.no_grad()
+def greedy_tokens(
+    model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], tokens: int, size: int
+) -> list[list[int]]:
+    """[`greedy_answers`] from tokens to tokens, without the one that ends an answer."""
     ends = end_tokens(model, tokenizer)
     pad = next((token for token in (tokenizer.pad_token_id, *ends) if token is not None), 0)
     answers = []
-    for batch in batches(asked, size):
+    for batch in batches(prompts, size):
         width = max(map(len, batch))
+        ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in batch])
+        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in batch])
         with attend_at_any_length():
             output = model.generate(
-                input_ids=torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in batch]).to(model.device),
-                attention_mask=torch.tensor(
-                    [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in batch], device=model.device
-                ),
+                input_ids=ids.to(model.device),
+                attention_mask=mask.to(model.device),
                 max_new_tokens=tokens,
                 do_sample=False,
                 pad_token_id=pad,
@@ -108,5 +116,5 @@ def greedy_answers(
             )
         for written in output[:, width:].tolist():
             end = next((place for place, token in enumerate(written) if token in ends), None)
-            answers.append(tokenizer.decode(written[:end], skip_special_tokens=True))
+            answers.append(written[:end])
     return answers

@@ -48,8 +48,9 @@ def choose_dtype(
         return WeightsType(model.dtype, None)
     resumed = find_checkpoint(args.resume_from_checkpoint, args.output_dir)
     if resumed is not None:
-        kept = resumed_dtype(resumed, engines=bool(_engines(args)))
-        if kept == "bfloat16" and args.world_size > 1 and args.gradient_accumulation_steps > 1 and not _engines(args):
+        engines = bool(_engines(args))
+        kept = resumed_dtype(resumed, engines=engines)
+        if kept == "bfloat16" and args.world_size > 1 and args.gradient_accumulation_steps > 1 and not engines:
             raise ValueError(
                 f"`resume_from_checkpoint={resumed}` has bfloat16 weights, whose micro-batches {args.world_size} "
                 f"processes would sum in bfloat16. Set `--num_processes 1` or `gradient_accumulation_steps` to 1, or "
