@@ -31,9 +31,18 @@ class ErrorsFromTheThirdStep(TrainerCallback):
         torch.cuda.set_sync_debug_mode("default")
 
 
-def train(folder: Any, *, attention: str, experts: str, compiled: bool, watched: bool = True, **changes: Any) -> Any:
+def train(
+    folder: Any,
+    *,
+    attention: str,
+    experts: str,
+    compiled: bool,
+    watched: bool = True,
+    dtype: torch.dtype = torch.float32,
+    **changes: Any,
+) -> Any:
     torch._dynamo.reset()
-    model = tiny_compass(num_mtp_layers=1, router_bias_update_speed=0.01, head_dim=16)
+    model = tiny_compass(num_mtp_layers=1, router_bias_update_speed=0.01, head_dim=16).to(dtype)
     model.set_attn_implementation(attention)
     model.set_experts_implementation(experts)
     rows = pack_documents(chain_documents(400), 32)
@@ -63,6 +72,12 @@ def test_no_step_waits_for_the_device(tmp_path, compiled, changes):
     plain = {"attention": "sdpa", "experts": "grouped_mm", "compiled": False, "watched": False, "token_loss": "logits"}
     slow = train(tmp_path / "plain", **plain, **changes)
     assert fast == pytest.approx(slow, rel=5e-3)
+
+
+def test_no_step_of_bfloat16_weights_waits_for_the_device(tmp_path):
+    of = {"attention": NAME, "experts": "memcpy", "compiled": False, "optim": "adamw_torch_fused"}
+    halves = train(tmp_path / "halves", **of, dtype=torch.bfloat16)
+    assert halves == pytest.approx(train(tmp_path / "whole", **of), rel=2e-2)
 
 
 def test_a_gradient_that_is_not_finite_stops_the_training(tmp_path):

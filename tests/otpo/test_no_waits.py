@@ -4,8 +4,6 @@ On the CPU a trainer reads at once. Here it is told to read late, as it does on 
 wait for a GPU raises.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -19,8 +17,8 @@ from helpers import (
     options,
     train_and_evaluate,
 )
+from no_waits import NoWaits, Waited
 from peft import LoraConfig
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, TrainerCallback
 from weighting_helpers import with_weights
 from written_loss import LORA
@@ -84,53 +82,6 @@ def made(case: dict[str, Any], folders: dict[str, str], tmp_path, trainer_class:
         eval_dataset=with_weights(make_pairs(6, 3)),
         **arguments,
     )
-
-
-# What would wait
-
-
-class Waited(AssertionError):
-    """Something would have waited for a GPU."""
-
-
-class NoWaits(TorchDispatchMode):
-    """Raises where a value or a size that only the device knows is asked for, while it is on.
-
-    Also where `torch.tensor` brings a number from the host, which a GPU copies from memory that is not pinned.
-    """
-
-    _READ = (
-        "lift_fresh",
-        "_local_scalar_dense",
-        "nonzero",
-        "masked_select",
-        "equal",
-        "_unique",
-        "_unique2",
-        "unique_dim",
-    )
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.on = False
-        self.looked_at: set[str] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        if self.on:
-            self.looked_at.add(name)
-            indices = args[1] if name in ("index", "index_put", "index_put_", "_index_put_impl_") else ()
-            if name in self._READ or any(each is not None and each.dtype == torch.bool for each in indices):
-                raise Waited(str(func))
-        return func(*args, **(kwargs or {}))
-
-    @contextmanager
-    def pause(self) -> Iterator[None]:
-        was, self.on = self.on, False
-        try:
-            yield
-        finally:
-            self.on = was
 
 
 class ReadsOfTheHost(LateReads):
