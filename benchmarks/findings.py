@@ -10,12 +10,12 @@ from benchmarks.headroom.report import markdown
 from benchmarks.pages import read, table
 
 
-def headroom() -> str:
-    """Right answers by weighting, for docs/ablations.md."""
+def headroom(task: str) -> str:
+    """Right answers of a task by weighting, for docs/ablations.md."""
     words = ("held_out", "weighting")
     rows: list[dict[str, Any]] = [
         {name: value if name in words or not value else float(value) for name, value in row.items()}
-        for row in read("headroom_constraints_h200_summary.csv")
+        for row in read(f"headroom_{task}_h200_summary.csv")
         if row["held_out"] == "all"
     ]
     return markdown(rows, "").strip() + "\n"

@@ -2,8 +2,8 @@
 
 Each variant is one command line on the same tokens from the same seed. The first variant, grouped products with no
 layer compiled, is what the others' losses are compared with: a time is printed only where the first step's loss agrees
-to 0.1%, its gradients' norm to 5%, and how far the mean of the others is below it to 5%; it is the loss of the next
-token, without what is added.
+to 0.1%, its gradients' norm to 5%, and how far the mean of the others is below it to 5%, or 30% at v3's width, where a
+run repeats itself no better than to 9%; it is the loss of the next token, without what is added.
 `default` is what a user gets who says nothing, `transformers` the same model by transformers' class and Trainer, where
 it has one.
 
@@ -15,7 +15,6 @@ it has one.
 import argparse
 import json
 import os
-import random
 import statistics
 import subprocess
 import sys
@@ -24,6 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 from rich.console import Console
@@ -40,6 +40,9 @@ from otpo.cli.pretrain import main as pretrain
 TOLERANCE, NORM_TOLERANCE, LEARNT_TOLERANCE = 1e-3, 5e-2, 5e-2
 """Of the first loss, of its gradients' norm, and of how far below it the mean of the others is: half a learning rate
 is off by half."""
+LEARNT_TOLERANCES = {"compass-v3-width": 0.3}
+"""Where one command does not repeat itself: `grouped_mm` of v3's width learnt 0.2185 and 0.2379 in 79 steps from one
+seed on two H200, with the same first loss, and first norms that agree to 5e-7. Sums in another order are enough."""
 COLUMNS = ("shape", "variant", "status", "steps", "first_loss", "first_norm", "loss")
 ERRORS = ("loss_error", "norm_error", "learnt_error")
 COLUMNS += ERRORS
@@ -166,18 +169,15 @@ def make_data(folder: Path, shape: str, span: Span) -> dict[str, Path]:
     """Seeded tokens as a Parquet file, more than the steps need, and a tokenizer of that many words."""
     tiny = shape == "compass-tiny"
     words, length, rows = (500, 128, 4) if tiny else (32_000, 4096, 8)
-    draw = random.Random(0)
+    draw = np.random.default_rng(0)
     # A language to learn: a token's successor is one of a few, so that losses of right and wrong steps differ soon.
-    successors = [[draw.randrange(3, words) for _ in range(4)] for _ in range(words)]
-    documents: list[list[int]] = []
-    for _ in range(span.total * rows):
-        token, document = draw.randrange(3, words), []
-        for _ in range(length):
-            document.append(token)
-            token = draw.choice(successors[token])
-        documents.append(document)
+    successors = draw.integers(3, words, (words, 4))
+    documents = np.empty((span.total * rows, length), dtype=np.int64)
+    documents[:, 0] = draw.integers(3, words, len(documents))
+    for place in range(1, length):
+        documents[:, place] = successors[documents[:, place - 1], draw.integers(0, 4, len(documents))]
     data = {"tokens": folder / f"{shape}.parquet", "tokenizer": folder / f"tokenizer_{words}"}
-    Dataset.from_dict({"input_ids": documents}).to_parquet(data["tokens"])
+    Dataset.from_dict({"input_ids": list(documents)}).to_parquet(data["tokens"])
     special = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>"}
     tokenizer = word_tokenizer(words - len(special), list(special.values()), **special)
     tokenizer.save_pretrained(data["tokenizer"])
@@ -294,7 +294,7 @@ def judged(row: dict[str, Any], expected: dict[str, Any] | None) -> dict[str, An
     learnt, wanted = (each["first_loss"] - each["loss"] for each in (row, expected))
     error = abs(learnt - wanted) / max(abs(wanted), 1e-9)
     row["learnt_error"] = float(f"{error:.3e}")
-    if not error <= LEARNT_TOLERANCE:
+    if not error <= LEARNT_TOLERANCES.get(row["shape"], LEARNT_TOLERANCE):
         return _without_times(row, f"wrong: {learnt:.4f} of the loss is learnt, {GROUPED}: {wanted:.4f}")
     return row | {"speedup": round(row["tokens_per_s"] / expected["tokens_per_s"], 3)}
 

@@ -47,6 +47,9 @@ def test_who_learns_something_else_has_no_time():
     assert other["status"].startswith("wrong: the first loss is off by 1.7e-03") and other["ms"] == ""
     steep = judged({**row, "first_norm": 2.2}, first)
     assert steep["status"].startswith("wrong: the norm of the first gradients is off by 1.0e-01")
+    chaotic = judged({**row, "shape": "compass-v3-width"}, None)
+    for loss, right in ((4.5, True), (5.0, False)):  # 2.0 is to be learnt
+        assert (judged({**row, "shape": "compass-v3-width", "loss": loss}, chaotic)["status"] == "ok") == right
     lost = judged(dict(row), wrong)
     assert lost["status"].startswith("nothing to compare with, grouped_mm: wrong")
 

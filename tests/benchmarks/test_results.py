@@ -130,7 +130,8 @@ def test_what_is_said_of_pretraining_was_measured():
 
 def test_what_is_said_of_tasks_with_headroom_was_measured():
     page = (ROOT / "docs" / "ablations.md").read_text(encoding="utf-8")
-    assert f"\n\n{findings.headroom()}" in page and f"\n\n{findings.found_spans()}" in page
+    for made in (findings.headroom("constraints"), findings.headroom("shop"), findings.found_spans()):
+        assert f"\n\n{made}" in page
     rows = read_rows(RESULTS / "headroom_constraints_h200_summary.csv")
     last = {(row["held_out"], row["weighting"]): row for row in rows if row["round"] in ("0", "2")}
     gains = [round(float(last[split, "dpo"]["over_start"]), 1) for split in ("all", "test_templates")]
@@ -142,6 +143,22 @@ def test_what_is_said_of_tasks_with_headroom_was_measured():
     assert [round(float(first[f"over_dpo{end}"]), 1) for end in ("", "_low", "_high")] == [-3.7, -5.7, -1.8]
     for said in ("3.7 points behind DPO after the first round ([-5.7, -1.8])", "55.8 to 60.0% in four seeds, 49.4%"):
         assert said in " ".join(page.split())
+
+
+def test_what_is_said_of_the_shop_was_measured():
+    page = " ".join((ROOT / "docs" / "ablations.md").read_text(encoding="utf-8").split())
+    rows = read_rows(RESULTS / "headroom_shop_h200_summary.csv")
+    last = {(row["held_out"], row["weighting"]): row for row in rows if row["round"] in ("0", "2")}
+    start = [float(last[split, "start"]["right"]) for split in ("all", "test", "test_templates")]
+    assert "It gets {}% of held-out prompts right, {}% in wordings that it was".format(*start) in page
+    assert f"trained on and {start[2]}% in new ones" in page
+    gains = [round(float(last[split, "dpo"]["over_start"]), 1) for split in ("all", "test_templates", "test")]
+    assert "DPO gains {} points, of which {} in new wordings and {} in known ones".format(*gains) in page
+    over = {name: row for (split, name), row in last.items() if split == "all" and row["over_dpo"]}
+    assert all(float(row["over_dpo_low"]) < 0 < float(row["over_dpo_high"]) for row in over.values())
+    low = sorted((float(row["over_dpo"]), name) for name, row in over.items())[:2]
+    assert [name for _, name in low] == ["contrast", "diff"]
+    assert f"`contrast`, by {-low[0][0]:.1f} points, and `diff`, by {-low[1][0]:.1f}" in page
 
 
 def test_what_is_said_of_bfloat16_weights_was_measured():
@@ -179,8 +196,11 @@ def test_what_is_said_of_the_small_road_was_measured():
     checks = sum(value for step, value in seconds.items() if step.endswith("checks"))
     assert f"{seconds['all']:.0f} s, of them pretraining {seconds['pretrain']:.0f}" in page
     assert f"{steps}, checks {checks:.0f}" in page
-    before, after = (road["results"][step]["right, all"] for step in ("sft", "align"))
-    assert f"right in {after:.1f}% of the products and was in {before:.1f}% before" in page
+    first, before, after = (road["results"][step]["right, all"] for step in ("pretrain", "sft", "align"))
+    assert f"right in {after:.1f}% of 252 products and was in {before:.1f}% before" in page
+    assert f"and in {first:.1f}% after pretraining" in page
+    of_first = json.loads((RESULTS / "road_compass_small_h100.json").read_text(encoding="utf-8"))["seconds"]
+    assert f"takes {seconds['all'] / of_first['all']:.2f} of it" in page
 
 
 def test_what_is_said_of_the_launch_matrix_was_measured():

@@ -7,7 +7,6 @@ wait for a GPU raises.
 from typing import Any
 
 import pytest
-import torch
 from helpers import (
     assert_same_parameters,
     hashed_weights,
