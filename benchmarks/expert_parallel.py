@@ -16,7 +16,7 @@ A step is forward, backward and the optimizer's, in bfloat16 under ZeRO-2, exper
 Contenders have equal weights and batches. Before any time is taken, what the first step of each says of its tokens,
 its loss and its gradients' norms (experts, all else) have to agree with data parallelism's; otherwise `status` says
 what does not. `ms` is the slowest GPU's median, `peak_mib` the largest of a step. Shares are of the first GPU's kernel
-time by kernel names; NCCL's kernels include waits for other GPUs. `idle_share` is of the profiled steps' span.
+time by kernel names; NCCL's kernels include waits for other GPUs. `idle_share` is of a timed step.
 `predicted_*` is what `otpo plan` says of the same setup.
 """
 
@@ -106,7 +106,7 @@ def attempt(case: Case, name: str, ranks: Ranks, steps: int, row: dict[str, Any]
         row |= {"ms": round(worst["ms"], 2), "peak_mib": round(worst["mib"])}
         row["tokens_per_s"] = round(1e3 * ranks.world * ids.numel() / worst["ms"])
         if name != NATIVE and case.name != FITS:
-            row |= profile_steps(engine, ids, ranks)
+            row |= profile_steps(engine, ids, ranks, ms)
     ranks.gather("done")
 
 

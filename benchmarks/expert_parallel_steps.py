@@ -13,7 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks import harness
-from benchmarks.kernel_trace import busy_time, kernels_of
+from benchmarks.kernel_trace import kernels_of
+from benchmarks.step_clock import idle_of
 
 GATES = {"nll_error": 0.05, "loss": 0.002, "dense_grad_norm": 0.03, "expert_grad_norm": 0.05}
 """Of tokens' losses the median difference, by their spread: bfloat16 leaves 0.01, and two experts exchanged in each
@@ -140,8 +141,8 @@ def measure_steps(engine: Any, ids: Tensor, steps: int, ranks: Ranks) -> float:
     return statistics.median(a.elapsed_time(b) if on_gpu else 1e3 * (b - a) for a, b in between)
 
 
-def profile_steps(engine: Any, ids: Tensor, ranks: Ranks, steps: int = 2) -> dict[str, float]:
-    """Shares of the kernels' time by kind, and of time without any, on the first GPU; all take part."""
+def profile_steps(engine: Any, ids: Tensor, ranks: Ranks, ms: float, steps: int = 2) -> dict[str, float]:
+    """Shares of the kernels' time by kind, and of a step of `ms` without any, on the first GPU; all take part."""
     activity = torch.profiler.ProfilerActivity.CUDA if ids.is_cuda else torch.profiler.ProfilerActivity.CPU
     first = ranks.rank == 0
     with torch.profiler.profile(activities=[activity]) if first else contextlib.nullcontext() as profile:
@@ -150,16 +151,21 @@ def profile_steps(engine: Any, ids: Tensor, ranks: Ranks, steps: int = 2) -> dic
         ranks.synchronize()
     if profile is None:
         return {}
-    return shares_of(kernels_of(profile, on_gpu=ids.is_cuda))
+    return shares_of(kernels_of(profile, on_gpu=ids.is_cuda), steps, ms / 1e3)
 
 
-def shares_of(events: list[dict[str, Any]]) -> dict[str, float]:
-    """Of kernels `{name, ts, dur}`: each kind's share of their time, and the share of their span without any."""
+def shares_of(events: list[dict[str, Any]], steps: int, seconds: float) -> dict[str, float]:
+    """Of kernels `{name, ts, dur}` of profiled steps: each kind's share of their time, and a step's without any.
+
+    Args:
+        events: The kernels.
+        steps: Profiled.
+        seconds: Of a step that nobody profiles.
+    """
     spent = dict.fromkeys(KINDS, 0.0)
     for event in events:
         kind = next(kind for kind, names in KINDS.items() if re.search(names, event["name"], re.IGNORECASE))
         spent[kind] += event["dur"]
-    total, start = sum(spent.values()), min(event["ts"] for event in events)
-    end = max(event["ts"] + event["dur"] for event in events)
+    total = sum(spent.values())
     shares = {f"{kind}_share": round(time_ / total, 4) for kind, time_ in spent.items()}
-    return {**shares, "idle_share": round(1 - busy_time(events) / (end - start), 4)}
+    return {**shares, "idle_share": round(idle_of(events, steps, seconds), 4)}

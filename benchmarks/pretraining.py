@@ -242,7 +242,7 @@ def child(told: dict[str, Any]) -> int:
     row: dict[str, Any] = {"status": "ok", "first_loss": first["lm_loss"], "loss": log["lm_loss"]}
     row["first_norm"] = first["grad_norm"]
     row |= {"ms": round(statistics.median(clock.step_ms()), 2), "tokens_per_s": round(rate)}
-    row |= {"idle_share": round(clock.idle_share, 4), "first_step_s": round(clock.first_step_s, 2)}
+    row |= {"idle_share": round(clock.idle_of_timed, 4), "first_step_s": round(clock.first_step_s, 2)}
     row["step_ms"] = " ".join(f"{ms:.1f}" for ms in clock.step_ms())
     row["run_s"] = round(clock.run_s, 1)
     row["kernels"] = largest_groups(clock.profile, 30, on_gpu=on_gpu)

@@ -23,10 +23,23 @@ class Span(NamedTuple):
         return sum(self)
 
 
+def idle_of(kernels: list[dict[str, Any]], steps: int, seconds: float) -> float:
+    """The share of a step without a kernel, at least 0.
+
+    Args:
+        kernels: Of profiled steps, all alike.
+        steps: How many.
+        seconds: Of a step that nobody profiles, since a profiler slows the host down.
+    """
+    return max(0.0, 1 - busy_time(kernels) / 1e6 / steps / seconds)
+
+
 class Clock(TrainerCallback):
     """Times steps from end to end without waiting for the device in any of them, then profiles a few more.
 
     The device is waited for where training begins, after the first step, and around the timed and the profiled steps.
+    `idle_share` is of the profiled steps, whose host a profiler slows down. Where all steps are alike, `idle_of_timed`
+    says it of the timed ones: the device's work is that of the profiled steps, the time is not.
     """
 
     def __init__(self, span: Span, device: torch.device) -> None:
@@ -61,6 +74,11 @@ class Clock(TrainerCallback):
             self.profile.__exit__(None, None, None)
             self.kernels = kernels_of(self.profile, on_gpu=self.on_gpu)  # a profile is read once
             self.idle_share = 1 - busy_time(self.kernels) / 1e6 / wall
+
+    @property
+    def idle_of_timed(self) -> float:
+        """The share of a timed step in which the device had nothing to do, by what a profiled step keeps it busy."""
+        return idle_of(self.kernels, self.span.profiled, self.window_s / self.span.steps)
 
     def step_ms(self) -> list[float]:
         """Each timed step on the device's clock, or the host's where there is no GPU."""

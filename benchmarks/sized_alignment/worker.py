@@ -81,7 +81,7 @@ def measure(case: Case, span: Span, device: torch.device) -> dict[str, Any]:
     }
     if on_gpu:
         found |= {"made_gib": round(float(peaks[0]) / 2**30, 2), "peak_gib": round(float(peaks[1]) / 2**30, 2)}
-    found |= shares_of(clock.kernels)
+    found |= shares_of(clock.kernels, span.profiled, seconds)
     wrong = not abs(losses[0] - FIRST_LOSS) < TOLERANCE or not all(map(math.isfinite, losses))
     return {**found, "status": f"wrong: the first loss is {losses[0]:.4f}, not 0.6931" if wrong else "ok"}
 
