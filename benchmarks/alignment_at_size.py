@@ -14,6 +14,7 @@ step, with 512 tokens of a prompt and 512 of a response: 32,768 tokens on 2 GPUs
 
 `s_per_step` is the mean of the timed steps from end to end, `peak_gib` the most that any GPU had allocated in one,
 `made_gib` the most before. Shares are of the first GPU's kernel time in two more steps; NCCL's kernels include waits.
+`idle_share` is what these kernels leave of a timed step.
 `status` is `ok` where the first loss is log 2, as it has to be, and later ones are numbers. A model that does not fit
 whole runs with fewer layers too: two numbers of them tell a layer's time from all else, which gives the whole model's.
 """

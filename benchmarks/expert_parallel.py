@@ -16,7 +16,7 @@ A step is forward, backward and the optimizer's, in bfloat16 under ZeRO-2, exper
 Contenders have equal weights and batches. Before any time is taken, what the first step of each says of its tokens,
 its loss and its gradients' norms (experts, all else) have to agree with data parallelism's; otherwise `status` says
 what does not. `ms` is the slowest GPU's median, `peak_mib` the largest of a step. Shares are of the first GPU's kernel
-time by kernel names; NCCL's kernels include waits for other GPUs. `idle_share` is of a timed step.
+time by kernel names; NCCL's kernels include waits for other GPUs. `idle_share` is what they leave of a timed step.
 `predicted_*` is what `otpo plan` says of the same setup.
 """
 

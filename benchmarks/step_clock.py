@@ -26,8 +26,11 @@ class Span(NamedTuple):
 def idle_of(kernels: list[dict[str, Any]], steps: int, seconds: float) -> float:
     """The share of a step without a kernel, at least 0.
 
+    Where kernels wait for other GPUs they are longer or shorter in profiled steps. On the CPU calls stand for kernels,
+    which a profiler makes longer, so that it is 0 or says little.
+
     Args:
-        kernels: Of profiled steps, all alike.
+        kernels: Of profiled steps, all alike; times in microseconds.
         steps: How many.
         seconds: Of a step that nobody profiles, since a profiler slows the host down.
     """

@@ -102,7 +102,8 @@ class MasterAdamW(torch.optim.Optimizer):
         scale, found = (each if each is None else each.to(device, non_blocking=True) for each in told)
         now = torch.stack(steps) + 1
         numbers = step_numbers(now, group["lr"], group["betas"], group["weight_decay"], scale, found)
-        counted = torch.ones_like(now[0]) if found is None else (~(found > 0)).float()  # a scaler's may be above one
+        # What a scaler has found is a count.
+        counted = torch.ones_like(now[0]) if found is None else (~(found > 0)).float()
         # One for each, since a lone scalar tensor is read by the host as a number, for which it waits for the device.
         torch._foreach_add_(steps, [counted] * len(steps))
         remainders = [state.get("remainder") for state in states]

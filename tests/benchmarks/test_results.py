@@ -153,7 +153,7 @@ def test_what_is_said_of_the_shop_was_measured():
     assert "It gets {}% of held-out prompts right, {}% in wordings that it was".format(*start) in page
     assert f"trained on and {start[2]}% in new ones" in page
     gains = [round(float(last[split, "dpo"]["over_start"]), 1) for split in ("all", "test_templates", "test")]
-    assert "DPO gains {} points, of which {} in new wordings and {} in known ones".format(*gains) in page
+    assert "DPO gains {} points, the mean of {} in new wordings and {} in known ones".format(*gains) in page
     over = {name: row for (split, name), row in last.items() if split == "all" and row["over_dpo"]}
     assert all(float(row["over_dpo_low"]) < 0 < float(row["over_dpo_high"]) for row in over.values())
     low = sorted((float(row["over_dpo"]), name) for name, row in over.items())[:2]
@@ -195,9 +195,12 @@ def test_what_is_said_of_the_small_road_was_measured():
     )
     checks = sum(value for step, value in seconds.items() if step.endswith("checks"))
     assert f"{seconds['all']:.0f} s, of them pretraining {seconds['pretrain']:.0f}" in page
-    assert f"{steps}, checks {checks:.0f}" in page
+    rest = 2 * seconds["all"] - sum(seconds.values())
+    assert f"{steps}, checks {checks:.0f}, data and a tokenizer {seconds['data']:.0f}, and the picture and" in page
+    assert f"the pages of `otpo explain` {rest:.0f}" in page
     first, before, after = (road["results"][step]["right, all"] for step in ("pretrain", "sft", "align"))
-    assert f"right in {after:.1f}% of 252 products and was in {before:.1f}% before" in page
+    assert f"right in {after:.1f}% of 252 products and was in {before:.1f}% before, three answers fewer" in page
+    assert round(2.52 * after) - round(2.52 * before) == 3
     assert f"and in {first:.1f}% after pretraining" in page
     of_first = json.loads((RESULTS / "road_compass_small_h100.json").read_text(encoding="utf-8"))["seconds"]
     assert f"takes {seconds['all'] / of_first['all']:.2f} of it" in page

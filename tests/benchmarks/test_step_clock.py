@@ -1,8 +1,9 @@
 """What a profile of some steps says of steps that nobody profiled."""
 
 import pytest
+import torch
 
-from benchmarks.step_clock import idle_of
+from benchmarks.step_clock import Clock, Span, idle_of
 
 KERNELS = [
     {"ts": 0.0, "dur": 300.0},
@@ -16,3 +17,9 @@ def test_idle_time_is_of_a_step_that_nobody_profiled():
     assert idle_of(KERNELS, 2, 1e-3) == pytest.approx(0.4)
     assert idle_of(KERNELS, 2, 600e-6) == pytest.approx(0.0, abs=1e-12)
     assert idle_of(KERNELS, 2, 500e-6) == 0.0
+
+
+def test_a_clock_says_it_of_its_timed_steps():
+    clock = Clock(Span(4, 5, 2), torch.device("cpu"))
+    clock.kernels, clock.window_s = KERNELS, 5e-3
+    assert clock.idle_of_timed == pytest.approx(0.4)
