@@ -264,11 +264,11 @@ class OTPOTrainer(FullySharded, ConvertedWeights, DPOTrainer):
     def _plans_rows(self, dataset: Any) -> Iterator[None]:
         """Lets loaders that are made inside the block plan the rows on the host.
 
-        Loaders of streams, and others by `dispatch_batches`, gather batches on one process and cut them anew for the
-        others, so those are planned late.
+        Loaders that gather batches on one process and cut them anew for the others are planned late. accelerate makes
+        those by `dispatch_batches`, and of streams unless it is false, which TRL sets where it trains on a stream.
         """
-        collator = self.data_collator
-        is_cut_anew = isinstance(dataset, IterableDataset) or self.accelerator.dispatch_batches
+        collator, asked = self.data_collator, self.accelerator.dispatch_batches
+        is_cut_anew = isinstance(dataset, IterableDataset) if asked is None else asked
         if self.layout.way is not None and not is_cut_anew:
             self.data_collator = PlanningCollator(collator, share=self.layout.shares)
         try:

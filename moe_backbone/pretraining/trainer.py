@@ -20,6 +20,7 @@ from moe_backbone.planning.counting import flops_per_token
 from moe_backbone.planning.hardware import recognise_gpu
 
 from .fused_clipping import clip_in_optimizer, takes_scales
+from .loaders import copy_without_waiting
 from .log_window import LogWindow
 from .norm_check import NormCheck, look_at_norms_alone
 from .packing import PackedCollator
@@ -258,6 +259,7 @@ class PretrainingTrainer(Trainer):
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Trains on a micro-batch as transformers does; the first one since an entry of the log starts the clock."""
         self._window.start(self.state.global_step)
+        copy_without_waiting(self.accelerator)
         return super().training_step(*args, **kwargs)
 
     @cached_property

@@ -112,10 +112,10 @@ class WatchedSteps(TrainerCallback):
 
 
 def watched(trainer: OTPOTrainer, watch: NoWaits) -> None:
-    """Leaves out what runs on the CPU in training on a GPU too, and the models' own forward passes."""
+    """Leaves out what runs otherwise on a GPU: a solver, and the models' own forward passes."""
     trainer._reads = ReadsOfTheHost(watch)
     trainer.add_callback(WatchedSteps(watch))
-    collate, weigh = trainer.data_collator, trainer.token_weights
+    weigh = trainer.token_weights
 
     def paused(function: Any) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -124,7 +124,6 @@ def watched(trainer: OTPOTrainer, watch: NoWaits) -> None:
 
         return call
 
-    trainer.data_collator = paused(collate)
     if trainer.args.weighting == "otpo":  # the solver in plain torch looks at its residual; the kernels never do
         trainer.token_weights = paused(weigh)
     elif trainer.args.weighting in ("contrast", "otpo*diff"):  # what they make of its result is looked at
@@ -168,12 +167,25 @@ def test_a_step_waits_for_nothing_and_logs_the_same(name, folders, tmp_path):
             assert got[key] == (pytest.approx(value, rel=1e-6, abs=1e-7) if key in rounded else value), key
 
 
+@pytest.mark.parametrize("streamed", [False, True])
+def test_rows_without_padding_are_planned_before_a_step(streamed, model_folder, tmp_path):
+    """By the loader, on the host, of a stream too: TRL has each process read its own rows of one."""
+    watch, pairs = NoWaits(), make_pairs(32)
+    args = options(tmp_path, weighting="uniform", row_layout="shared_prompt", logging_steps=4)
+    trainer = OTPOTrainer(model_folder, args=args, train_dataset=pairs.to_iterable_dataset() if streamed else pairs)
+    trainer._reads_late = True
+    watched(trainer, watch)
+    with watch:
+        trainer.train()
+    assert trainer.state.global_step == 4 and "index_copy" in watch.looked_at
+
+
 def test_the_watch_sees_a_wait(folders, tmp_path):
     """Of a trainer that reads at once, and of a weighting."""
     watch = NoWaits()
     trainer = made({}, folders, tmp_path, logging_steps=4)
     watched(trainer, watch)
-    with watch, pytest.raises(Waited, match="local_scalar_dense"):
+    with watch, pytest.raises(Waited, match="cpu"):
         trainer.train()
 
     class Asking(OTPOTrainer):
