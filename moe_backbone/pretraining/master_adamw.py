@@ -102,7 +102,7 @@ class MasterAdamW(torch.optim.Optimizer):
         scale, found = (each if each is None else each.to(device, non_blocking=True) for each in told)
         now = torch.stack(steps) + 1
         numbers = step_numbers(now, group["lr"], group["betas"], group["weight_decay"], scale, found)
-        # What a scaler has found is a count.
+        # A scaler counts what it has found, and may have found more than one.
         counted = torch.ones_like(now[0]) if found is None else (~(found > 0)).float()
         # One for each, since a lone scalar tensor is read by the host as a number, for which it waits for the device.
         torch._foreach_add_(steps, [counted] * len(steps))
