@@ -80,7 +80,12 @@ class Clock(TrainerCallback):
 
     @property
     def idle_of_timed(self) -> float:
-        """The share of a timed step in which the device had nothing to do, by what a profiled step keeps it busy."""
+        """The share of a timed step in which the device had nothing to do, by what a profiled step keeps it busy.
+
+        On the CPU that of the profiled steps: a profiler lengthens the calls that stand for kernels there.
+        """
+        if not self.on_gpu:
+            return self.idle_share
         return idle_of(self.kernels, self.span.profiled, self.window_s / self.span.steps)
 
     def step_ms(self) -> list[float]:

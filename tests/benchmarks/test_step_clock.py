@@ -20,6 +20,7 @@ def test_idle_time_is_of_a_step_that_nobody_profiled():
 
 
 def test_a_clock_says_it_of_its_timed_steps():
-    clock = Clock(Span(4, 5, 2), torch.device("cpu"))
-    clock.kernels, clock.window_s = KERNELS, 5e-3
-    assert clock.idle_of_timed == pytest.approx(0.4)
+    for device, idle in (("cuda", 0.4), ("cpu", 0.7)):  # where calls stand for kernels it is of the profiled ones
+        clock = Clock(Span(4, 5, 2), torch.device(device))
+        clock.kernels, clock.window_s, clock.idle_share = KERNELS, 5e-3, 0.7
+        assert clock.idle_of_timed == pytest.approx(idle)
