@@ -10,9 +10,9 @@ import torch
 import transformers
 from packaging.version import Version
 from torch import Tensor
+from transformers.integrations.moe import _grouped_linear
 
 from benchmarks.moe_cases import unmasked_experts_forward
-from moe_backbone.memcpy_experts import run_grouped
 from otpo_kernels.memcpy import permute, unpermute
 from otpo_kernels.routing import route
 
@@ -54,9 +54,10 @@ def sonic(experts: Any, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
 
 
 def separate_passes(experts: Any, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-    """`memcpy` as it runs experts that are not plain SwiGLU: the activation and its gradient by torch's operations."""
+    """Our moves around products, activation and their gradients that are all torch's own operations."""
     routing = route(index, experts.num_experts)
-    rows = run_grouped(experts, permute(x, routing), routing.offsets)
+    rows = _grouped_linear(permute(x, routing), experts.gate_up_proj, routing.offsets)
+    rows = _grouped_linear(experts._apply_gate(rows), experts.down_proj, routing.offsets)
     return unpermute(rows, routing, weights)
 
 

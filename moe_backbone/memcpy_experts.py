@@ -8,9 +8,9 @@ transformers' interface takes it: `from_pretrained(..., experts_implementation="
 Compass too, has transformers' default, `grouped_mm`. [`experts_choice`] says where `memcpy` is the better one, and the
 training commands of otpo go by that.
 
-SwiGLU experts in bfloat16 on a GPU run as one operator, [`otpo_kernels.gated_experts`], SwiGLU and its gradient in one
-pass each; all others run in separate passes. The kind of module, its weights and whether torch compiles it decide
-that, and no data does.
+SwiGLU experts in bfloat16 on a GPU run as one operator, [`otpo_kernels.gated_experts`]; all others, and compiled
+ones, run in separate passes, of which SwiGLU and its gradient are one each. The kind of module, its weights and
+whether torch compiles it decide that, and no data does.
 """
 
 from typing import Any
@@ -26,6 +26,7 @@ from transformers.integrations.moe import (
 
 from otpo_kernels.gated_experts import gated_experts
 from otpo_kernels.memcpy import permute, route, unpermute
+from otpo_kernels.swiglu import swiglu
 
 NAME = "memcpy"
 ADAPTERS = "low_rank_adapters"
@@ -62,7 +63,7 @@ def memcpy_experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor
             "with another experts_implementation."
         )
     routing = route(top_k_index, self.num_experts)
-    # torch's compiler fuses SwiGLU with what is around it as well, and frees what the operator would hold.
+    # In compiled layers separate passes are as fast as the operator, and what it would hold is freed.
     if not torch.compiler.is_compiling() and is_swiglu(self) and _has_kernels(weight, self.down_proj):
         x_TD = hidden_states.to(weight.dtype)
         return gated_experts(x_TD, weight, self.down_proj, routing, top_k_weights).to(hidden_states.dtype)
@@ -78,14 +79,21 @@ def is_swiglu(experts: Any) -> bool:
         experts: An `nn.Module` decorated by `use_experts_implementation`.
     """
     return (
-        experts.has_gate
+        _gates_by_swiglu(experts)
         and not experts.has_bias
         and not experts.is_transposed
-        and experts.is_concatenated
         and experts._modules.get("post_expert_norm") is None
+        and not vars(experts).get(ADAPTERS)
+    )
+
+
+def _gates_by_swiglu(experts: Any) -> bool:
+    """Whether what lies between both products is `silu(gate) * up` of the halves of a row."""
+    return (
+        experts.has_gate
+        and experts.is_concatenated
         and type(experts)._apply_gate is _default_apply_gate
         and type(experts.act_fn).__name__ in _SILU
-        and not vars(experts).get(ADAPTERS)
     )
 
 
@@ -103,7 +111,7 @@ def _has_kernels(*weights: Tensor) -> bool:
 
 
 def run_grouped(experts: Any, x_RD: Tensor, ends_E: Tensor) -> Tensor:
-    """Each group of rows through its expert, in separate passes of torch.
+    """Each group of rows through its expert, in separate passes.
 
     Args:
         experts: An `nn.Module` decorated by `use_experts_implementation`.
@@ -114,7 +122,10 @@ def run_grouped(experts: Any, x_RD: Tensor, ends_E: Tensor) -> Tensor:
         `(R, D)`.
     """
     h_RF = _linear(experts, "gate_up_proj" if experts.has_gate else "up_proj", x_RD, ends_E)
-    h_RF = experts._apply_gate(h_RF) if experts.has_gate else experts.act_fn(h_RF)
+    if _gates_by_swiglu(experts):
+        h_RF = swiglu(h_RF, ends_E)
+    else:
+        h_RF = experts._apply_gate(h_RF) if experts.has_gate else experts.act_fn(h_RF)
     y_RD = _linear(experts, "down_proj", h_RF, ends_E)
     norm = experts._modules.get("post_expert_norm")
     if norm is None:

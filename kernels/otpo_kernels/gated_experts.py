@@ -29,6 +29,7 @@ from torch import Tensor
 from .backend import runs_in_triton
 from .memcpy import permute, unpermute
 from .routing import Routing
+from .swiglu import run_swiglu
 
 
 def gated_experts(x: Tensor, gate_up: Tensor, down: Tensor, routing: Routing, weights: Tensor) -> Tensor:
@@ -63,12 +64,6 @@ def gated_experts(x: Tensor, gate_up: Tensor, down: Tensor, routing: Routing, we
         raise TypeError(f"x, gate_up and down must share a dtype, got {x.dtype}, {gate_up.dtype} and {down.dtype}.")
     where = (routing.destinations, routing.offsets, routing.counts)
     return _gated_experts(x, gate_up, down, weights, *where, torch.is_grad_enabled())[0]
-
-
-def swiglu_reference(h: Tensor) -> Tensor:
-    """`silu(gate) * up` of the halves of rows: `(R, 2 F)` to `(R, F)`, computed in float32 at least."""
-    gate, up = h.to(torch.promote_types(h.dtype, torch.float32)).chunk(2, dim=-1)
-    return (torch.nn.functional.silu(gate) * up).to(h.dtype)
 
 
 def swiglu_backward_reference(
@@ -109,14 +104,6 @@ def sources_of_rows(destinations: Tensor, rows: int) -> Tensor:
     return sources.scatter_(0, of_slot.where(of_slot >= 0, rows), places)[:-1].clone()
 
 
-def _swiglu(h: Tensor, ends: Tensor) -> Tensor:
-    if not runs_in_triton(h):
-        return swiglu_reference(h)
-    from . import gated_experts_kernels
-
-    return gated_experts_kernels.swiglu(h, ends)
-
-
 def _swiglu_backward(
     grad: Tensor, h: Tensor, weights: Tensor, sources: Tensor, ends: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -143,7 +130,7 @@ def _gated_experts(
     if not routing.rows:
         return torch.zeros_like(x), x.new_empty(0, gate_up.size(1))
     h = torch.nn.functional.grouped_mm(permute(x, routing), gate_up.transpose(1, 2), offs=offsets)
-    a = _swiglu(h, offsets)
+    a = run_swiglu(h, offsets)
     if not keeps:
         h = h.new_empty(0, h.size(1))
     y = torch.nn.functional.grouped_mm(a, down.transpose(1, 2), offs=offsets)

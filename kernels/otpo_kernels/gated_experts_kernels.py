@@ -1,9 +1,9 @@
-"""SwiGLU of rows grouped by expert, its gradients, and the slot that each row came from, in Triton.
+"""The gradients of weighted SwiGLU rows, and the slot that each row came from, in Triton.
 
 Shapes: R rows in the order of experts, F the experts' width, N slots. `[gate, up]` stand side by side in rows of 2 F,
 as transformers' `gate_up_proj` makes them.
 
-Bytes, in rows of F: `swiglu` 2 + 1, `swiglu_backward` 1 + 2 + 3. Eager torch moves 5 and 13 for the same.
+Bytes of `swiglu_backward`, in rows of F: 3 + 3. Eager torch moves 13 for the same.
 """
 
 # Triton's language is typed as Python, not as what `jit` makes of it.
@@ -15,22 +15,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .distance import INTERPRETED
+from .swiglu_kernels import swiglu_gradient
 
 _SLOTS = 64 if INTERPRETED else 1024  # that a program inverts
-
-
-@triton.jit
-def swiglu_of(gate, up):
-    """In float32."""
-    return gate * tl.sigmoid(gate) * up
-
-
-@triton.jit
-def swiglu_gradient(grad, gate, up):
-    """SwiGLU, and what `grad` makes of the gate and of the up projection, in float32."""
-    chance = tl.sigmoid(gate)
-    activated = gate * chance
-    return activated * up, grad * up * (chance + activated * (1.0 - chance)), grad * activated
 
 
 @triton.jit(do_not_specialize=["slots"])
@@ -38,19 +25,6 @@ def _sources_kernel(destinations_ptr, sources_ptr, slots, BLOCK: tl.constexpr):
     slot = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     row = tl.load(destinations_ptr + slot, mask=slot < slots, other=-1)
     tl.store(sources_ptr + row, slot, mask=row >= 0)
-
-
-@triton.jit
-def _swiglu_kernel(h_ptr, a_ptr, ends_ptr, experts, width, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    blocks = tl.cdiv(width, BLOCK)
-    row = tl.program_id(0) // blocks * ROWS + tl.arange(0, ROWS)
-    column = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)[None, :]
-    last = tl.load(ends_ptr + experts - 1)
-    inside = (row < last)[:, None] & (column < width)
-    at = row[:, None].to(tl.int64) * width
-    gate = tl.load(h_ptr + 2 * at + column, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(h_ptr + 2 * at + width + column, mask=inside, other=0.0).to(tl.float32)
-    tl.store(a_ptr + at + column, swiglu_of(gate, up).to(a_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -102,18 +76,6 @@ def sources_of_rows(destinations: Tensor, rows: int) -> Tensor:
         with torch.cuda.device_of(destinations):
             _sources_kernel[(triton.cdiv(slots, _SLOTS),)](destinations, sources, slots, BLOCK=_SLOTS)
     return sources
-
-
-def swiglu(h: Tensor, ends: Tensor) -> Tensor:
-    """`gated_experts.swiglu_reference` of the rows before the last group's end; others are not written."""
-    rows, width = len(h), h.size(1) // 2
-    a = torch.empty(rows, width, dtype=h.dtype, device=h.device)
-    if a.numel():
-        tile = {"ROWS": 4, "BLOCK": 16} if INTERPRETED else {"ROWS": 8, "BLOCK": 256, "num_warps": 4}
-        grid = (triton.cdiv(rows, tile["ROWS"]) * triton.cdiv(width, tile["BLOCK"]),)
-        with torch.cuda.device_of(h):
-            _swiglu_kernel[grid](h, a, ends, len(ends), width, **tile)
-    return a
 
 
 def swiglu_backward(
