@@ -10,10 +10,13 @@ shopping assistant's, generated, none of them twice in a run. A seed is the mode
     python -m benchmarks.weight_types --shape compass-tiny --steps 30 --every 5 --seeds 2
 
 Runs are spread over the GPUs. The CSV, which has the losses, is written after each run; a benchmark that was killed
-goes on with those that it lacks. The figure has the curves and their differences from `float32`'s of the same seed.
+goes on with those that it lacks, of the same tokens. It ends with 1 where a run did not begin with the loss of
+`float32`'s of its seed, since curves of other starts are not comparable. The figure has the curves and their
+differences from `float32`'s of the same seed.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import statistics
@@ -21,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from array import array
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from queue import SimpleQueue
@@ -48,6 +52,7 @@ VARIANTS = {BASE: "float32", "float32-again": "float32", "bfloat16": "bfloat16",
 """The option `dtype` of each."""
 DEFAULT = (BASE, "float32-again", "bfloat16")
 LAST = 50  # steps of the mean at the end
+_SAME_START = 3e-4  # of the first loss: runs of either type on an H200 were within 4e-5 of each other
 _TOKENS_OF_A_DOCUMENT = 110  # fewer than those of the corpus have on average, by either tokenizer
 Curves = dict[tuple[str, int], dict[int, float]]
 
@@ -58,21 +63,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.child:
         return child(json.loads(args.child))
     console = Console(width=160, highlight=False)
-    about = {"shape": args.shape, "steps": args.steps, "every": args.every} | harness.describe_machine("transformers")
-    rows = kept_rows(args.output, about)
-    done = {(row["variant"], int(row["seed"])) for row in rows}
     asked = [(variant, seed) for seed in range(args.seeds) for variant in args.variants]
-    missing = [run for run in asked if run not in done]
-    if len(missing) < len(asked):
-        console.print(f"{len(asked) - len(missing)} of {len(asked)} runs are in {args.output}")
     devices: SimpleQueue[str] = SimpleQueue()
     names = names_of_gpus() or [""]
     for name in names:
         devices.put(name)
-    failed = []
+    failed: list[Any] = []
 
     with tempfile.TemporaryDirectory() as folder:
-        data = make_data(Path(folder), args.shape, args.steps) if missing else {}
+        data = make_data(Path(folder), args.shape, args.steps)
+        about = {"shape": args.shape, "steps": args.steps, "every": args.every, "data": fingerprint(data["tokens"])}
+        about |= harness.describe_machine("transformers")
+        rows = kept_rows(args.output, about)
+        done = {(row["variant"], int(row["seed"])) for row in rows}
+        missing = [run for run in asked if run not in done]
+        if len(missing) < len(asked):
+            console.print(f"{len(asked) - len(missing)} of {len(asked)} runs are in {args.output}")
 
         def run(cell: tuple[str, int]) -> dict[str, Any]:
             device = devices.get()
@@ -90,9 +96,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             rows.extend(about | told | {"step": step, "loss": loss} for step, loss in found["losses"])
             harness.write_rows(args.output, rows)
     if rows:
-        for words in findings(read_curves(rows)):
+        curves = read_curves(rows)
+        apart = begin_apart(curves)
+        for words in [*findings(curves), *apart]:
             console.print(words)
         console.print(f"{draw(args.output)}\n{args.output}")
+        failed += apart
     return int(bool(failed))
 
 
@@ -114,7 +123,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def kept_rows(path: Path, about: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Rows of an earlier run of the same steps on the same machine; the date may be another."""
+    """Rows of an earlier run of the same steps and tokens on the same machine; the date may be another."""
     if not path.exists():
         return []
     same = [name for name in about if name != "date"]
@@ -132,6 +141,15 @@ def make_data(folder: Path, shape: str, steps: int) -> dict[str, Path]:
     Dataset.from_dict({"input_ids": [[*ids, tokenizer.eos_token_id] for ids in encoded]}).to_parquet(data["tokens"])
     tokenizer.save_pretrained(data["tokenizer"])
     return data
+
+
+def fingerprint(tokens: Path) -> str:
+    """Twelve digits that tell a file's documents from others; a Parquet file's own bytes would tell its writer too."""
+    ids = Dataset.from_parquet(str(tokens), keep_in_memory=True)["input_ids"]  # pyright: ignore - one split
+    digest = hashlib.sha256()
+    for document in ids:
+        digest.update(array("q", [len(document), *document]).tobytes())
+    return digest.hexdigest()[:12]
 
 
 def measure(
@@ -210,6 +228,19 @@ def read_curves(rows: Sequence[Mapping[str, Any]]) -> Curves:
 def late(curve: Mapping[int, float]) -> float:
     """The mean loss of the last steps."""
     return statistics.mean(loss for step, loss in curve.items() if step > max(curve) - LAST)
+
+
+def begin_apart(curves: Curves) -> list[str]:
+    """A line for each run whose first loss is not that of float32's of its seed: weights or tokens were others."""
+    lines = []
+    for (variant, seed), curve in curves.items():
+        first, wanted = (next(iter(each.values()), None) for each in (curve, curves.get((BASE, seed), {})))
+        if first is not None and wanted is not None and not abs(first - wanted) <= _SAME_START * abs(wanted):
+            lines.append(
+                f"{variant}, seed {seed}, begins with a loss of {first:.4f} and {BASE} with {wanted:.4f}: they did "
+                "not start from the same weights and tokens. Remove the rows of one and run it again."
+            )
+    return lines
 
 
 def findings(curves: Curves) -> list[str]:

@@ -31,6 +31,7 @@ import yaml
 from rich.console import Console
 
 from benchmarks.ablation.cells import METHODS, NAMED, weightings_of
+from otpo.cli.pairing.contents import model_digest
 from otpo.data.constraints.checks import CONSTRAINTS
 from otpo.data.demo import LANGUAGES
 
@@ -126,12 +127,18 @@ def _value(text: str) -> Any:
     return value
 
 
+_CONTENTS = "what is in `model`"
+
+
 def require_same_plan(plan: Plan) -> None:
     """Notes the plan in its folder; raises a `ValueError` where results of another plan are there."""
     file = plan.folder / "plan.json"
     told = {**plan.identity(), "weightings": json.loads(json.dumps(plan.weightings)), "rounds": plan.rounds}
+    if Path(plan.model).is_dir():  # not where only the report of a model is wanted that is gone
+        told[_CONTENTS] = model_digest("model", plan.model)
     if file.is_file():
         before = json.loads(file.read_text(encoding="utf-8"))
+        told.setdefault(_CONTENTS, before.get(_CONTENTS))
         weightings = before["weightings"]
         other = [name for name in told if name != "weightings" and before.get(name) != told[name]]
         other += [name for name, own in told["weightings"].items() if weightings.get(name, own) != own]
@@ -151,8 +158,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args, plan = read_arguments(argv)
         plan.folder.mkdir(parents=True, exist_ok=True)
-        require_same_plan(plan)
         if args.report:
+            require_same_plan(plan)
             console.print(write_report(plan))
             return 0
         if args.gguf is not None and not (Path(plan.model) / "config.json").is_file():
@@ -161,6 +168,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             convert_model(args.gguf, Path(plan.model))
         if not (Path(plan.model) / "config.json").is_file():
             raise ValueError(f"`--model {plan.model}` is no folder of a model: it has no config.json.")
+        require_same_plan(plan)
     except (ValueError, OSError) as error:
         console.print(str(error), style="red")
         return 2

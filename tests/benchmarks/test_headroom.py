@@ -117,6 +117,25 @@ def small_plan(tmp_path):
     )
 
 
+def test_another_model_under_the_same_name_is_another_plan(small_plan, tmp_path):
+    model = tmp_path / "model"
+    plan = dataclasses.replace(small_plan, model=str(model))
+    model.mkdir()
+    (model / "config.json").write_text('{"model_type": "llama"}')
+    (model / "model.safetensors").write_bytes(b"one")
+    headroom.require_same_plan(plan)
+    headroom.require_same_plan(plan)
+    (model / "model.safetensors").write_bytes(b"two")
+    with pytest.raises(ValueError, match=r"differs in .*what is in `model`"):
+        headroom.require_same_plan(plan)
+    (model / "model.safetensors").write_bytes(b"one")
+    headroom.require_same_plan(plan)
+    model.rename(tmp_path / "gone")  # its report may still be wanted
+    headroom.require_same_plan(plan)
+    (tmp_path / "gone").rename(model)
+    headroom.require_same_plan(plan)
+
+
 def test_nothing_begins_after_the_time(small_plan, tmp_path):
     jobs = jobs_of(small_plan)
     failures = run_jobs(small_plan, jobs, [""], lambda line: None, seconds=0)
