@@ -130,27 +130,47 @@ def test_time_is_near_every_step_of_two_gpus():
     assert len(rows) >= 10
 
 
+def setup_of(row):
+    """Of a row of `benchmarks/planning.py`."""
+    numbers = ("micro_batch_size", "sequence_length", "gradient_accumulation_steps")
+    options: dict[str, Any] = {name: int(row[name]) for name in numbers}
+    return TrainingSetup(
+        gpus_per_node=1,
+        precision=row["precision"],
+        optimizer=row["optimizer"],
+        gradient_checkpointing=row["gradient_checkpointing"] == "True",
+        packed=row["packed"] == "True",
+        compile_layers=row["compiled"] == "True",
+        experts_implementation=row["experts_implementation"],
+        **options,
+    )
+
+
 def test_time_is_near_every_step_of_plain_training():
     rows = measured("planning_h200")
     page = (Path(__file__).parents[2] / "benchmarks" / "README.md").read_text(encoding="utf-8")
     for row in rows:
-        numbers = ("micro_batch_size", "sequence_length", "gradient_accumulation_steps")
-        options: dict[str, Any] = {name: int(row[name]) for name in numbers}
-        setup = TrainingSetup(
-            gpus_per_node=1,
-            precision=row["precision"],
-            optimizer=row["optimizer"],
-            gradient_checkpointing=row["gradient_checkpointing"] == "True",
-            packed=row["packed"] == "True",
-            compile_layers=row["compiled"] == "True",
-            experts_implementation=row["experts_implementation"],
-            **options,
-        )
+        setup = setup_of(row)
         check_is_near(preset(row["model"]), "h200", setup, row["ms_measured"])
         # The page's last column is today's plan.
         planned = 1e3 * make_plan(preset(row["model"]), find_gpu("h200"), setup).time.total
         assert f"| {row['ms_predicted']} | {row['ms_measured']} | {planned:.1f} |" in page
     assert len(rows) >= 10
+
+
+def test_time_on_a_slower_host_is_near_but_where_the_step_is_the_host_s():
+    """One step of eleven is further off than 1.3 times: one row with a checkpoint, as the page says."""
+    rows = measured("planning_h200_again")
+    ratios = {}
+    for row in rows:
+        setup = setup_of(row)
+        planned = 1e3 * make_plan(preset(row["model"]), find_gpu("h200"), setup).time.total
+        ratios[setup] = float(row["ms_measured"]) / planned
+    far = {setup: ratio for setup, ratio in ratios.items() if not 1 / 1.3 < ratio < 1.3}
+    ((setup, ratio),) = far.items()
+    assert len(rows) == 11 and setup.gradient_checkpointing and setup.batch.tokens == 4096
+    page = (Path(__file__).parents[2] / "benchmarks" / "README.md").read_text(encoding="utf-8")
+    assert f"{ratio:.2f} times\n  the plan" in page
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
