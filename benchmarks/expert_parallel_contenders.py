@@ -190,8 +190,12 @@ def _gather(engine: Any, case: Case) -> None:
 
 
 def _compile(engine: Any, case: Case) -> None:
+    """As `otpo pretrain` has it: memcpy experts in compiled layers, and norms that no host waits for."""
+    from moe_backbone.expert_parallel.deepspeed_norms import spare_waits
     from otpo.layouts.compiled import compile_layers
 
+    if not spare_waits(engine.optimizer):
+        raise RuntimeError("DeepSpeed's optimizer is not the one whose norms can be computed without a wait.")
     engine.module.set_experts_implementation("memcpy")
     compile_layers(engine.module, dynamic=None)
 

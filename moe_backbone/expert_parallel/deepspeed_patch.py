@@ -1,4 +1,4 @@
-"""The one place that patches DeepSpeed, by one call: `patch_deepspeed()`, before a process makes its first engine.
+"""The one place that patches DeepSpeed's classes, by one call: `patch_deepspeed()`, before a process's first engine.
 
 AutoEP, DeepSpeed's expert parallelism, finds a model's MoE blocks and puts a layer of its own in place of each, router
 included. That layer loses the router's logits, its z-loss and its biases, and in DeepSpeed 0.19.8 it breaks with the
@@ -50,13 +50,18 @@ def require_deepspeed() -> None:
     if importlib.util.find_spec("deepspeed") is None:
         raise ImportError("Expert parallelism needs DeepSpeed: `pip install 'otpo[deepspeed]'`.")
     version = importlib.metadata.version("deepspeed")
-    if os.environ.get(UNTESTED) == "1":
-        return
-    if not SpecifierSet(KNOWN_VERSIONS).contains(version, prereleases=True):
+    if not is_known():
         raise ImportError(
             f"Expert parallelism patches DeepSpeed, and the patch does not know the installed version {version}. "
             f"Install one that it knows: `pip install 'deepspeed{KNOWN_VERSIONS}'`."
         )
+
+
+def is_known() -> bool:
+    """Whether the patch knows the installed release, or is to be tried on it."""
+    version = importlib.metadata.version("deepspeed")
+    tried = os.environ.get(UNTESTED) == "1"
+    return tried or SpecifierSet(KNOWN_VERSIONS).contains(version, prereleases=True)
 
 
 def patch_deepspeed() -> None:

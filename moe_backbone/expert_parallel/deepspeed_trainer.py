@@ -14,6 +14,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from .adapter_files import check_optimizer
 from .capacity import AgreedCapacity, host_group
 from .deepspeed_config import require_expert_parallelism
+from .deepspeed_norms import spare_waits
 from .deepspeed_patch import patch_deepspeed
 from .gather import gather_pays
 from .resume import (
@@ -253,6 +254,7 @@ class _RequireExpertParallelism(TrainerCallback):
         engine = self.trainer.model_wrapped
         running = require_expert_parallelism(engine, self.trainer.ep_size)
         running += f", {self._set_exchange(engine.module)}"
+        spare_waits(engine.optimizer)
         if self.trainer.converted:
             restore_untrained(engine.module, self.trainer.converted)
             if engine.zero_optimization_stage() == 3:

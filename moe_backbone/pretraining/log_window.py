@@ -1,4 +1,4 @@
-"""Sums of a training's micro-batches between two entries of its log."""
+"""Sums of a training's micro-batches between two entries of its log, and the metrics that they make."""
 
 import time
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from moe_backbone.model.modeling_compass import CompassCausalLMOutput
+from moe_backbone.model.router import router_health
 
 
 class LogWindow:
@@ -43,3 +44,34 @@ class LogWindow:
             if value is not None:
                 value = value.detach()
                 self.sums[name] = self.sums[name] + value if name in self.sums else value
+
+    def metrics(
+        self, accelerator: Any, step: int, flops_per_token: float, peak_tflops: float | None
+    ) -> dict[str, float]:
+        """Metrics of all processes, each of which calls this.
+
+        Args:
+            accelerator: The trainer's.
+            step: Steps made so far.
+            flops_per_token: Operations of the model for a token.
+            peak_tflops: Of a device; None logs no MFU.
+        """
+        steps, processes = step - self.first_step, accelerator.num_processes
+        sums: dict[str, Any] = {name: accelerator.reduce(value, "sum") for name, value in self.sums.items()}
+        metrics = {}
+        for name in ("lm_loss", "mtp_loss"):  # each micro-batch has its share of the step's mean
+            if name in sums:
+                metrics[name] = float(sums[name]) / steps
+        for name in ("aux_loss", "z_loss"):
+            if name in sums:
+                metrics[name] = float(sums[name]) / (self.micro_batches * processes)
+        if "load" in sums:
+            health = router_health(sums["load"])
+            health["dropped"] = float(sums["asked"] - sums["load"].sum())
+            metrics.update({f"router/{name}": value for name, value in health.items()})
+        seconds = self.seconds()
+        metrics["tokens_per_second"] = float(sums["tokens"]) / seconds
+        if peak_tflops is not None:
+            flops = flops_per_token * self.places * processes  # each process has as many
+            metrics["mfu"] = flops / (seconds * processes * peak_tflops * 1e12)
+        return metrics

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from accelerate import DistributedType
 from torch import Tensor
+from transformers import TrainerCallback
 
 
 class NormCheck:
@@ -90,6 +91,24 @@ def look_at_norms_alone(accelerator: Any) -> None:
     has_norms = config.get("zero_optimization", {}).get("compute_grad_norm", True)
     if isinstance(config.get("bf16"), dict) and has_norms:
         config["bf16"].setdefault("check_grad_overflow", False)
+
+
+class SpareWaits(TrainerCallback):
+    """Has DeepSpeed's engine compute norms without a wait, see [`moe_backbone.expert_parallel.deepspeed_norms`].
+
+    Args:
+        trainer: transformers' Trainer or a subclass; of other engines nothing is changed.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Changes the engine, which is made by now."""
+        if self._trainer.accelerator.distributed_type == DistributedType.DEEPSPEED:
+            from moe_backbone.expert_parallel.deepspeed_norms import spare_waits  # DeepSpeed is an extra
+
+            spare_waits(self._trainer.model_wrapped.optimizer)
 
 
 def _require_finite(norm: float, steps: int, *, left_out: bool) -> None:

@@ -13,7 +13,6 @@ from transformers import Trainer, TrainingArguments
 
 from moe_backbone.model.modeling_compass import CompassForCausalLM
 from moe_backbone.model.mtp import IGNORED
-from moe_backbone.model.router import router_health
 from moe_backbone.packed_attention import NAME as TORCH_VARLEN
 from moe_backbone.packed_attention import joins_rows
 from moe_backbone.planning.counting import flops_per_token
@@ -22,7 +21,7 @@ from moe_backbone.planning.hardware import recognise_gpu
 from .fused_clipping import clip_in_optimizer, takes_scales
 from .loaders import copy_without_waiting
 from .log_window import LogWindow
-from .norm_check import NormCheck, look_at_norms_alone
+from .norm_check import NormCheck, SpareWaits, look_at_norms_alone
 from .packing import PackedCollator
 from .router_bias import RouterBiasUpdate
 from .state_types import guard_states
@@ -182,6 +181,7 @@ class PretrainingTrainer(Trainer):
             self._peak_tflops = None if gpu is None else gpu.tflops
         self._norms = NormCheck()
         look_at_norms_alone(self.accelerator)
+        self.add_callback(SpareWaits(self))
         self._left_out = False  # whether the optimizer leaves out the step to come if its norm is not finite
         # What the optimizer is, as a header says it; `told_optimizer` is read by commands.
         self.told_optimizer = "none, since there is nothing to train on"
@@ -285,6 +285,9 @@ class PretrainingTrainer(Trainer):
         return optimizer
 
     def _clip_grad_norm(self, model: Any) -> Any:
+        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
+            engine: Any = self.model_wrapped  # which has clipped; accelerate would wait for its norm
+            return engine.get_global_grad_norm()
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
         scaled = self.accelerator.scaler is not None  # by fp16, whose scaler unscales gradients itself
         self._left_out = not scaled and takes_scales(optimizer, self.accelerator.distributed_type)
@@ -293,12 +296,12 @@ class PretrainingTrainer(Trainer):
         return clip_in_optimizer(optimizer, self.args.max_grad_norm)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        norm: Any = super()._get_grad_norm(model, grad_norm=grad_norm)
-        if self.accelerator.scaler is not None:  # fp16's, which skips such steps itself
-            return norm
         if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
+            norm: Any = self._clip_grad_norm(model) if grad_norm is None else grad_norm
             self._norms.add_of_deepspeed(self.model_wrapped, norm, self.state.global_step)
-        else:
+            return norm
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if self.accelerator.scaler is None:  # fp16's skips such steps itself
             left_out = self._left_out and grad_norm is not None  # None where nothing is clipped
             self._norms.add(norm, self.state.global_step, left_out=left_out)
         return norm
@@ -322,26 +325,7 @@ class PretrainingTrainer(Trainer):
     def _window_metrics(self) -> dict[str, float]:
         """Metrics of all processes since the last entry; starts a new window."""
         window, self._window = self._window, LogWindow()
-        steps = self.state.global_step - window.first_step
-        sums: dict[str, Any] = {name: self.accelerator.reduce(value, "sum") for name, value in window.sums.items()}
-        processes = self.accelerator.num_processes
-        metrics = {}
-        for name in ("lm_loss", "mtp_loss"):  # each micro-batch has its share of the step's mean
-            if name in sums:
-                metrics[name] = float(sums[name]) / steps
-        for name in ("aux_loss", "z_loss"):
-            if name in sums:
-                metrics[name] = float(sums[name]) / (window.micro_batches * processes)
-        if "load" in sums:
-            health = router_health(sums["load"])
-            health["dropped"] = float(sums["asked"] - sums["load"].sum())
-            metrics.update({f"router/{name}": value for name, value in health.items()})
-        seconds = window.seconds()
-        metrics["tokens_per_second"] = float(sums["tokens"]) / seconds
-        if self._peak_tflops is not None:
-            flops = self._flops_per_token * window.places * processes  # each process has as many
-            metrics["mfu"] = flops / (seconds * processes * self._peak_tflops * 1e12)
-        return metrics
+        return window.metrics(self.accelerator, self.state.global_step, self._flops_per_token, self._peak_tflops)
 
     def take_load_of_step(self) -> Tensor | None:
         """Number of tokens that each expert took since the last call, over all processes, `[layers, E]`."""
