@@ -169,6 +169,28 @@ def test_what_is_said_of_the_shop_was_measured():
     assert f"`contrast`, by {-low[0][0]:.1f} points, and `diff`, by {-low[1][0]:.1f}" in page
 
 
+def test_what_is_said_of_the_shop_from_another_start_was_measured():
+    page = " ".join((ROOT / "docs" / "ablations.md").read_text(encoding="utf-8").split())
+    said = page.split("once more from another start**")[1].split("```")[0]
+    rows = read_rows(RESULTS / "headroom_shop_again_h200_summary.csv")
+    last = {(row["held_out"], row["weighting"]): row for row in rows if row["round"] in ("0", "2")}
+    of_all = last["all", "dpo"]
+    assert f"gets {float(last['all', 'start']['right']):.1f}% right" in said
+    gains = [float(of_all[f"over_start{end}"]) for end in ("", "_low", "_high")]
+    gains += [float(last[split, "dpo"]["over_start"]) for split in ("test_templates", "test")]
+    told = "DPO gains {:.1f} [{:.1f}, +{:.1f}] points, {:.1f} in new wordings and {:.1f} in known ones"
+    assert told.format(*gains) in said
+    over = {name: row for (split, name), row in last.items() if split == "all" and row["over_dpo"]}
+    behind = over.pop("contrast")
+    ends = [float(behind[f"over_dpo{end}"]) for end in ("", "_low", "_high")]
+    assert f"by {-ends[0]:.1f} [{ends[1]:.1f}, {ends[2]:.1f}]" in said and ends[2] < 0
+    assert all(float(row["over_dpo_low"]) < 0 < float(row["over_dpo_high"]) for row in over.values())
+    assert f"within {max(abs(float(row['over_dpo'])) for row in over.values()):.1f} of it" in said
+    seeds = read_rows(RESULTS / "headroom_shop_again_h200.csv")
+    pairs = [int(row["pair"]) for row in seeds if row["weighting"] == "dpo" and row["held_out"] == "all"]
+    assert len(pairs) == 10 and 110 < sum(pairs) / 10 < 130
+
+
 def test_what_is_said_of_bfloat16_weights_was_measured():
     page = " ".join((RESULTS.parent / "README.md").read_text().split())
     rows = {(row["shape"], row["variant"]): row for row in read_rows(RESULTS / "pretraining_h200.csv")}
