@@ -169,12 +169,14 @@ def _ours(model: Any, world: int, rank: int) -> dict[str, Any]:
     from moe_backbone.expert_parallel.deepspeed_patch import patch_deepspeed
 
     patch_deepspeed()
-    return {"expert_parallel": expert_parallel_config(model.config.model_type, world)["expert_parallel"]}
+    config = expert_parallel_config(model.config.model_type, world)
+    return {name: config[name] for name in ("expert_parallel", "timers")}
 
 
 def _norms_alone(model: Any, world: int, rank: int) -> dict[str, Any]:
-    """As `otpo pretrain` has it: no gradient is looked at by itself."""
-    return {"bf16": {"enabled": True, "check_grad_overflow": False}}
+    """As `otpo pretrain` has it: no gradient is looked at by itself, and no clock waits for the device."""
+    looks = {"enabled": True, "check_grad_overflow": False}
+    return {"bf16": looks, "timers": {"throughput": {"synchronized": False}}}
 
 
 def _ours_as_pretrain(model: Any, world: int, rank: int) -> dict[str, Any]:

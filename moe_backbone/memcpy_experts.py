@@ -63,7 +63,7 @@ def memcpy_experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor
             "with another experts_implementation."
         )
     routing = route(top_k_index, self.num_experts)
-    # In compiled layers separate passes are as fast as the operator, and what it would hold is freed.
+    # In compiled layers separate passes were about as fast as the operator, and what it would hold is freed.
     if not torch.compiler.is_compiling() and is_swiglu(self) and _has_kernels(weight, self.down_proj):
         x_TD = hidden_states.to(weight.dtype)
         return gated_experts(x_TD, weight, self.down_proj, routing, top_k_weights).to(hidden_states.dtype)

@@ -822,14 +822,29 @@ def keep_outputs_as_they_are(accelerator: Any) -> None:
         plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=None)
 
 
+def count_without_waiting(accelerator: Any) -> None:
+    """Keeps DeepSpeed from waiting for the device before each micro-batch and after each step, unless it is to.
+
+    It does so to know how many samples it trains in a second (`timers.throughput.synchronized`).
+
+    Args:
+        accelerator: Before it has prepared a model.
+    """
+    plugin = accelerator.state.deepspeed_plugin
+    if plugin is not None:
+        timers = plugin.deepspeed_config.setdefault("timers", {})
+        timers.setdefault("throughput", {}).setdefault("synchronized", False)
+
+
 class FullySharded:
     """A trainer whose models FSDP2 shards with all that they save and return; see the two functions below."""
 
     def create_accelerator_and_postprocess(self) -> None:
-        """As in transformers; under FSDP2 the models' outputs keep their precision."""
+        """As in transformers; FSDP2 keeps the precision of outputs, and DeepSpeed counts samples without waiting."""
         super().create_accelerator_and_postprocess()  # pyright: ignore[reportAttributeAccessIssue]
         trainer: Any = self
         keep_outputs_as_they_are(trainer.accelerator)
+        count_without_waiting(trainer.accelerator)
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         with keeps_buffers():

@@ -138,7 +138,8 @@ def require_same_plan(plan: Plan) -> None:
         told[_CONTENTS] = model_digest("model", plan.model)
     if file.is_file():
         before = json.loads(file.read_text(encoding="utf-8"))
-        told.setdefault(_CONTENTS, before.get(_CONTENTS))
+        if told.get(_CONTENTS) is None or before.get(_CONTENTS) is None:  # as older plans, which did not note it
+            told[_CONTENTS] = before[_CONTENTS] = told.get(_CONTENTS) or before.get(_CONTENTS)
         weightings = before["weightings"]
         other = [name for name in told if name != "weightings" and before.get(name) != told[name]]
         other += [name for name, own in told["weightings"].items() if weightings.get(name, own) != own]

@@ -3,7 +3,7 @@
 Shapes: R rows in the order of experts, F the experts' width, N slots. `[gate, up]` stand side by side in rows of 2 F,
 as transformers' `gate_up_proj` makes them.
 
-Bytes of `swiglu_backward`, in rows of F: 3 + 3. Eager torch moves 13 for the same.
+Bytes of `swiglu_backward`, in rows of F: 3 + 3. Eager torch moves 13 for the same without the weights.
 """
 
 # Triton's language is typed as Python, not as what `jit` makes of it.

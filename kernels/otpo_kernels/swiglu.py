@@ -17,7 +17,9 @@ from .backend import runs_in_triton
 
 
 def swiglu(h: Tensor, ends: Tensor) -> Tensor:
-    """`silu(gate) * up` of the halves of rows, computed in float32 at least. Gradients of gradients are not covered.
+    """`silu(gate) * up` of the halves of rows, computed in float32 at least.
+
+    Gradients of gradients and forward-mode derivatives are not covered.
 
     Args:
         h: `(R, 2 F)`, of any floating dtype.
@@ -28,39 +30,43 @@ def swiglu(h: Tensor, ends: Tensor) -> Tensor:
         there.
 
     Raises:
-        ValueError: `h` does not have two halves, or `ends` no group.
+        ValueError: `h` does not have two halves, or `ends` no group, or they are on different devices.
     """
-    if h.dim() != 2 or h.size(1) % 2 or ends.dim() != 1 or not ends.numel():
+    if h.dim() != 2 or h.size(1) % 2 or ends.dim() != 1 or not ends.numel() or h.device != ends.device:
         raise ValueError(
-            "`h` must have shape (R, 2 F) and `ends` (E,) with an expert at least, got "
-            f"{tuple(h.shape)} and {tuple(ends.shape)}."
+            "`h` must have shape (R, 2 F) and `ends` (E,) with an expert at least, on one device, got "
+            f"{tuple(h.shape)} on {h.device} and {tuple(ends.shape)} on {ends.device}."
         )
     return _swiglu(h, ends)
 
 
 def swiglu_reference(h: Tensor, ends: Tensor) -> Tensor:
-    """What the kernel computes, in plain torch."""
+    """What the kernel computes, in plain torch; it reads the last end, which no kernel does."""
     gate, up = _halves(h, ends)
-    return (torch.nn.functional.silu(gate) * up).to(h.dtype)
+    return _with_zeros((torch.nn.functional.silu(gate) * up).to(h.dtype), len(h))
 
 
 def swiglu_backward_reference(grad: Tensor, h: Tensor, ends: Tensor) -> Tensor:
-    """What the kernel computes, in plain torch."""
+    """What the kernel computes, in plain torch; see [`swiglu_reference`]."""
     gate, up = _halves(h, ends)
-    grad = grad.to(gate.dtype).where(_taken(h, ends), 0.0)
+    grad = grad[: len(gate)].to(gate.dtype)
     of_gate = torch.ops.aten.silu_backward(grad * up, gate)
-    return torch.cat([of_gate, grad * torch.nn.functional.silu(gate)], 1).to(h.dtype)
+    return _with_zeros(torch.cat([of_gate, grad * torch.nn.functional.silu(gate)], 1).to(h.dtype), len(h))
 
 
 def _halves(h: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
-    wide = h.to(torch.promote_types(h.dtype, torch.float32)).where(_taken(h, ends), 0.0)
-    gate, up = wide.chunk(2, dim=-1)
+    """Gate and up projection of the rows that belong to a group, in float32 at least."""
+    gate, up = h[: int(ends[-1])].to(torch.promote_types(h.dtype, torch.float32)).chunk(2, dim=-1)
     return gate, up
 
 
-def _taken(h: Tensor, ends: Tensor) -> Tensor:
-    """Which rows belong to a group, `(R, 1)`."""
-    return (torch.arange(len(h), device=h.device) < ends[-1])[:, None]
+def _with_zeros(rows: Tensor, count: int) -> Tensor:
+    """The rows, contiguous, and zeros up to so many."""
+    if len(rows) == count:
+        return rows.contiguous()
+    whole = rows.new_zeros(count, rows.size(1))
+    whole[: len(rows)] = rows
+    return whole
 
 
 @torch.library.custom_op("otpo::swiglu", mutates_args=())

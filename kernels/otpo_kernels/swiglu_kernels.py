@@ -2,7 +2,7 @@
 
 Shapes: R rows in the order of experts, F the experts' width; `[gate, up]` stand side by side in rows of 2 F.
 
-Bytes, in rows of F: `swiglu` 2 + 1, `swiglu_backward` 3 + 2. Eager torch moves 5 and 11 for the same.
+Bytes, in rows of F: `swiglu` 2 + 1, `swiglu_backward` 3 + 2. Eager torch moves 5 and 13 for the same.
 """
 
 # Triton's language is typed as Python, not as what `jit` makes of it.
@@ -99,4 +99,4 @@ def _launch(kernel: Any, tensors: tuple[Tensor, ...], ends: Tensor, shaped: Tens
     grid = (triton.cdiv(rows, tile["ROWS"]) * triton.cdiv(width, tile["BLOCK"]),)
     sums = tl.float64 if shaped.dtype == torch.float64 else tl.float32
     with torch.cuda.device_of(shaped):
-        kernel[grid](*tensors, ends, rows, len(ends), width, SUMS=sums, **tile)
+        kernel[grid](*tensors, ends.contiguous(), rows, len(ends), width, SUMS=sums, **tile)

@@ -3,6 +3,8 @@
 DeepSpeed 0.19.8 asks the device for each group of weights, after the backward pass, whether its norm is finite: twice
 where the norm is computed, and once more where gradients are clipped by it. Each time the device runs dry until the
 host has launched what follows. It also casts each gradient to double precision, and so moves 18 bytes for two.
+What it asks beside norms is left: whether a step of float16 or float32 weights is to be left out, and whether any
+gradient is not finite (`bf16.check_grad_overflow`), which is on in fine-tuning and alignment.
 """
 
 from types import MethodType

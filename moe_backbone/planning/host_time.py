@@ -47,8 +47,8 @@ _HOOK = 12
 # DeepSpeed's step waits for the gradients' norm, so that nothing hides what it does for a parameter and once, as long
 # as so many launches: two H200 idled for 12 to 17 ms in steps of 12 layers, for 5 to 7 in those of one, transformers
 # 5.23, DeepSpeed 0.19.8, 28 November 2026, by idle shares of steps under a profiler, which slows the host. Pretraining
-# and spread experts compute norms without these waits since (`expert_parallel/deepspeed_norms`), which no step on GPUs
-# was measured with, so that plans may lie above what such a step takes.
+# in bfloat16 has no such wait since (`expert_parallel/deepspeed_norms`), and DeepSpeed's clock waits no longer. No
+# step on GPUs was measured so, and plans may lie above what one takes.
 _STEP, _STEP_ONCE = 2, 140
 # The host waits for the number of rows that are sent, and the device then for the host, in each layer's forward, as
 # long as so many launches: two H200 idled for 10 to 15 ms more than where no layer waits, in 12 layers, that day.

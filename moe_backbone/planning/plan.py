@@ -115,7 +115,8 @@ class Plan:
         lines.append("Experts get an even load; row moves are at their floor. The logits of a micro-batch are whole.")
         lines.append(
             "Measured on one H100 and on two H200: with nothing compiled or packed, peak memory within 2.3% of the "
-            "plan on one and 13% on two; steps within 1.3 times the estimate, with transformers 5.23 "
+            "plan on one and 13% on two; steps within 1.3 times the estimate, with transformers 5.23, but for one "
+            "of a slower host "
             "(benchmarks/results)."
         )
         lines.append("MFU counts the model's operations, not a checkpointed layer's second forward.")

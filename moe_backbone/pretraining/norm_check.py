@@ -77,11 +77,13 @@ class NormCheck:
         _require_finite(float(copied), steps, left_out=left_out)
 
 
-def look_at_norms_alone(accelerator: Any) -> None:
-    """Keeps DeepSpeed from looking at each bfloat16 gradient by itself before each step, which the host waits for.
+def spare_looks(accelerator: Any) -> None:
+    """Keeps DeepSpeed from two things that the host waits for, unless its configuration asks for them.
 
-    A run with a [`NormCheck`] stops at the norm that such a gradient makes. Who sets `bf16.check_grad_overflow` keeps
-    the look, and so does who has no norms computed (`zero_optimization.compute_grad_norm`).
+    It looks at each bfloat16 gradient by itself before each step (`bf16.check_grad_overflow`). A run with a
+    [`NormCheck`] stops at the norm that such a gradient makes; who has no norms computed
+    (`zero_optimization.compute_grad_norm`) keeps the look. And it waits for the device before each micro-batch and
+    after each step, to know how many samples it trains in a second (`timers.throughput.synchronized`).
 
     Args:
         accelerator: accelerate's, before it makes the engine.
@@ -91,6 +93,8 @@ def look_at_norms_alone(accelerator: Any) -> None:
     has_norms = config.get("zero_optimization", {}).get("compute_grad_norm", True)
     if isinstance(config.get("bf16"), dict) and has_norms:
         config["bf16"].setdefault("check_grad_overflow", False)
+    if plugin is not None:
+        config.setdefault("timers", {}).setdefault("throughput", {}).setdefault("synchronized", False)
 
 
 class SpareWaits(TrainerCallback):

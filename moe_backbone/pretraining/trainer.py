@@ -21,7 +21,7 @@ from moe_backbone.planning.hardware import recognise_gpu
 from .fused_clipping import clip_in_optimizer, takes_scales
 from .loaders import copy_without_waiting
 from .log_window import LogWindow
-from .norm_check import NormCheck, SpareWaits, look_at_norms_alone
+from .norm_check import NormCheck, SpareWaits, spare_looks
 from .packing import PackedCollator
 from .router_bias import RouterBiasUpdate
 from .state_types import guard_states
@@ -180,7 +180,7 @@ class PretrainingTrainer(Trainer):
             gpu = recognise_gpu(torch.cuda.get_device_name())
             self._peak_tflops = None if gpu is None else gpu.tflops
         self._norms = NormCheck()
-        look_at_norms_alone(self.accelerator)
+        spare_looks(self.accelerator)
         self.add_callback(SpareWaits(self))
         self._left_out = False  # whether the optimizer leaves out the step to come if its norm is not finite
         # What the optimizer is, as a header says it; `told_optimizer` is read by commands.
@@ -316,6 +316,10 @@ class PretrainingTrainer(Trainer):
         # What an earlier training left, or a try with more rows (`auto_find_batch_size`), is of no step of this one.
         self._norms, self._window, self._load_of_step = NormCheck(), LogWindow(), None
         return super()._inner_training_loop(*args, **kwargs)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        self._norms.read()  # here too, since a subclass may write models in a way of its own
+        super()._save_checkpoint(*args, **kwargs)
 
     def save_model(self, *args: Any, **kwargs: Any) -> None:
         """Saves as transformers does, checkpoints too, after a look at the last step's gradient."""

@@ -134,6 +134,12 @@ def test_another_model_under_the_same_name_is_another_plan(small_plan, tmp_path)
     headroom.require_same_plan(plan)
     (tmp_path / "gone").rename(model)
     headroom.require_same_plan(plan)
+    file = tmp_path / "plan.json"  # of an older otpo
+    told = json.loads(file.read_text())
+    del told["what is in `model`"]
+    file.write_text(json.dumps(told))
+    headroom.require_same_plan(plan)
+    assert json.loads(file.read_text())["what is in `model`"]
 
 
 def test_nothing_begins_after_the_time(small_plan, tmp_path):

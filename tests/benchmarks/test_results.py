@@ -219,7 +219,9 @@ def test_what_is_said_of_bfloat16_weights_was_measured():
     means = [sum(each) / len(each) for each in (halves, six)]
     assert f"in the mean {means[0]:.4f}" in page and abs(means[0] - means[1]) < 2e-4
     first = [abs(curves["bfloat16", seed][1] - curves["float32", seed][1]) for seed in range(3)]
-    assert "they are {:.4f}, {:.4f} and {:.4f} from float32's".format(*first) in page
+    assert (
+        "first losses are {1:.4f} and {2:.4f} from those of the seed, and {0:.4f} in the third".format(*first) in page
+    )
     assert len(weight_types.begin_apart(curves)) == 2
 
 

@@ -34,8 +34,8 @@ def test_no_step_waits_and_numbers_are_those_of_deepspeed(tmp_path, stage):
     assert found["norms"]["plain, torch.float32"][0] > 1
     for name, (ours, theirs) in found["clipped"].items():
         assert ours == pytest.approx(theirs, nan_ok=True), name
-    assert found["clipped"]["1.0, 4.0"][0] == pytest.approx([0.75, -0.25, 0.0625, 0.5], rel=1e-5)
-    assert all(math.isfinite(each) for each in found["clipped"]["1.0, 0.5"][0])
+    assert found["clipped"]["1.0, 4.0, 1.0"][0] == pytest.approx([0.75, -0.25, 0.0625, 0.5], rel=1e-5)
+    assert all(math.isfinite(each) for each in found["clipped"]["1.0, 0.5, 1.0"][0])
 
 
 def test_other_optimizers_are_left_alone(monkeypatch):

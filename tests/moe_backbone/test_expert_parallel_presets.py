@@ -93,6 +93,14 @@ def test_gpt_oss_is_spread_by_transformers(tmp_path):
     assert max(errors.values()) < 1e-3, max(errors, key=errors.__getitem__)
 
 
+@pytest.mark.parametrize("asked", [None, True, False])
+def test_samples_are_counted_without_waiting_unless_that_is_asked_for(asked):
+    pytest.importorskip("deepspeed", reason="DeepSpeed is an extra")
+    base = {} if asked is None else {"timers": {"throughput": {"synchronized": asked}}}
+    config = expert_parallel_config("compass", 2, base=base)
+    assert config["timers"] == {"throughput": {"synchronized": bool(asked)}}
+
+
 def test_what_has_no_entry_is_refused_with_the_reason():
     message = (
         r"'gpt_oss' can't be spread by DeepSpeed here: its experts have biases.*`expert_parallel_backend` to tran"

@@ -16,7 +16,7 @@ from accelerate import DistributedType
 from pretraining_helpers import pretrainer
 
 from moe_backbone import CompassForCausalLM, preset
-from moe_backbone.pretraining.norm_check import NormCheck, look_at_norms_alone
+from moe_backbone.pretraining.norm_check import NormCheck, spare_looks
 
 BF16 = {"bf16": {"enabled": True}}
 
@@ -36,8 +36,31 @@ def test_who_looks_at_each_gradient(engine, config, looks):
     config = deepcopy(config)
     plugin = SimpleNamespace(deepspeed_config=config)
     accelerator: Any = SimpleNamespace(distributed_type=engine, state=SimpleNamespace(deepspeed_plugin=plugin))
-    look_at_norms_alone(accelerator)
+    spare_looks(accelerator)
     assert config.get("bf16", {}).get("check_grad_overflow") is looks
+    timed = config.get("timers", {}).get("throughput", {}).get("synchronized")
+    assert timed is (False if engine == DistributedType.DEEPSPEED else None)
+
+
+def test_who_asks_for_exact_times_has_them():
+    config: dict[str, Any] = {"timers": {"throughput": {"synchronized": True}}}
+    plugin = SimpleNamespace(deepspeed_config=config)
+    accelerator: Any = SimpleNamespace(
+        distributed_type=DistributedType.DEEPSPEED, state=SimpleNamespace(deepspeed_plugin=plugin)
+    )
+    spare_looks(accelerator)
+    assert config == {"timers": {"throughput": {"synchronized": True}}}
+
+
+def test_a_checkpoint_waits_for_the_norm_of_its_step(tmp_path, monkeypatch):
+    """Also where a subclass writes models in a way of its own, as that with spread experts does."""
+    trainer = pretrainer(tmp_path)
+    monkeypatch.setattr(trainer, "save_model", lambda *_, **__: None)
+    event = SimpleNamespace(synchronize=lambda: None)
+    trainer._norms._copied = (torch.tensor(math.inf), event, 3, False)
+    with pytest.raises(FloatingPointError, match="inf after 3 step"):
+        trainer._save_checkpoint(trainer.model, trial=None)
+    assert not list(tmp_path.glob("checkpoint-*"))
 
 
 @pytest.mark.lengthy

@@ -12,6 +12,7 @@ import textwrap
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -166,6 +167,7 @@ READ_BY: dict[str, tuple[Callable, list[str]]] = {
         ],
     ),
     "shards_parameters": (DeepSpeedPlugin, ["zero_stage: int = field("]),
+    "count_without_waiting": (DeepSpeedPlugin, ["self.deepspeed_config = self.hf_ds_config.config"]),
     "use_one_gpu": (Trainer, ["self.args._n_gpu = 1", "if self.args.n_gpu > 1:"]),
     "new_model": (PreTrainedModel, ["def _from_config(cls, config, **kwargs)"]),
     "leave_boolean_buffers_to_ranks": (DistributedDataParallel, ["_ddp_params_and_buffers_to_ignore"]),
@@ -330,6 +332,18 @@ def test_nothing_else_private_is_leaned_on():
         "training/lent.py": ["_version"],
         "layouts/compiled.py": ["_inductor"],
     }
+
+
+@pytest.mark.parametrize(
+    ("asked", "synchronized"),
+    [({}, False), ({"timers": {"throughput": {"synchronized": True}}}, True), (None, None)],
+)
+def test_deepspeed_counts_samples_without_waiting_unless_it_is_asked_to(asked, synchronized):
+    plugin = None if asked is None else SimpleNamespace(deepspeed_config=asked)
+    trl_seam.count_without_waiting(SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin)))
+    if plugin is not None:
+        from_config = pytest.importorskip("deepspeed.utils.config").get_timers_config
+        assert from_config(plugin.deepspeed_config).synchronized is synchronized
 
 
 def test_one_gpu_is_what_transformers_reads(tmp_path):

@@ -81,9 +81,10 @@ def test_strided_rows_and_gradients(backend):
     assert_close(of_h, definition(h, ends, grad[:1, :1].expand(*grad.shape))[1], CLOSE[torch.float32])
 
 
-def test_plain_torch_has_the_bits_of_torch_s_own_operations():
-    """So that a training on the CPU is what it was without the operator."""
-    h, ends, grad = (t.cpu() for t in make_case(30, 16, (30,)))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_plain_torch_has_the_bits_of_torch_s_own_operations(dtype):
+    """In float32 and float64, so that a training on the CPU is what it was without the operator."""
+    h, ends, grad = (t.cpu() for t in make_case(30, 16, (30,), dtype))
     leaf = h.clone().requires_grad_()
     gate, up = leaf.chunk(2, dim=-1)
     want = torch.nn.functional.silu(gate) * up
@@ -91,9 +92,21 @@ def test_plain_torch_has_the_bits_of_torch_s_own_operations():
     assert torch.equal(swiglu_backward_reference(grad, h, ends), torch.autograd.grad(want, leaf, grad)[0])
 
 
-def test_the_operator_is_one_that_torch_can_compile(backend):
-    h, ends, _ = make_case(*SIZES[3], nothing=0.0)
-    opcheck(torch.ops.otpo.swiglu.default, (h.requires_grad_(), ends))
+@pytest.mark.parametrize("sizes", [SIZES[0], SIZES[3]], ids=str)
+@pytest.mark.parametrize("strided", [False, True])
+def test_the_operator_is_one_that_torch_can_compile(backend, strided, sizes):
+    h, ends, _ = make_case(*sizes, nothing=0.0)
+    opcheck(torch.ops.otpo.swiglu.default, ((h.t().contiguous().t() if strided else h).requires_grad_(), ends))
+
+
+def test_ends_may_be_strided(backend):
+    """As a column of a table is."""
+    h, _, grad = make_case(6, 8, (6,))
+    ends = torch.tensor([[2, 1], [6, 0]], dtype=torch.int32, device=DEVICE)[:, 0]
+    leaf = h.clone().requires_grad_()
+    value = swiglu(leaf, ends)
+    for got, want in zip((value, torch.autograd.grad(value, leaf, grad)[0]), definition(h, ends, grad), strict=True):
+        assert_close(got, want, CLOSE[torch.float32])
 
 
 def test_compiled_in_one_graph_with_any_number_of_rows(backend):
