@@ -13,11 +13,12 @@ from moe_backbone import CompassConfig, CompassForCausalLM
 from moe_backbone.planning.host_time import HostTime, eager_bytes, host_time, layer_launches
 from moe_backbone.planning.setup import TrainingSetup
 
-PRODUCTS = ("aten.mm", "_grouped_mm", "flash", "otpo")
+PRODUCTS = ("aten.mm", "_grouped_mm", "flash")
+MOVES = ("otpo.route", "otpo.permute", "otpo.unpermute")
 
 
 class Counter(TorchDispatchMode):
-    """Operations that launch something, and the bytes of their tensors; products' bytes are left out."""
+    """Operations that launch something, and the bytes of their tensors; those of products and moves are left out."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -33,7 +34,7 @@ class Counter(TorchDispatchMode):
         if not written or "empty" in str(func) or (is_view and not func._schema.is_mutable):
             return out
         self.launches += 1
-        if not any(name in str(func) for name in PRODUCTS):
+        if not any(name in str(func) for name in (*PRODUCTS, *MOVES)):
             distinct = {(tensor.data_ptr(), tensor.shape): tensor.nbytes for tensor in read}
             self.bytes += sum(distinct.values()) + sum(tensor.nbytes for tensor in written)
         return out
