@@ -830,9 +830,13 @@ class OTPOTrainer(FullySharded, ConvertedWeights, DPOTrainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Saves the model, unless a parameter is not finite: a bad step must not take a good checkpoint's place."""
+        self.check_before_saving()
+        super().save_model(output_dir, _internal_call)
+
+    def check_before_saving(self) -> None:
+        """Raises where a number is not finite; a subclass that writes models in a way of its own calls it first."""
         self._reads.read()
         require_finite_parameters(self.model, self.accelerator, self.state.global_step)
-        super().save_model(output_dir, _internal_call)
 
 
 def _multiplied(result: Any, factor: float) -> Any:

@@ -48,10 +48,19 @@ def expert_parallel_config(
             f"{', '.join(map(str, ZERO_STAGES))}."
         )
     autoep = {"enabled": True, "autoep_size": ep_size, "preset_model": preset}
-    # DeepSpeed's count of samples a second waits for the device before each micro-batch and after each step.
-    timers = config.setdefault("timers", {})
-    timers["throughput"] = {"synchronized": False, **timers.get("throughput", {})}
+    count_without_waiting(config)
     return {**config, "zero_optimization": zero, "expert_parallel": autoep}
+
+
+def count_without_waiting(config: dict[str, Any]) -> None:
+    """Keeps DeepSpeed's count of samples a second from waiting for the device, unless a configuration asks for that.
+
+    It does so before each micro-batch and after each step (`timers.throughput.synchronized`).
+
+    Args:
+        config: DeepSpeed's, which is changed.
+    """
+    config.setdefault("timers", {}).setdefault("throughput", {}).setdefault("synchronized", False)
 
 
 def require_expert_parallelism(engine: Any, ep_size: int) -> str:

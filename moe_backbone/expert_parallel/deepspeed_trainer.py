@@ -162,6 +162,7 @@ class ExpertParallelMixin(StateLast):
         model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
         if next(parallel_experts(model), None) is None:  # before training
             return super().save_model(output_dir, _internal_call)  # pyright: ignore[reportAttributeAccessIssue]
+        self.check_before_saving()
         folder = Path(output_dir or trainer.args.output_dir)
         if has_adapter(model):
             from .adapter_states import save_plain_adapter

@@ -92,6 +92,7 @@ class NativeExpertParallelMixin(StateLast):
             return super().save_model(output_dir, _internal_call)  # pyright: ignore[reportAttributeAccessIssue]
         from .native_adapters import save_native_adapter
 
+        self.check_before_saving()
         folder = Path(output_dir or trainer.args.output_dir)
         save_native_adapter(trainer.model, folder)
         if trainer.args.should_save:

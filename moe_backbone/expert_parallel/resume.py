@@ -45,6 +45,15 @@ class StateLast:
         super()._save_rng_state(output_dir)  # pyright: ignore[reportAttributeAccessIssue]
         dist.barrier()  # it is the last thing that a process other than the first writes
 
+    def check_before_saving(self) -> None:
+        """What the trainer looks at before it saves, where it has a method of this name: numbers that are not finite.
+
+        A `save_model` that writes the model itself calls it; all processes do so together.
+        """
+        check = getattr(super(), "check_before_saving", None)
+        if check is not None:
+            check()
+
 
 def has_adapter(model: Any) -> bool:
     """Whether PEFT is around a model, whose checkpoints are then those of its adapter."""

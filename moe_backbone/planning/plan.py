@@ -116,8 +116,7 @@ class Plan:
         lines.append(
             "Measured on one H100 and on two H200: with nothing compiled or packed, peak memory within 2.3% of the "
             "plan on one and 13% on two; steps within 1.3 times the estimate, with transformers 5.23, but for one "
-            "of a slower host "
-            "(benchmarks/results)."
+            "of a slower host (benchmarks/results)."
         )
         lines.append("MFU counts the model's operations, not a checkpointed layer's second forward.")
         longer = describe_longer_rows(self.config, self.setup.sequence_length)

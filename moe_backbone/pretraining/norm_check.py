@@ -8,6 +8,9 @@ from accelerate import DistributedType
 from torch import Tensor
 from transformers import TrainerCallback
 
+from moe_backbone.expert_parallel.deepspeed_config import count_without_waiting
+from moe_backbone.expert_parallel.deepspeed_norms import spare_waits
+
 
 class NormCheck:
     """Reads each step's gradient norm when the next one has been queued, so that the device never runs dry.
@@ -94,7 +97,7 @@ def spare_looks(accelerator: Any) -> None:
     if isinstance(config.get("bf16"), dict) and has_norms:
         config["bf16"].setdefault("check_grad_overflow", False)
     if plugin is not None:
-        config.setdefault("timers", {}).setdefault("throughput", {}).setdefault("synchronized", False)
+        count_without_waiting(config)
 
 
 class SpareWaits(TrainerCallback):
@@ -110,8 +113,6 @@ class SpareWaits(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Changes the engine, which is made by now."""
         if self._trainer.accelerator.distributed_type == DistributedType.DEEPSPEED:
-            from moe_backbone.expert_parallel.deepspeed_norms import spare_waits  # DeepSpeed is an extra
-
             spare_waits(self._trainer.model_wrapped.optimizer)
 
 

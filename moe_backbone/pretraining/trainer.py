@@ -317,13 +317,13 @@ class PretrainingTrainer(Trainer):
         self._norms, self._window, self._load_of_step = NormCheck(), LogWindow(), None
         return super()._inner_training_loop(*args, **kwargs)
 
-    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        self._norms.read()  # here too, since a subclass may write models in a way of its own
-        super()._save_checkpoint(*args, **kwargs)
+    def check_before_saving(self) -> None:
+        """Looks at the last step's gradient; a subclass that writes models in a way of its own calls it first."""
+        self._norms.read()
 
     def save_model(self, *args: Any, **kwargs: Any) -> None:
         """Saves as transformers does, checkpoints too, after a look at the last step's gradient."""
-        self._norms.read()
+        self.check_before_saving()
         super().save_model(*args, **kwargs)
 
     def _window_metrics(self) -> dict[str, float]:

@@ -16,6 +16,8 @@ from accelerate import DistributedType
 from pretraining_helpers import pretrainer
 
 from moe_backbone import CompassForCausalLM, preset
+from moe_backbone.expert_parallel.deepspeed_trainer import ExpertParallelMixin
+from moe_backbone.expert_parallel.native_trainer import NativeExpertParallelMixin
 from moe_backbone.pretraining.norm_check import NormCheck, spare_looks
 
 BF16 = {"bf16": {"enabled": True}}
@@ -52,10 +54,14 @@ def test_who_asks_for_exact_times_has_them():
     assert config == {"timers": {"throughput": {"synchronized": True}}}
 
 
-def test_a_checkpoint_waits_for_the_norm_of_its_step(tmp_path, monkeypatch):
-    """Also where a subclass writes models in a way of its own, as that with spread experts does."""
+@pytest.mark.parametrize("mixin", [None, ExpertParallelMixin, NativeExpertParallelMixin])
+def test_a_checkpoint_waits_for_the_norm_of_its_step(tmp_path, monkeypatch, mixin):
+    """Also where a subclass writes models in a way of its own, as those with spread experts do."""
     trainer = pretrainer(tmp_path)
-    monkeypatch.setattr(trainer, "save_model", lambda *_, **__: None)
+    if mixin is not None:
+        trainer.__class__ = type("Spread", (mixin, type(trainer)), {"ep_size": 1, "exchange": "auto"})
+        monkeypatch.setattr("moe_backbone.expert_parallel.deepspeed_layer.parallel_experts", lambda _: iter([1]))
+        monkeypatch.setattr("moe_backbone.expert_parallel.native_trainer.has_adapter", lambda _: True)
     event = SimpleNamespace(synchronize=lambda: None)
     trainer._norms._copied = (torch.tensor(math.inf), event, 3, False)
     with pytest.raises(FloatingPointError, match="inf after 3 step"):

@@ -24,6 +24,8 @@ from helpers import (
 )
 from transformers import AutoModelForCausalLM
 
+from moe_backbone.expert_parallel.deepspeed_trainer import ExpertParallelMixin
+from moe_backbone.expert_parallel.native_trainer import NativeExpertParallelMixin
 from otpo import OTPOTrainer
 
 
@@ -139,6 +141,20 @@ def test_infinite_parameters_are_not_saved(model_folder, tmp_path):
         trainer.model.model.norm.weight[0] = math.inf
     with pytest.raises(FloatingPointError, match="not finite"):
         trainer.save_model(str(tmp_path / "new"))
+
+
+@pytest.mark.parametrize("mixin", [ExpertParallelMixin, NativeExpertParallelMixin])
+def test_infinite_parameters_are_not_saved_where_experts_are_spread(model_folder, tmp_path, monkeypatch, mixin):
+    """Such a trainer writes its models itself."""
+    trainer = make_trainer(model_folder, tmp_path, make_pairs())
+    trainer.__class__ = type("Spread", (mixin, type(trainer)), {"ep_size": 1, "exchange": "auto"})
+    monkeypatch.setattr("moe_backbone.expert_parallel.deepspeed_layer.parallel_experts", lambda _: iter([1]))
+    monkeypatch.setattr("moe_backbone.expert_parallel.native_trainer.has_adapter", lambda _: True)
+    with torch.no_grad():
+        trainer.model.model.norm.weight[0] = math.inf
+    with pytest.raises(FloatingPointError, match="not finite"):
+        trainer.save_model(str(tmp_path / "new"))
+    assert not (tmp_path / "new").exists()
 
 
 # Empty sides that only the collator can see
