@@ -5,15 +5,16 @@ import signal
 import sys
 import time
 
-from otpo.cli.launching.failures import came_later, note, rank
+from otpo.cli.launching.failures import FOLDER, came_later, note, noted, rank
 
 
 def main(kind: str) -> int:
     first = rank() == 1
-    if not first and kind in ("refusal", "fault"):
-        time.sleep(0.2)
-        if kind == "refusal":
-            time.sleep(600)  # until the launcher ends it
+    if not first and kind == "refusal":
+        time.sleep(600)  # until the launcher ends it
+    if not first and kind == "fault":
+        while not noted(os.environ[FOLDER]):  # a busy machine may start the other process seconds later
+            time.sleep(0.01)
     if kind == "refusal":
         note("`option=3` can't be used. Set 4.", ValueError(), refused=True)
         return 2
