@@ -245,7 +245,7 @@ def child(told: dict[str, Any]) -> int:
     row |= {"idle_share": round(clock.idle_of_timed, 4), "first_step_s": round(clock.first_step_s, 2)}
     row["step_ms"] = " ".join(f"{ms:.1f}" for ms in clock.step_ms())
     row["run_s"] = round(clock.run_s, 1)
-    row["kernels"] = largest_groups(clock.profile, 30, on_gpu=on_gpu)
+    row["kernels"] = largest_groups(clock.profile, 60, on_gpu=on_gpu)
     if on_gpu:
         row["peak_mib"] = round(clock.peak / harness.MIB)
         row["mfu"] = round(rate * log["mfu"] / log["tokens_per_second"], 4) if "mfu" in log else ""

@@ -9,8 +9,8 @@ Compass too, has transformers' default, `grouped_mm`. [`experts_choice`] says wh
 training commands of otpo go by that.
 
 SwiGLU experts in bfloat16 on a GPU run as one operator, [`otpo_kernels.gated_experts`]; all others, and compiled
-ones, run in separate passes, of which SwiGLU and its gradient are one each. The kind of module, its weights and
-whether torch compiles it decide that, and no data does.
+ones, run in separate passes, of which SwiGLU with the routers' weights is one, and so are its gradients. The kind of
+module, its weights and whether torch compiles it decide that, and no data does.
 """
 
 from typing import Any
@@ -25,8 +25,9 @@ from transformers.integrations.moe import (
 )
 
 from otpo_kernels.gated_experts import gated_experts
-from otpo_kernels.memcpy import permute, route, unpermute
+from otpo_kernels.memcpy import Routing, permute, route, unpermute
 from otpo_kernels.swiglu import swiglu
+from otpo_kernels.weighted_swiglu import weighted_swiglu
 
 NAME = "memcpy"
 ADAPTERS = "low_rank_adapters"
@@ -67,9 +68,7 @@ def memcpy_experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor
     if not torch.compiler.is_compiling() and is_swiglu(self) and _has_kernels(weight, self.down_proj):
         x_TD = hidden_states.to(weight.dtype)
         return gated_experts(x_TD, weight, self.down_proj, routing, top_k_weights).to(hidden_states.dtype)
-    x_RD = permute(hidden_states.to(weight.dtype), routing)
-    y_RD = run_grouped(self, x_RD, routing.offsets)
-    return unpermute(y_RD, routing, top_k_weights).to(hidden_states.dtype)
+    return _run_separately(self, hidden_states.to(weight.dtype), routing, top_k_weights).to(hidden_states.dtype)
 
 
 def is_swiglu(experts: Any) -> bool:
@@ -110,29 +109,26 @@ def _has_kernels(*weights: Tensor) -> bool:
     )
 
 
-def run_grouped(experts: Any, x_RD: Tensor, ends_E: Tensor) -> Tensor:
-    """Each group of rows through its expert, in separate passes.
+def _run_separately(experts: Any, x_TD: Tensor, routing: Routing, weights_TK: Tensor) -> Tensor:
+    """Each token's rows through its experts in separate passes, and their weighted sum, `(T, D)`."""
+    ends_E, norm = routing.offsets, experts._modules.get("post_expert_norm")
+    h_RF = _linear(experts, "gate_up_proj" if experts.has_gate else "up_proj", permute(x_TD, routing), ends_E)
 
-    Args:
-        experts: An `nn.Module` decorated by `use_experts_implementation`.
-        x_RD: Rows grouped by expert.
-        ends_E: The row after each group's last.
-
-    Returns:
-        `(R, D)`.
-    """
-    h_RF = _linear(experts, "gate_up_proj" if experts.has_gate else "up_proj", x_RD, ends_E)
-    if _gates_by_swiglu(experts):
+    # SwiGLU takes the routers' weights where a product alone comes after it, which is linear; else the sum takes them.
+    weights_of_sum: Tensor | None = weights_TK
+    if not _gates_by_swiglu(experts):
+        h_RF = experts._apply_gate(h_RF) if experts.has_gate else experts.act_fn(h_RF)
+    elif experts.has_bias or norm is not None:
         h_RF = swiglu(h_RF, ends_E)
     else:
-        h_RF = experts._apply_gate(h_RF) if experts.has_gate else experts.act_fn(h_RF)
+        h_RF, weights_of_sum = weighted_swiglu(h_RF, weights_TK, routing), None
+
     y_RD = _linear(experts, "down_proj", h_RF, ends_E)
-    norm = experts._modules.get("post_expert_norm")
-    if norm is None:
-        return y_RD
-    # A grouped product leaves the rows after the last group as it found them, and the norm's gradient sums all rows.
-    beyond_R = torch.arange(len(y_RD), device=y_RD.device) >= ends_E[-1]
-    return norm(y_RD.masked_fill(beyond_R[:, None], 0.0))
+    if norm is not None:
+        # A grouped product leaves the rows after the last group as it found them, and the norm's gradient sums all.
+        beyond_R = torch.arange(len(y_RD), device=y_RD.device) >= ends_E[-1]
+        y_RD = norm(y_RD.masked_fill(beyond_R[:, None], 0.0))
+    return unpermute(y_RD, routing, weights_of_sum)
 
 
 def _linear(experts: Any, name: str, rows: Tensor, ends_E: Tensor) -> Tensor:

@@ -26,10 +26,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backend import runs_in_triton
 from .memcpy import permute, unpermute
 from .routing import Routing
 from .swiglu import run_swiglu
+from .weighted_swiglu import run_weighted_swiglu_backward, sources_of_rows
 
 
 def gated_experts(x: Tensor, gate_up: Tensor, down: Tensor, routing: Routing, weights: Tensor) -> Tensor:
@@ -64,54 +64,6 @@ def gated_experts(x: Tensor, gate_up: Tensor, down: Tensor, routing: Routing, we
         raise TypeError(f"x, gate_up and down must share a dtype, got {x.dtype}, {gate_up.dtype} and {down.dtype}.")
     where = (routing.destinations, routing.offsets, routing.counts)
     return _gated_experts(x, gate_up, down, weights, *where, torch.is_grad_enabled())[0]
-
-
-def swiglu_backward_reference(
-    grad: Tensor, h: Tensor, weights: Tensor, sources: Tensor, ends: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What the kernel computes, in plain torch.
-
-    Args:
-        grad: v, `(R, F)`.
-        h: `(R, 2 F)`.
-        weights: `(T, K)`.
-        sources: `(R,)`, each row's slot; -1 for none.
-        ends: `(E,)`, the row after each group's last.
-
-    Returns:
-        `dh (R, 2 F)`, `w a (R, F)`, both zero in rows after the last group, and `a . v (R,)`.
-    """
-    accumulate = torch.promote_types(h.dtype, torch.float32)
-    taken = (torch.arange(len(h), device=h.device) < ends[-1])[:, None]
-    gate, up = h.to(accumulate).where(taken, 0.0).chunk(2, dim=-1)
-    grad = grad.to(accumulate).where(taken, 0.0)
-    weight = weights.flatten()[sources.clamp(min=0)].to(accumulate)[:, None].where(taken, 0.0)
-    chance = gate.sigmoid()
-    silu = gate * chance
-    grad_h = torch.cat([grad * up * (chance + silu * (1 - chance)), grad * silu], 1)
-    return (weight * grad_h).to(h.dtype), (weight * silu * up).to(h.dtype), (silu * up * grad).sum(1)
-
-
-def sources_of_rows(destinations: Tensor, rows: int) -> Tensor:
-    """The slot that each row of a routing comes from: `(R,)` int32, -1 for a row that comes from none."""
-    if runs_in_triton(destinations):
-        from . import gated_experts_kernels
-
-        return gated_experts_kernels.sources_of_rows(destinations, rows)
-    sources = torch.full((rows + 1,), -1, dtype=torch.int32, device=destinations.device)
-    of_slot = destinations.flatten().long()
-    places = torch.arange(len(of_slot), dtype=torch.int32, device=destinations.device)
-    return sources.scatter_(0, of_slot.where(of_slot >= 0, rows), places)[:-1].clone()
-
-
-def _swiglu_backward(
-    grad: Tensor, h: Tensor, weights: Tensor, sources: Tensor, ends: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    if not runs_in_triton(h):
-        return swiglu_backward_reference(grad, h, weights, sources, ends)
-    from . import gated_experts_kernels
-
-    return gated_experts_kernels.swiglu_backward(grad, h, weights, sources, ends)
 
 
 @torch.library.custom_op("otpo::gated_experts", mutates_args=())
@@ -175,10 +127,8 @@ def _gated_experts_backward(
 
     grad_rows = permute(grad, routing)
     grad_a = grouped_mm(grad_rows, down, offs=offsets)
-    grad_h, weighted, dots = _swiglu_backward(grad_a, h, weights.contiguous(), sources, offsets)
+    grad_h, grad_weights, weighted = run_weighted_swiglu_backward(grad_a, h, weights, sources, value=learns_down)
     del grad_a
-    of_slots = dots[destinations.clamp(min=0).long()]
-    grad_weights = of_slots.where(destinations >= 0, 0.0).to(weights.dtype)
 
     grad_down = grouped_mm(grad_rows.t(), weighted, offs=offsets) if learns_down else down.new_empty(0)
     del grad_rows, weighted

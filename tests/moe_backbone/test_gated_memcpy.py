@@ -23,8 +23,9 @@ SWIGLU = {
     "qwen3": (Qwen3MoeExperts, Qwen3MoeConfig(**TINY, moe_intermediate_size=24, num_experts=6)),
     "compass": (CompassExperts, CompassConfig(hidden_size=32, moe_intermediate_size=24, num_experts=6)),
 }
-GATED_BY_SWIGLU = {"norm after", "transposed"}
-"""Of the experts of other kinds, those whose gate is plain SwiGLU between products that are not."""
+GATED_BY_SWIGLU = {"norm after": {"swiglu"}, "transposed": {"sources_of_rows", "weighted_swiglu"}}
+"""Of the experts of other kinds, those whose gate is plain SwiGLU, and the operators that they have for it: routers'
+weights go through a product, and not through a norm."""
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 
 
@@ -122,7 +123,7 @@ def test_compass_takes_it_under_autocast(kernels):
 
 
 def test_compiled_layers_keep_separate_passes(kernels):
-    """Moves, products and SwiGLU, an operator each; the graph has no break."""
+    """Moves, products and weighted SwiGLU, an operator each; the graph has no break."""
     torch._dynamo.reset()
     module, index, weights = swiglu_experts("qwen3").bfloat16(), torch.rand(9, 6).argsort(1)[:, :2], torch.rand(9, 2)
     x, graphs = torch.randn(9, 32).bfloat16(), []
@@ -133,7 +134,7 @@ def test_compiled_layers_keep_separate_passes(kernels):
 
     got = torch.compile(module, fullgraph=True, backend=backend)(x, index, weights)
     assert len(graphs) == 1 and "gated_experts" not in graphs[0]
-    assert all(f"otpo.{name}" in graphs[0] for name in ("permute", "swiglu", "unpermute"))
+    assert all(f"otpo.{name}" in graphs[0] for name in ("permute", "weighted_swiglu", "unpermute"))
     torch.testing.assert_close(got, module(x, index, weights), rtol=0.05, atol=0.05)
 
 
@@ -142,8 +143,7 @@ def test_experts_of_other_kinds_keep_separate_passes(name, kernels):
     module = make_experts(name)
     assert not is_swiglu(module)
     inputs = torch.randn(4, 32), torch.zeros(4, 2, dtype=torch.long), torch.rand(4, 2)
-    of_gate = {"swiglu"} if name in GATED_BY_SWIGLU else set()
-    assert operators_of(module, *inputs) == {"route", "permute", "unpermute"} | of_gate
+    assert operators_of(module, *inputs) == {"route", "permute", "unpermute"} | GATED_BY_SWIGLU.get(name, set())
 
 
 def test_adapters_on_spread_experts_keep_separate_passes():
