@@ -96,6 +96,20 @@ def _gates_by_swiglu(experts: Any) -> bool:
     )
 
 
+def _weighs_rows_before_the_product(experts: Any) -> bool:
+    """Whether a row may be multiplied by its router's weight before the last product, and not after it.
+
+    Nothing but a plain product may come after: a bias and a norm are not linear, and a quantized weight may scale its
+    input by the largest row. Weighted rows of float16 could leave its range, where routers' weights are far from 1.
+    """
+    return (
+        not experts.has_bias
+        and experts._modules.get("post_expert_norm") is None
+        and type(experts.down_proj) in _PLAIN
+        and experts.down_proj.dtype != torch.float16
+    )
+
+
 def _has_kernels(*weights: Tensor) -> bool:
     """Whether torch's grouped products and our kernels run plain weights of that dtype on that device."""
     return all(
@@ -114,14 +128,13 @@ def _run_separately(experts: Any, x_TD: Tensor, routing: Routing, weights_TK: Te
     ends_E, norm = routing.offsets, experts._modules.get("post_expert_norm")
     h_RF = _linear(experts, "gate_up_proj" if experts.has_gate else "up_proj", permute(x_TD, routing), ends_E)
 
-    # SwiGLU takes the routers' weights where a product alone comes after it, which is linear; else the sum takes them.
     weights_of_sum: Tensor | None = weights_TK
     if not _gates_by_swiglu(experts):
         h_RF = experts._apply_gate(h_RF) if experts.has_gate else experts.act_fn(h_RF)
-    elif experts.has_bias or norm is not None:
-        h_RF = swiglu(h_RF, ends_E)
-    else:
+    elif _weighs_rows_before_the_product(experts):
         h_RF, weights_of_sum = weighted_swiglu(h_RF, weights_TK, routing), None
+    else:
+        h_RF = swiglu(h_RF, ends_E)
 
     y_RD = _linear(experts, "down_proj", h_RF, ends_E)
     if norm is not None:

@@ -163,6 +163,8 @@ def _unpermute_backward_kernel(
             y = tl.load(rows_ptr + at, mask=inside, other=0.0).to(ACCUMULATE)
             tl.store(grad_rows_ptr + at, (weight * grad).to(grad_rows_ptr.dtype.element_ty), mask=inside)
             dot += tl.sum(y * grad, 1)
+        if grad_weights_ptr.dtype.element_ty != tl.float64:
+            dot = dot.to(tl.float32)  # Triton's interpreter makes no bfloat16 of float64
         tl.store(grad_weights_ptr + token * K + slot, dot.to(grad_weights_ptr.dtype.element_ty), mask=slot < K)
     else:
         _zero_gaps(grad_rows_ptr, offsets_ptr, counts_ptr, token - tokens, rows, experts, hidden, TAIL)

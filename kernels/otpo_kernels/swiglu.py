@@ -5,7 +5,8 @@ transformers' `gate_up_proj` makes them.
 
 torch's compiler fuses the forward as well; its kernel of the gradient, which joins both halves, took 1.8 times as
 long as its bytes do at a copy's rate (65,536 rows of 1536, one H200). So SwiGLU is an operator in compiled layers
-too, where grouped products come before and after it, and nothing that it could be fused with.
+too, where grouped products come before and after it. What it can be fused with are routers' weights, in
+[`otpo_kernels.weighted_swiglu`].
 """
 
 from typing import Any

@@ -92,6 +92,8 @@ def _weighted_swiglu_backward_kernel(
         tl.store(grad_h_ptr + of_gate + width, (weight * grad_up).to(grad_h_ptr.dtype.element_ty), mask=stored)
         if VALUE:
             tl.store(value_ptr + at, (weight * activated).to(value_ptr.dtype.element_ty), mask=stored)
+    if grad_weights_ptr.dtype.element_ty != tl.float64:
+        dot = dot.to(tl.float32)  # Triton's interpreter makes no bfloat16 of float64
     tl.store(grad_weights_ptr + source, dot.to(grad_weights_ptr.dtype.element_ty), mask=taken)
 
 

@@ -142,16 +142,17 @@ def all_to_all(config: CompassConfig, setup: TrainingSetup) -> Exchange:
 def row_move_bytes(config: CompassConfig, setup: TrainingSetup) -> int:
     """Least bytes that permute and unpermute move in one layer and micro-batch, forward and backward.
 
-    Each pass moves `2 (R + N)`, and N more in the backward of layers that are not compiled, where tokens are gathered
-    or experts' rows read once more. Where rows are sent, each pass also reorders those that arrive, and back: `4 N`.
-    Where all tokens are gathered, R is that of all GPUs that share the experts.
+    Each pass moves `2 (R + N)`, and the backward N more, where it reads experts' outputs or tokens' rows once more; in
+    compiled layers of memcpy it reads neither. Where rows are sent, each pass also reorders those that arrive, and
+    back: `4 N`. Where all tokens are gathered, R is that of all GPUs that share the experts.
     """
     row = setup.batch.tokens * config.hidden_size * setup.bytes_of.compute
     rows = row * config.num_experts_per_tok
     again = 4 * rows if setup.expert_parallel_size > 1 and not setup.gathers(config) else 0
     row *= setup.expert_parallel_size if setup.gathers(config) else 1
     forward = 2 * (row + rows) + again
-    backward = forward + (0 if setup.compiles(config) else rows)
+    alone = setup.expert_parallel_size == 1 and setup.experts_implementation == "memcpy"
+    backward = forward + (0 if alone and setup.compiles(config) else rows)
     return forward * (2 if setup.gradient_checkpointing else 1) + backward
 
 

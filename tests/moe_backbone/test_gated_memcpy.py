@@ -138,6 +138,67 @@ def test_compiled_layers_keep_separate_passes(kernels):
     torch.testing.assert_close(got, module(x, index, weights), rtol=0.05, atol=0.05)
 
 
+def test_separate_passes_keep_no_output_of_an_expert():
+    """Rows as they come, twice the width, and weighted SwiGLU of them: each once."""
+    module, index = swiglu_experts("qwen3"), torch.rand(9, 6).argsort(1)[:, :2]
+    x, weights, kept = torch.randn(9, 32, requires_grad=True), torch.rand(9, 2, requires_grad=True), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        module(x, index, weights)
+    of_rows = {tensor.data_ptr(): tensor.size(1) for tensor in kept if tensor.dim() == 2 and len(tensor) == 18}
+    assert sorted(of_rows.values()) == [24, 32, 48]
+
+
+class _LowRank:
+    """An adapter as spread experts carry it, of factors `(E, inputs, 3)` and `(E, 3, outputs)`."""
+
+    def __init__(self, tensor, weight):
+        self.tensor = tensor
+        self.down, self.up = torch.randn(6, weight.size(2), 3) * 0.2, torch.randn(6, 3, weight.size(1)) * 0.2
+
+    def __call__(self, rows, ends):
+        groups = torch.tensor_split(rows, ends[:-1].tolist())
+        return torch.cat([group @ a @ b for group, a, b in zip(groups, self.down, self.up, strict=True)])
+
+
+def test_adapters_add_what_merged_weights_would():
+    """With routers' weights that are not 1, so that what multiplies a row before its product shows."""
+    module, index = swiglu_experts("qwen3"), torch.rand(9, 6).argsort(1)[:, :2]
+    x, weights, grad = torch.randn(9, 32), torch.rand(9, 2), torch.randn(9, 32)
+    adapters = [_LowRank(name, weight) for name, weight in module.named_parameters()]
+    vars(module)[ADAPTERS] = adapters
+    got = run(module, "memcpy", x, index, weights, grad)
+    for adapter in adapters:
+        getattr(module, adapter.tensor).data += (adapter.down @ adapter.up).transpose(1, 2)
+    want = run(module, "eager", x, index, weights, grad)
+    for tensor in ("output", "x", "router"):
+        torch.testing.assert_close(got[tensor], want[tensor], **CLOSE, msg=tensor)
+
+
+def test_rows_of_float16_are_weighted_in_the_sum():
+    """An activation within float16's range leaves it where a router's weight of 2.5 multiplies it."""
+    module = swiglu_experts("qwen3").half()
+    module.gate_up_proj.data.zero_()
+    module.gate_up_proj.data[:, :24, 0], module.gate_up_proj.data[:, 24:, 0] = 60.0, 1000.0
+    module.down_proj.data.fill_(1e-4)
+    x = torch.zeros(1, 32, dtype=torch.float16)
+    x[0, 0] = 1.0
+    output = module(x, torch.zeros(1, 1, dtype=torch.long), torch.full((1, 1), 2.5, dtype=torch.float16))
+    torch.testing.assert_close(output, torch.full_like(output, 24 * 60_000 * 1e-4 * 2.5), rtol=5e-3, atol=0.0)
+
+
+def test_weights_that_have_products_of_their_own_see_unweighted_rows():
+    """As a quantized weight does, which may scale all rows by the largest."""
+
+    class Quantized(torch.Tensor):
+        pass
+
+    module = swiglu_experts("qwen3")
+    inputs = torch.randn(4, 32), torch.zeros(4, 1, dtype=torch.long), torch.rand(4, 1)
+    assert "weighted_swiglu" in operators_of(module, *inputs)
+    module.down_proj = torch.nn.Parameter(module.down_proj.data.as_subclass(Quantized))
+    assert "swiglu" in operators_of(module, *inputs) and "weighted_swiglu" not in operators_of(module, *inputs)
+
+
 @pytest.mark.parametrize("name", EXPERTS)
 def test_experts_of_other_kinds_keep_separate_passes(name, kernels):
     module = make_experts(name)

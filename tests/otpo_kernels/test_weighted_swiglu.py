@@ -99,15 +99,18 @@ def test_a_weight_of_zero_still_learns(backend):
     assert_close(of_weights, definition(h, weights, routing, grad)[2], 1e-5)
 
 
-def test_weights_keep_their_dtype(backend):
-    h, weights, routing, grad = make_case(*SIZES[1], nothing=0.0)
-    weights = weights.bfloat16().requires_grad_()
-    value = weighted_swiglu(h, weights, routing)
-    (of_weights,) = torch.autograd.grad(value, weights, grad)
-    assert value.dtype == torch.float32 and of_weights.dtype == torch.bfloat16
-    want = definition(h, weights, routing, grad)
-    assert_close(value, want[0], 1e-6)
-    assert_close(of_weights, want[2], 8e-3)
+@pytest.mark.parametrize("of_weights", CLOSE, ids=str)
+@pytest.mark.parametrize("of_rows", CLOSE, ids=str)
+def test_rows_and_weights_of_two_types(of_rows, of_weights, backend):
+    h, weights, routing, grad = make_case(*SIZES[1])
+    leaves = h.to(of_rows).requires_grad_(), weights.to(of_weights).requires_grad_()
+    value = weighted_swiglu(*leaves, routing)
+    got = (value, *torch.autograd.grad(value, leaves, grad.to(of_rows)))
+    assert [each.dtype for each in got] == [of_rows, of_rows, of_weights]
+    rows, wide = max(CLOSE[of_rows], 1e-12), 10 * max(CLOSE[of_rows], CLOSE[of_weights])
+    want = definition(leaves[0].detach(), leaves[1].detach(), routing, grad.to(of_rows))
+    for each, exact, tolerance in zip(got, want, (rows, rows, wide), strict=True):
+        assert_close(each, exact, tolerance)
 
 
 def test_strided_tensors(backend):
