@@ -222,7 +222,7 @@ def unpermute(rows: Tensor, destinations: Tensor, weights: Tensor | None) -> Ten
             hidden,
             K=slots,
             WEIGHTED=weights is not None,
-            ACCUMULATE=_accumulate(rows),
+            ACCUMULATE=type_of_sums(rows),
         )
     return out
 
@@ -255,7 +255,7 @@ def unpermute_backward(
             grad.stride(0),
             K=slots,
             SLOTS=padded_slots,
-            ACCUMULATE=_accumulate(rows),
+            ACCUMULATE=type_of_sums(rows),
             TAIL=_TAIL,
             **_backward_tile(hidden, padded_slots),
         )
@@ -273,5 +273,6 @@ def _rows_contiguous(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
-def _accumulate(rows: Tensor) -> tl.dtype:
+def type_of_sums(rows: Tensor) -> tl.dtype:
+    """What kernels compute in: float32, or float64 for rows of it."""
     return tl.float64 if rows.dtype == torch.float64 else tl.float32

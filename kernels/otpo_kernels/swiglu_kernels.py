@@ -16,6 +16,10 @@ import triton.language as tl
 from torch import Tensor
 
 from .distance import INTERPRETED
+from .memcpy_kernels import type_of_sums
+
+TILE = {"ROWS": 4, "BLOCK": 16} if INTERPRETED else {"ROWS": 8, "BLOCK": 256, "num_warps": 4}
+"""Rows and columns of SwiGLU that a program takes at once."""
 
 
 @triton.jit
@@ -95,8 +99,6 @@ def _launch(kernel: Any, tensors: tuple[Tensor, ...], ends: Tensor, shaped: Tens
     rows, width = shaped.shape
     if not shaped.numel():
         return
-    tile = {"ROWS": 4, "BLOCK": 16} if INTERPRETED else {"ROWS": 8, "BLOCK": 256, "num_warps": 4}
-    grid = (triton.cdiv(rows, tile["ROWS"]) * triton.cdiv(width, tile["BLOCK"]),)
-    sums = tl.float64 if shaped.dtype == torch.float64 else tl.float32
+    grid = (triton.cdiv(rows, TILE["ROWS"]) * triton.cdiv(width, TILE["BLOCK"]),)
     with torch.cuda.device_of(shaped):
-        kernel[grid](*tensors, ends.contiguous(), rows, len(ends), width, SUMS=sums, **tile)
+        kernel[grid](*tensors, ends.contiguous(), rows, len(ends), width, SUMS=type_of_sums(shaped), **TILE)

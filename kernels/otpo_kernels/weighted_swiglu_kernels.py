@@ -16,7 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .distance import INTERPRETED
-from .swiglu_kernels import swiglu_gradient, swiglu_of
+from .memcpy_kernels import type_of_sums
+from .swiglu_kernels import TILE, swiglu_gradient, swiglu_of
 
 _SLOTS = 64 if INTERPRETED else 1024  # that a program inverts
 
@@ -112,11 +113,10 @@ def weighted_swiglu(h: Tensor, weights: Tensor, sources: Tensor) -> Tensor:
     rows, width = len(h), h.size(1) // 2
     a = torch.empty(rows, width, dtype=h.dtype, device=h.device)
     if a.numel():
-        tile = _tile()
-        grid = (triton.cdiv(rows, tile["ROWS"]) * triton.cdiv(width, tile["BLOCK"]),)
+        grid = (triton.cdiv(rows, TILE["ROWS"]) * triton.cdiv(width, TILE["BLOCK"]),)
         with torch.cuda.device_of(h):
             _weighted_swiglu_kernel[grid](
-                h.contiguous(), weights.contiguous(), sources, a, rows, width, SUMS=_sums(h), **tile
+                h.contiguous(), weights.contiguous(), sources, a, rows, width, SUMS=type_of_sums(h), **TILE
             )
     return a
 
@@ -130,18 +130,9 @@ def weighted_swiglu_backward(
     grad_weights = torch.zeros(weights.shape, dtype=weights.dtype, device=h.device)  # of dropped slots too
     a = torch.empty(rows if value else 0, width, dtype=h.dtype, device=h.device)
     if grad.numel():
-        tile = _tile()
         with torch.cuda.device_of(h):
-            _weighted_swiglu_backward_kernel[(triton.cdiv(rows, tile["ROWS"]),)](
+            _weighted_swiglu_backward_kernel[(triton.cdiv(rows, TILE["ROWS"]),)](
                 grad.contiguous(), h.contiguous(), weights.contiguous(), sources, grad_h, grad_weights, a, rows, width,
-                VALUE=value, SUMS=_sums(h), **tile,
+                VALUE=value, SUMS=type_of_sums(h), **TILE,
             )  # fmt: skip
     return grad_h, grad_weights, a
-
-
-def _tile() -> dict[str, int]:
-    return {"ROWS": 4, "BLOCK": 16} if INTERPRETED else {"ROWS": 8, "BLOCK": 256, "num_warps": 4}
-
-
-def _sums(rows: Tensor) -> tl.dtype:
-    return tl.float64 if rows.dtype == torch.float64 else tl.float32

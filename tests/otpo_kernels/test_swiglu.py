@@ -8,10 +8,11 @@ import torch
 from torch.library import opcheck
 
 pytest.importorskip("triton", reason="triton is made for Linux")
+from swiglu_helpers import DEVICE, assert_close
+
 from otpo_kernels import swiglu as module
 from otpo_kernels.swiglu import swiglu, swiglu_backward_reference, swiglu_reference
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # rows, F, and the groups' ends: odd tiles, wide rows, groups without rows, rows after the last group, one row, none
 SIZES = [
     (37, 24, (5, 5, 37)),
@@ -46,11 +47,6 @@ def definition(h, ends, grad):
     value = gate / (1 + torch.exp(-gate)) * up
     (of_h,) = torch.autograd.grad(value, h, grad.cpu().double()[: len(value)])
     return torch.cat([value.detach(), torch.zeros(len(h) - len(value), value.size(1)).double()]), of_h
-
-
-def assert_close(got, want, tolerance):
-    error = (got.cpu().double() - want).abs()
-    assert (error <= tolerance * (1 + want.abs())).all(), error.max()
 
 
 @pytest.mark.parametrize("dtype", CLOSE, ids=str)
