@@ -5,22 +5,22 @@ each MTP layer. Each function here has the signature of `CompassForCausalLM.toke
 row, H hidden size, V vocabulary.
 """
 
-import functools
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from moe_backbone.model.mtp import IGNORED, run_shared_head
+from otpo_kernels.backend import triton_is_installed
+from otpo_kernels.cross_entropy import cross_entropy
 
-TOKEN_LOSSES = ("logits", "compiled", "chunked")
+TOKEN_LOSSES = ("logits", "kernel", "chunked")
 """What the option `token_loss` may be, beside `auto`."""
 
 
-def compiled_loss(head: nn.Module, states: Tensor, labels: Tensor, detach: bool) -> Tensor:
-    """The sum of cross-entropies by one compiled kernel each way, which reads logits in the head's own precision.
+def kernel_loss(head: nn.Module, states: Tensor, labels: Tensor, detach: bool) -> Tensor:
+    """The sum of cross-entropies by one kernel each way, which reads logits in the head's own precision.
 
     Args:
         head: The model's `lm_head`, which is called as a module.
@@ -31,13 +31,13 @@ def compiled_loss(head: nn.Module, states: Tensor, labels: Tensor, detach: bool)
     Returns:
         The sum, a float32 scalar; 0 without labels.
     """
-    return _compiled_sum()(run_shared_head(head, states, detach).flatten(0, 1), labels.flatten())
+    return cross_entropy(run_shared_head(head, states, detach).flatten(0, 1), labels.flatten()).sum()
 
 
 def chunked_loss(head: nn.Module, states: Tensor, labels: Tensor, detach: bool) -> Tensor:
     """The same by TRL's chunked head, which has the logits of 4,096 tokens and 32,768 words at a time.
 
-    It runs the head's product once more for the gradient. See [`compiled_loss`] for the arguments.
+    It runs the head's product once more for the gradient. See [`kernel_loss`] for the arguments.
     """
     from trl.kernels import ChunkedLogProbFunction  # brings TRL's trainers with it
     from trl.trainer.utils import maybe_gather_lm_head_ctx
@@ -59,7 +59,7 @@ def find_token_loss(name: str, model: Any, device: torch.device) -> Any:
     """The function of a name, as `CompassForCausalLM.token_loss` takes it; None for `logits`.
 
     Args:
-        name: One of [`TOKEN_LOSSES`], or `auto`: `compiled` on a GPU, `logits` elsewhere.
+        name: One of [`TOKEN_LOSSES`], or `auto`: `kernel` on a GPU with Triton, `logits` elsewhere.
         model: A `CompassForCausalLM`.
         device: That trains it.
 
@@ -67,23 +67,14 @@ def find_token_loss(name: str, model: Any, device: torch.device) -> Any:
         ValueError: The head is not a plain linear layer, which `chunked` needs.
     """
     if name == "auto":
-        name = "compiled" if device.type == "cuda" else "logits"
+        name = "kernel" if device.type == "cuda" and triton_is_installed() else "logits"
     if name == "chunked" and type(model.lm_head) is not nn.Linear:
         raise ValueError(
             f"`token_loss=chunked` multiplies by a plain head's weights, and this head is a "
             f"{type(model.lm_head).__name__}. Set `token_loss=logits`."
         )
-    return {"logits": None, "compiled": compiled_loss, "chunked": chunked_loss}[name]
+    return {"logits": None, "kernel": kernel_loss, "chunked": chunked_loss}[name]
 
 
 _CHUNK = 32_768
 """Tokens of the vocabulary in a tile, TRL's own choice."""
-
-
-def _sum(logits: Tensor, labels: Tensor) -> Tensor:
-    return F.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="sum")
-
-
-@functools.cache
-def _compiled_sum() -> Any:
-    return torch.compile(_sum)  # batches have one size, but for the last, for which a second graph serves

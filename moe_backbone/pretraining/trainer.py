@@ -53,9 +53,9 @@ class PretrainingConfig(TrainingArguments):
     token_loss: str = field(
         default="auto",
         metadata={
-            "help": "How cross-entropies are computed in training: `logits` by transformers' function, `compiled` by "
-            "one kernel that reads logits in the head's precision, `chunked` by TRL's head, which has the logits of a "
-            "part of the tokens at a time. `auto`: compiled on a GPU, else logits.",
+            "help": "How cross-entropies are computed in training: `logits` by transformers' function, `kernel` by "
+            "one kernel each way that reads logits in the head's precision, `chunked` by TRL's head, which has the "
+            "logits of a part of the tokens at a time. `auto`: kernel on a GPU, else logits.",
             "choices": ["auto", *TOKEN_LOSSES],
         },
     )

@@ -1,24 +1,14 @@
 """Cross-entropies without float32 logits are those of transformers' loss function, and so are their gradients."""
 
-import functools
-
 import pytest
 import torch
 from compass_helpers import compass_model, gradients, token_ids
 from pretraining_helpers import logged, pretrainer, tiny_compass
 
 from moe_backbone.pretraining import token_losses
-from moe_backbone.pretraining.token_losses import chunked_loss, compiled_loss, find_token_loss
+from moe_backbone.pretraining.token_losses import chunked_loss, find_token_loss, kernel_loss
 
-FUNCTIONS = {"compiled": compiled_loss, "chunked": chunked_loss}
-
-
-@pytest.fixture(autouse=True)
-def _traced_alone(monkeypatch):
-    """The graph runs as it is: code is generated once, in the last test."""
-    monkeypatch.setattr(
-        token_losses, "_compiled_sum", functools.cache(lambda: torch.compile(token_losses._sum, backend="aot_eager"))
-    )
+FUNCTIONS = {"kernel": kernel_loss, "chunked": chunked_loss}
 
 
 def losses(name: str, labels: torch.Tensor, **changes):
@@ -66,26 +56,30 @@ def test_a_mean_over_no_label_is_not_a_number_as_transformers_has_it(name):
 
 def test_evaluation_and_inference_keep_their_logits():
     model = tiny_compass().eval()
-    model.token_loss = compiled_loss
+    model.token_loss = kernel_loss
     ids = token_ids(1, 6)
     assert model(input_ids=ids, labels=ids).logits is not None
     assert model.train()(input_ids=ids).logits is not None
 
 
+@pytest.mark.parametrize("triton", [True, False])
+def test_a_gpu_has_the_kernel_where_triton_is_installed(triton, monkeypatch):
+    monkeypatch.setattr(token_losses, "triton_is_installed", lambda: triton)
+    assert find_token_loss("auto", tiny_compass(), torch.device("cpu")) is None
+    assert find_token_loss("auto", tiny_compass(), torch.device("cuda")) is (kernel_loss if triton else None)
+
+
 def test_a_head_that_is_not_plain_is_refused():
     model = tiny_compass()
     cpu = torch.device("cpu")
-    assert find_token_loss("auto", model, cpu) is None and find_token_loss("chunked", model, cpu) is chunked_loss
-    assert find_token_loss("auto", model, torch.device("cuda")) is compiled_loss
+    assert find_token_loss("chunked", model, cpu) is chunked_loss
     model.lm_head = torch.nn.Sequential(model.lm_head)
     with pytest.raises(ValueError, match=r"`token_loss=chunked`.*Sequential.*token_loss=logits"):
         find_token_loss("chunked", model, cpu)
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_a_training_repeats_the_losses_of_logits(tmp_path, name, monkeypatch):
-    if name == "compiled":
-        monkeypatch.setattr(token_losses, "_compiled_sum", functools.cache(lambda: torch.compile(token_losses._sum)))
+def test_a_training_repeats_the_losses_of_logits(tmp_path, name):
     found = []
     for each in ("logits", name):
         trainer = pretrainer(tmp_path / each, token_loss=each, max_steps=3, gradient_accumulation_steps=2)
@@ -96,5 +90,5 @@ def test_a_training_repeats_the_losses_of_logits(tmp_path, name, monkeypatch):
 
 
 def test_another_name_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"`token_loss` must be auto, logits, compiled, chunked, got 'liger'"):
+    with pytest.raises(ValueError, match=r"`token_loss` must be auto, logits, kernel, chunked, got 'liger'"):
         pretrainer(tmp_path, token_loss="liger")
