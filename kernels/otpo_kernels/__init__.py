@@ -1,4 +1,4 @@
-"""Triton kernels of otpo: the transport between responses' tokens, row moves, and AdamW on float32 masters.
+"""Triton kernels of otpo: transport between responses' tokens, row moves, SwiGLU, cross-entropies, AdamW on masters.
 
 Importing this package imports no Triton.
 """

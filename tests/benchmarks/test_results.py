@@ -2,6 +2,7 @@
 
 import json
 import re
+import statistics
 from pathlib import Path
 
 import pytest
@@ -136,59 +137,36 @@ def test_what_is_said_of_pretraining_was_measured():
     assert rows["compass-small", "default"]["speedup"] == "1.7" and "1.70 and 1.20 times" in page
 
 
-def test_what_is_said_of_tasks_with_headroom_was_measured():
-    page = (ROOT / "docs" / "ablations.md").read_text(encoding="utf-8")
-    for made in (findings.headroom("constraints"), findings.headroom("shop"), findings.found_spans()):
-        assert f"\n\n{made}" in page
-    rows = read_rows(RESULTS / "headroom_constraints_h200_summary.csv")
-    last = {(row["held_out"], row["weighting"]): row for row in rows if row["round"] in ("0", "2")}
-    gains = [round(float(last[split, "dpo"]["over_start"]), 1) for split in ("all", "test_templates")]
-    assert gains == [10.7, 8.0] and "DPO gains 10.7 points, in wordings that no training has seen 8.0" in page
-    seeds = [row for row in read_rows(RESULTS / "headroom_constraints_h200.csv") if row["weighting"] == "contrast"]
-    right = [100 * int(row["right"]) / 500 for row in seeds if (row["round"], row["held_out"]) == ("2", "all")]
-    assert [round(min(right[:4]), 1), round(max(right[:4]), 1), round(right[4], 1)] == [55.8, 60.0, 49.4]
-    first = next(row for row in rows if (row["held_out"], row["weighting"], row["round"]) == ("all", "contrast", "1"))
-    assert [round(float(first[f"over_dpo{end}"]), 1) for end in ("", "_low", "_high")] == [-3.7, -5.7, -1.8]
-    for said in ("3.7 points behind DPO after the first round ([-5.7, -1.8])", "55.8 to 60.0% in four seeds, 49.4%"):
-        assert said in " ".join(page.split())
+def test_what_is_said_of_power_was_measured():
+    page = " ".join((RESULTS.parent / "README.md").read_text().split())
+    samples = read_rows(RESULTS / "pretraining_h200_clocks.csv")
+
+    def median(variant, column):
+        return statistics.median(float(row[column]) for row in samples if row["variant"] == variant)
+
+    watts, clock = median("default", "watts"), median("default", "sm_mhz")
+    assert f"it draws {watts:.0f} W of 700 and lowers its clock to {clock:,.0f} MHz" in page
+    watts, clock = median("grouped_mm", "watts"), median("grouped_mm", "sm_mhz")
+    assert f"`grouped_mm` has {watts:.0f} W and {clock:,.0f} of 1,980 MHz" in page
+    assert all(row["at_power_limit"] == "1" for row in samples if row["variant"] == "default")
 
 
-def test_what_is_said_of_the_shop_was_measured():
-    page = " ".join((ROOT / "docs" / "ablations.md").read_text(encoding="utf-8").split())
-    rows = read_rows(RESULTS / "headroom_shop_h200_summary.csv")
-    last = {(row["held_out"], row["weighting"]): row for row in rows if row["round"] in ("0", "2")}
-    start = [float(last[split, "start"]["right"]) for split in ("all", "test", "test_templates")]
-    assert "It gets {}% of held-out prompts right, {}% in wordings that it was".format(*start) in page
-    assert f"trained on and {start[2]}% in new ones" in page
-    gains = [round(float(last[split, "dpo"]["over_start"]), 1) for split in ("all", "test_templates", "test")]
-    assert "DPO gains {} points, the mean of {} in new wordings and {} in known ones".format(*gains) in page
-    over = {name: row for (split, name), row in last.items() if split == "all" and row["over_dpo"]}
-    assert all(float(row["over_dpo_low"]) < 0 < float(row["over_dpo_high"]) for row in over.values())
-    low = sorted((float(row["over_dpo"]), name) for name, row in over.items())[:2]
-    assert [name for _, name in low] == ["contrast", "diff"]
-    assert f"`contrast`, by {-low[0][0]:.1f} points, and `diff`, by {-low[1][0]:.1f}" in page
+def test_what_is_said_of_a_step_s_kernels_was_measured():
+    page = " ".join((RESULTS.parent / "README.md").read_text().split())
+    rows = [row for row in read_rows(RESULTS / "pretraining_h200.csv") if row["shape"] == "compass-small"]
+    assert [row["variant"] for row in rows[:2]] == ["grouped_mm", "default"]
+    slow, fast = (16384e3 / int(row["tokens_per_s"]) * (1 - float(row["idle_share"])) for row in rows[:2])
+    assert f"kernels take {fast:.1f} and {slow:.1f} ms, {slow / fast:.2f} times" in page
 
-
-def test_what_is_said_of_the_shop_from_another_start_was_measured():
-    page = " ".join((ROOT / "docs" / "ablations.md").read_text(encoding="utf-8").split())
-    said = page.split("once more from another start**")[1].split("```")[0]
-    rows = read_rows(RESULTS / "headroom_shop_again_h200_summary.csv")
-    last = {(row["held_out"], row["weighting"]): row for row in rows if row["round"] in ("0", "2")}
-    of_all = last["all", "dpo"]
-    assert f"gets {float(last['all', 'start']['right']):.1f}% right" in said
-    gains = [float(of_all[f"over_start{end}"]) for end in ("", "_low", "_high")]
-    gains += [float(last[split, "dpo"]["over_start"]) for split in ("test_templates", "test")]
-    told = "DPO gains {:.1f} [{:.1f}, +{:.1f}] points, {:.1f} in new wordings and {:.1f} in known ones"
-    assert told.format(*gains) in said
-    over = {name: row for (split, name), row in last.items() if split == "all" and row["over_dpo"]}
-    behind = over.pop("contrast")
-    ends = [float(behind[f"over_dpo{end}"]) for end in ("", "_low", "_high")]
-    assert f"by {-ends[0]:.1f} [{ends[1]:.1f}, {ends[2]:.1f}]" in said and ends[2] < 0
-    assert all(float(row["over_dpo_low"]) < 0 < float(row["over_dpo_high"]) for row in over.values())
-    assert f"within {max(abs(float(row['over_dpo'])) for row in over.values()):.1f} of it" in said
-    seeds = read_rows(RESULTS / "headroom_shop_again_h200.csv")
-    pairs = [int(row["pair"]) for row in seeds if row["weighting"] == "dpo" and row["held_out"] == "all"]
-    assert len(pairs) == 10 and 110 < sum(pairs) / 10 < 130
+    kinds = {"GroupProblem": "experts", "flash_": "attention", "_update": "optimizer", "swiglu": "SwiGLU"}
+    shares = dict.fromkeys(kinds.values(), 0.0)
+    for line in (RESULTS / "pretraining_h200_compass-small_default.txt").read_text().splitlines()[1:]:
+        _, share, _, kernel = line.split(maxsplit=3)
+        for part in kinds:
+            if part in kernel:
+                shares[kinds[part]] += float(share.rstrip("%"))
+    told = "products of experts are {:.0f}%, attention {:.0f}%, the optimizer {:.0f}%, SwiGLU {:.0f}%"
+    assert told.format(*shares.values()) in page
 
 
 def test_what_is_said_of_bfloat16_weights_was_measured():
@@ -202,6 +180,12 @@ def test_what_is_said_of_bfloat16_weights_was_measured():
     learnt = [float(row["first_loss"]) - float(row["loss"]) for row in wide]
     assert "{:.3f} and {:.3f}, does not agree".format(*learnt) in page
     assert f"MFU {float(wide[0]['mfu']):.2f}, and" in page and float(wide[0]["mfu"]) > 0.5
+    (again,) = read_rows(RESULTS / "pretraining_h200_again.csv")
+    assert again["first_loss"] == wide[1]["first_loss"]
+    other = float(again["first_loss"]) - float(again["loss"])
+    assert f"`grouped_mm` learnt {other:.3f} on another H200" in page
+    gap, between = learnt[0] / learnt[1] - 1, learnt[1] / other - 1
+    assert f"better than {gap:.0%}; nor does one command with itself" in page and 0.7 < between / gap < 1.3
     assert f"{float(rows['compass-small', 'default']['speedup']):.2f} times `grouped_mm` with the same weights" in page
     of_class, ours = (timed["qwen3-30b-a3b-4-layers", name] for name in ("transformers", "default"))
     assert f"{int(ours['tokens_per_s']) / int(of_class['tokens_per_s']):.1f} times the class" in page

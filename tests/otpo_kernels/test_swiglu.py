@@ -8,7 +8,7 @@ import torch
 from torch.library import opcheck
 
 pytest.importorskip("triton", reason="triton is made for Linux")
-from swiglu_helpers import DEVICE, assert_close
+from operator_helpers import DEVICE, assert_close
 
 from otpo_kernels import swiglu as module
 from otpo_kernels.swiglu import swiglu, swiglu_backward_reference, swiglu_reference

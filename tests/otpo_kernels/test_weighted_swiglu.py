@@ -8,7 +8,7 @@ import torch
 from torch.library import opcheck
 
 pytest.importorskip("triton", reason="triton is made for Linux")
-from swiglu_helpers import DEVICE, assert_close
+from operator_helpers import DEVICE, assert_close
 
 from otpo_kernels import weighted_swiglu as module
 from otpo_kernels.routing import route

@@ -1,4 +1,4 @@
-"""What tests of SwiGLU's operators share."""
+"""What tests of rows' operators share: SwiGLU and cross-entropies."""
 
 import torch
 

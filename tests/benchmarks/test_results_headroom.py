@@ -1,0 +1,99 @@
+"""What docs/ablations.md says of tasks that leave something to gain is what the committed results say."""
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks import findings
+from benchmarks.harness import read_rows
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def test_what_is_said_of_tasks_with_headroom_was_measured():
+    page = (ROOT / "docs" / "ablations.md").read_text(encoding="utf-8")
+    for made in (findings.headroom("constraints"), findings.headroom("shop"), findings.found_spans()):
+        assert f"\n\n{made}" in page
+    rows = read_rows(RESULTS / "headroom_constraints_h200_summary.csv")
+    last = {(row["held_out"], row["weighting"]): row for row in rows if row["round"] in ("0", "2")}
+    gains = [round(float(last[split, "dpo"]["over_start"]), 1) for split in ("all", "test_templates")]
+    assert gains == [10.7, 8.0] and "DPO gains 10.7 points, in wordings that no training has seen 8.0" in page
+    seeds = [row for row in read_rows(RESULTS / "headroom_constraints_h200.csv") if row["weighting"] == "contrast"]
+    right = [100 * int(row["right"]) / 500 for row in seeds if (row["round"], row["held_out"]) == ("2", "all")]
+    assert [round(min(right[:4]), 1), round(max(right[:4]), 1), round(right[4], 1)] == [55.8, 60.0, 49.4]
+    first = next(row for row in rows if (row["held_out"], row["weighting"], row["round"]) == ("all", "contrast", "1"))
+    assert [round(float(first[f"over_dpo{end}"]), 1) for end in ("", "_low", "_high")] == [-3.7, -5.7, -1.8]
+    for said in ("3.7 points behind DPO after the first round ([-5.7, -1.8])", "55.8 to 60.0% in four seeds, 49.4%"):
+        assert said in " ".join(page.split())
+
+
+def read_shop(name):
+    """A comparison's means after its last round, by split and weighting, and the pairs of DPO's rounds."""
+    rows = read_rows(RESULTS / f"headroom_{name}_h200_summary.csv")
+    means = {(row["held_out"], row["weighting"]): row for row in rows if row["round"] in ("0", "2")}
+    seeds = read_rows(RESULTS / f"headroom_{name}_h200.csv")
+    return means, [int(row["pair"]) for row in seeds if (row["weighting"], row["held_out"]) == ("dpo", "all")]
+
+
+def gains_of(means):
+    """DPO's gain, its interval, and its gains in new and in known wordings, rounded as pages have them."""
+    found = [float(means["all", "dpo"][f"over_start{end}"]) for end in ("", "_low", "_high")]
+    found += [float(means[split, "dpo"]["over_start"]) for split in ("test_templates", "test")]
+    return [f"{gain:.1f}" for gain in found]
+
+
+def behind_dpo(means):
+    """Points over DPO and their interval by weighting, the lowest first."""
+    rows = [(row, name) for (split, name), row in means.items() if split == "all" and row["over_dpo"]]
+    return dict(sorted(((name, ends_of(row)) for row, name in rows), key=lambda item: item[1]))
+
+
+def ends_of(row):
+    return tuple(float(row[f"over_dpo{end}"]) for end in ("", "_low", "_high"))
+
+
+def test_what_is_said_of_the_shop_was_measured():
+    page = " ".join((ROOT / "docs" / "ablations.md").read_text(encoding="utf-8").split())
+    means, pairs = read_shop("shop")
+    start = [float(means[split, "start"]["right"]) for split in ("all", "test", "test_templates")]
+    assert "It gets {}% of held-out prompts right, {}% in wordings that it was".format(*start) in page
+    assert f"trained on and {start[2]}% in new ones" in page
+    assert len(pairs) == 6 and 345 < sum(pairs) / 6 < 355 and "some 350 make a pair" in page
+    gain, low, _, new, known = gains_of(means)
+    assert f"DPO gains {gain} points, the mean of {new} in new wordings and {known} in known ones" in page
+    assert float(low) > 0 and float(gain) > 5
+    over = behind_dpo(means)
+    assert all(low < 0 < high for _, low, high in over.values())
+    assert list(over)[:2] == ["otpo", "contrast"] and over["budget"][0] < 0
+    assert f"`otpo`, by {-over['otpo'][0]:.1f} points, and `contrast`, by {-over['contrast'][0]:.1f}" in page
+    rows = read_rows(RESULTS / "headroom_shop_h200_summary.csv")
+    points, low, high = next(
+        ends_of(row) for row in rows if (row["held_out"], row["weighting"], row["round"]) == ("all", "contrast", "1")
+    )
+    assert f"behind after the first round, by {-points:.1f} [{low:.1f}, {high:.1f}]" in page and high < 0
+
+
+def test_what_is_said_of_the_shop_s_settings_was_measured():
+    page = " ".join((ROOT / "docs" / "ablations.md").read_text(encoding="utf-8").split())
+    rows = [row for row in read_rows(RESULTS / "headroom_shop_tries_h200.csv") if row["held_out"] == "all"]
+    right = {(row["samples"], row["learning_rate"], row["round"]): int(row["right"]) / 5 for row in rows}
+    settings = [("4", "2.0e-5"), ("8", "3.0e-5"), ("4", "5.0e-5")]
+    best, other, lost = (round(right[*each, "2"] - right[*each, "0"], 1) for each in settings)
+    assert f"gained {best} points, 8 answers to a prompt at a rate of 3e-5 gained {other}" in page
+    assert f"a rate of 5e-5 lost {-lost}" in page
+
+
+@pytest.mark.parametrize("name", ["shop_384", "shop_384_again"])
+def test_what_is_said_of_the_shop_with_fewer_prompts_was_measured(name):
+    page = " ".join((ROOT / "docs" / "ablations.md").read_text(encoding="utf-8").split())
+    means, pairs = read_shop(name)
+    told = "{:.1f}% right it gained {} [{}, {}], {} in new wordings and {} in known ones"
+    assert told.format(float(means["all", "start"]["right"]), *gains_of(means)) in page
+    assert len(pairs) == 10 and float(means["all", "dpo"]["over_start"]) < 5
+    over = behind_dpo(means)
+    if name == "shop_384_again":
+        points, low, high = over.pop("contrast")
+        assert f"behind DPO by {-points:.1f} [{low:.1f}, {high:.1f}]" in page and high < 0
+        assert f"within {max(abs(each) for each, *_ in over.values()):.1f} of it" in page
+    assert all(low < 0 < high for _, low, high in over.values())
