@@ -15,6 +15,7 @@ from .backend import runs_in_triton
 
 IGNORED = -100
 """The label of a row that has none, torch's and transformers' own."""
+_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -23,7 +24,7 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     Gradients of gradients and forward-mode derivatives are not covered.
 
     Args:
-        logits: `(N, V)`, of any floating dtype.
+        logits: `(N, V)`, float16, bfloat16, float32 or float64; a plain tensor, no DTensor of a sharded one.
         labels: `(N,)`, int64, from 0 to V - 1, or -100 for none, on the device of `logits`.
 
     Returns:
@@ -31,14 +32,15 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
         logits are. A label outside the vocabulary is seen on the device alone: its loss and its gradient are NaN.
 
     Raises:
-        ValueError: Shapes, devices or the type of the labels do not fit.
+        ValueError: Shapes, devices or types do not fit.
     """
     fits = logits.dim() == 2 and logits.size(1) and labels.shape == logits.shape[:1] and labels.device == logits.device
-    if not fits or labels.dtype != torch.int64 or not logits.is_floating_point():
+    if not fits or labels.dtype != torch.int64 or logits.dtype not in _TYPES:
         raise ValueError(
-            "`logits` must have shape (N, V) of a word at least and a floating dtype, and `labels` shape (N,) and "
-            f"int64, on one device, got {tuple(logits.shape)} in {logits.dtype} on {logits.device} and "
-            f"{tuple(labels.shape)} in {labels.dtype} on {labels.device}."
+            "`logits` must have shape (N, V) of a word at least and be float16, bfloat16, float32 or float64, and "
+            "`labels` must have shape (N,) and be int64, on one device, got "
+            f"{tuple(logits.shape)} in {logits.dtype} on {logits.device} and {tuple(labels.shape)} in "
+            f"{labels.dtype} on {labels.device}."
         )
     return _cross_entropy(logits, labels)[0]
 
@@ -47,6 +49,7 @@ def cross_entropy_reference(logits: Tensor, labels: Tensor) -> tuple[Tensor, Ten
     """What the kernel computes, in plain torch: each row's loss and the logarithm of its sum of exponentials."""
     logits = logits.to(_type_of_sums(logits))
     sums = logits.logsumexp(dim=-1)
+    sums = sums.where(sums != torch.inf, torch.nan)  # as the difference of an infinite logit and itself
     has, right = _look_at(labels, logits.size(-1))
     own = logits.gather(1, labels.where(right, 0).unsqueeze(1)).squeeze(1)
     return (sums - own).where(right, torch.nan).where(has, 0.0), sums

@@ -2,8 +2,8 @@
 
 Shapes: N rows, V vocabulary.
 
-Bytes, in logits: the forward reads them once, the backward reads them once and writes as many. One H200, bfloat16,
-16,384 rows of 32,000: 0.27 and 0.50 ms, where torch's compiler took 0.74 and 0.65 and Liger 0.98 and 0.73.
+Bytes, in logits: the forward reads them once, the backward reads them once and writes as many. In a training step of
+16,384 rows of 32,000 in bfloat16 that took 0.28 and 0.52 ms on an H200, 3.8 and 4.0 TB/s.
 """
 
 # Triton's language is typed as Python, not as what `jit` makes of it.
@@ -29,13 +29,12 @@ def _label_of(labels_ptr, row, vocabulary, NONE: tl.constexpr):
     return label, label != NONE, (label >= 0) & (label < vocabulary)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit
 def _cross_entropy_kernel(
     logits_ptr,
     labels_ptr,
     losses_ptr,
     sums_ptr,
-    rows,
     vocabulary,
     NONE: tl.constexpr,
     SUMS: tl.constexpr,
@@ -44,7 +43,7 @@ def _cross_entropy_kernel(
     row = tl.program_id(0)
     logits_ptr += row.to(tl.int64) * vocabulary
     label, has, right = _label_of(labels_ptr, row, vocabulary, NONE)
-    words = tl.where(has, vocabulary, 0)  # nothing is read of a row that has no label
+    words = tl.where(has, vocabulary, 0)  # a row that has no label is not gone through
     top = tl.full((), -float("inf"), SUMS)
     total = tl.full((), 0.0, SUMS)
     for first in range(0, vocabulary, BLOCK):
@@ -60,14 +59,13 @@ def _cross_entropy_kernel(
     tl.store(sums_ptr + row, sums)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit
 def _cross_entropy_backward_kernel(
     grad_ptr,
     logits_ptr,
     labels_ptr,
     sums_ptr,
     out_ptr,
-    rows,
     vocabulary,
     grad_stride,
     NONE: tl.constexpr,
@@ -95,7 +93,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, ignored: int) -> tuple[Tensor,
     if rows:
         with torch.cuda.device_of(logits):
             _cross_entropy_kernel[(rows,)](
-                logits, labels, losses, sums, rows, vocabulary, NONE=ignored, SUMS=type_of_sums(logits), **FORWARD
+                logits, labels, losses, sums, vocabulary, NONE=ignored, SUMS=type_of_sums(logits), **FORWARD
             )
     return losses, sums
 
@@ -114,7 +112,6 @@ def cross_entropy_backward(grad: Tensor, logits: Tensor, labels: Tensor, sums: T
                 labels,
                 sums,
                 out,
-                rows,
                 vocabulary,
                 grad.stride(0),  # 0 under a sum
                 NONE=ignored,

@@ -64,10 +64,16 @@ def find_token_loss(name: str, model: Any, device: torch.device) -> Any:
         device: That trains it.
 
     Raises:
-        ValueError: The head is not a plain linear layer, which `chunked` needs.
+        ValueError: The head is not a plain linear layer, which `chunked` needs, or Triton, which `kernel` needs on a
+            GPU, is not installed.
     """
     if name == "auto":
         name = "kernel" if device.type == "cuda" and triton_is_installed() else "logits"
+    if name == "kernel" and device.type == "cuda" and not triton_is_installed():
+        raise ValueError(
+            "`token_loss=kernel` needs Triton on a GPU, and it is not installed (pip install 'otpo[triton]'). "
+            "Set `token_loss=logits`."
+        )
     if name == "chunked" and type(model.lm_head) is not nn.Linear:
         raise ValueError(
             f"`token_loss=chunked` multiplies by a plain head's weights, and this head is a "

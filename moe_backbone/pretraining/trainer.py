@@ -55,7 +55,7 @@ class PretrainingConfig(TrainingArguments):
         metadata={
             "help": "How cross-entropies are computed in training: `logits` by transformers' function, `kernel` by "
             "one kernel each way that reads logits in the head's precision, `chunked` by TRL's head, which has the "
-            "logits of a part of the tokens at a time. `auto`: kernel on a GPU, else logits.",
+            "logits of a part of the tokens at a time. `auto`: kernel on a GPU with Triton, else logits.",
             "choices": ["auto", *TOKEN_LOSSES],
         },
     )

@@ -71,6 +71,7 @@ def train(folder: Any, watch: NoWaits, dtype: torch.dtype, of_model: Any = None,
         {"max_grad_norm": 0.0, "of_model": {"num_mtp_layers": 0, "router_bias_update_speed": 0.0}},
         {"gradient_checkpointing": True, "of_model": {"mtp_detach_trunk": True, "mtp_detach_head": True}},
         {"token_loss": "chunked", "of_model": {"num_shared_experts": 1}},
+        {"token_loss": "kernel"},
     ],
     ids=str,
 )

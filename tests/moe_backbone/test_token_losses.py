@@ -67,6 +67,12 @@ def test_a_gpu_has_the_kernel_where_triton_is_installed(triton, monkeypatch):
     monkeypatch.setattr(token_losses, "triton_is_installed", lambda: triton)
     assert find_token_loss("auto", tiny_compass(), torch.device("cpu")) is None
     assert find_token_loss("auto", tiny_compass(), torch.device("cuda")) is (kernel_loss if triton else None)
+    if triton:
+        assert find_token_loss("kernel", tiny_compass(), torch.device("cuda")) is kernel_loss
+    else:
+        with pytest.raises(ValueError, match=r"`token_loss=kernel` needs Triton.*otpo\[triton\].*token_loss=logits"):
+            find_token_loss("kernel", tiny_compass(), torch.device("cuda"))
+    assert find_token_loss("kernel", tiny_compass(), torch.device("cpu")) is kernel_loss
 
 
 def test_a_head_that_is_not_plain_is_refused():
