@@ -21,6 +21,11 @@ OURS = (
     ("compass_small", "Compass of 1B, bundled pairs: right answer preferred", "preferred", "%"),
 )
 """File (`ablation_FILE_h100.csv`), what the row is called, column, unit."""
+ANSWERS = (
+    ("constraints", "SmolLM2-135M, its own answers to checked tasks, before {}: right"),
+    ("shop", "Compass of 1B, its own answers about a shop, before {}: right"),
+)
+"""File (`headroom_FILE_h200_summary.csv`) and what the row is called."""
 Row = dict[str, Any]
 
 
@@ -32,7 +37,18 @@ def honest_table() -> str:
         rows = {row["weighting"]: row for row in read_rows(RESULTS / f"ablation_{file}_h100.csv")}
         cells = (f"{_number(rows[name], column)} ± {_number(rows[name], column + '_std')}{unit}" for name in METHODS)
         lines.append((title, *cells))
+    for file, title in ANSWERS:
+        rows = {
+            row["weighting"]: row for row in read_rows(RESULTS / f"headroom_{file}_h200_summary.csv") if _last(row)
+        }
+        cells = (f"{_number(rows[name], 'right')} ± {_number(rows[name], 'right_sd')}%" for name in METHODS)
+        lines.append((title.format(f"{_number(rows['start'], 'right')}%"), *cells))
     return _markdown(lines)
+
+
+def _last(row: Row) -> bool:
+    """Whether a row is of all held-out prompts, after the second round or before the first."""
+    return row["held_out"] == "all" and row["round"] in ("0", "2")
 
 
 def speed_table() -> str:
