@@ -116,11 +116,13 @@ def test_generation(mtp_layers):
 
 @pytest.mark.parametrize(
     ("implementation", "dtype", "limit"),
-    [("batched_mm", torch.float32, 1e-3), ("grouped_mm", torch.bfloat16, 0.5), ("memcpy", torch.bfloat16, 0.5)],
+    [("batched_mm", torch.float32, 1e-3), ("grouped_mm", torch.bfloat16, 0.1), ("memcpy", torch.bfloat16, 0.1)],
 )
 def test_compiled_training_step(implementation, dtype, limit):
+    """In bfloat16 each token takes all experts: another order of sums would change some tokens' choice of fewer."""
     ids = token_ids(2, 64).cuda()
-    model = gpu_model(dtype, implementation=implementation)
+    slots = {"num_experts": 4, "num_experts_per_tok": 4} if dtype == torch.bfloat16 else {}
+    model = gpu_model(dtype, implementation=implementation, **slots)
     expected = model(ids, labels=ids)
     expected.loss.backward()
     reference = gradients(model)
@@ -128,7 +130,7 @@ def test_compiled_training_step(implementation, dtype, limit):
     compiled = torch.compile(model, fullgraph=True)(ids, labels=ids)
     compiled.loss.backward()
     assert compiled.loss.item() == pytest.approx(expected.loss.item(), rel=1e-2)
-    for name, gradient in gradients(model).items():  # in bfloat16 another order of sums changes some tokens' experts
+    for name, gradient in gradients(model).items():
         assert relative_error(gradient, reference[name]) < limit, name
 
 
