@@ -10,19 +10,17 @@ backward reads and writes them.
     python -m benchmarks.cross_entropy --tiny --output /tmp/tiny.csv    on the CPU: a test of this program
 """
 
-import argparse
 import functools
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from rich.console import Console
 from torch import Tensor
 
 from benchmarks import harness
+from benchmarks.contest import Contest
 from otpo_kernels.cross_entropy import IGNORED, cross_entropy
 
 LOSS_GATE, GRADIENT_GATE = 2e-3, 6e-3
@@ -139,30 +137,13 @@ def measure(shape: str, name: str, problem: Problem) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measures what the arguments ask for; 1 where our kernels have no time."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES), metavar="NAME")
-    parser.add_argument("--contenders", nargs="+", default=list(CONTENDERS), choices=list(CONTENDERS), metavar="NAME")
-    parser.add_argument("--tiny", action="store_true", help="one small shape, on the CPU if there is no GPU")
-    parser.add_argument("--output", type=Path, help="default: benchmarks/results/cross_entropy_GPU.csv")
-    args = parser.parse_args(arguments)
-    on_gpu = torch.cuda.is_available()
-    if not on_gpu and not args.tiny:
-        parser.error("this benchmark needs a GPU; `--tiny` tries the program on the CPU")
-    path = args.output or Path("benchmarks/results") / f"cross_entropy_{harness.name_of_machine()}.csv"
-    machine = harness.describe_machine("liger-kernel", "quack-kernels")
-    console, rows = Console(width=160, highlight=False), []
-    for shape, size in TINY.items() if args.tiny else [(name, SHAPES[name]) for name in args.shapes]:
-        problem = make_problem(*size, torch.device("cuda" if on_gpu else "cpu"))
-        for name in args.contenders:
-            rows.append(measure(shape, name, problem) | machine)
-            harness.write_rows(path, rows)
-            last = rows[-1]
-            told = f"{last['forward_ms']} and {last['backward_ms']} ms" if last["status"] == "ok" else last["status"]
-            console.print(f"{shape:<16}{name:<24}{told}")
-            torch._dynamo.reset()  # graphs of other shapes count against a limit
-    console.print(f"{path}")
-    return 0 if all(row["status"] == "ok" for row in rows if row["contender"] == "ours") else 1
+    """Measures what the arguments ask for; 1 where `ours` has no time."""
+    packages = ("liger-kernel", "quack-kernels")
+    told = "{forward_ms} and {backward_ms} ms".format_map
+    contest = Contest(
+        "cross_entropy", __doc__, SHAPES, TINY, CONTENDERS, "ours", make_problem, measure, told, packages
+    )
+    return contest.run(arguments)
 
 
 if __name__ == "__main__":
