@@ -37,7 +37,6 @@ from otpo.data.demo import LANGUAGES
 from otpo.data.ecommerce.answers import check_answer
 from otpo.data.ecommerce.new_questions import MISREAD
 from otpo.pairs.any_length import attend_at_any_length
-from otpo.weighting import WEIGHTINGS
 
 SCALES = Path(__file__).parent / "scales"
 CHAT_TEMPLATE = (
@@ -48,8 +47,6 @@ CHAT_TEMPLATE = (
 )
 STEPS = {"pretrain": "pretrained", "sft": "fine-tuned", "align": "aligned"}
 COLORS = ("#c9d1d9", "#7fa8b8", "#1f6f8b")
-EXPLAINED = ("otpo", "contrast")
-"""Weightings that a page is written of, those that there are."""
 COMMON: dict[str, Any] = {
     "save_strategy": "no",
     "report_to": "none",
@@ -195,16 +192,13 @@ def show(results: Mapping[str, Mapping[str, Any]], count: int) -> None:
         console.print(f"{STEPS[step]:<12} {rates['example']!r:.100}", highlight=False, markup=False)
 
 
-def explain(folder: Path, pairs: Path, scale: Mapping[str, Any]) -> list[Path]:
-    """A page of `otpo explain` of the first pairs for each of [`EXPLAINED`]."""
-    pages = []
-    for weighting in (name for name in EXPLAINED if name in WEIGHTINGS):
-        pages.append(folder / f"explain_{weighting}.html")
-        options = {"model_name_or_path": folder / "align", "reference": folder / "sft", "dataset_name": pairs}
-        options |= {"rows": [0, 1, 2], "weighting": weighting, "output": pages[-1], **scale["common"]}
-        # The weights that the alignment counted with; `contrast` has a regularisation of its own.
-        run("explain", options | ({"ot_reg": scale["align"]["ot_reg"]} if weighting == "otpo" else {}))
-    return pages
+def explain(folder: Path, pairs: Path, weighting: str, scale: Mapping[str, Any]) -> Path:
+    """A page of `otpo explain`: the first pairs with the weights of the alignment, and with `contrast` and `diff`."""
+    page = folder / "explain.html"
+    options = {"model_name_or_path": folder / "align", "reference": folder / "sft", "dataset_name": pairs}
+    options |= {"weighting": weighting, "ot_reg": scale["align"]["ot_reg"], "rows": [0, 1, 2], "output": page}
+    run("explain", options | scale["common"])
+    return page
 
 
 def main() -> int:
@@ -258,16 +252,17 @@ def main() -> int:
     console.rule("What each step was worth")
     picture = folder / "demo.png"
     draw(results, picture)
-    pages = explain(folder, pairs, scale) if "align" in results else []
+    shown = [folder / args.until, picture]
+    if "align" in results:
+        shown.append(explain(folder, pairs, args.weighting, scale))
     show(results, len(held_out))
     seconds["all"] = time.monotonic() - begin
     if args.report:
         report = {"scale": scale, "languages": languages, "weighting": args.weighting, "device": _device_name(device)}
         report |= {"seed": args.seed, "torch": torch.__version__, "results": results, "seconds": seconds}
         args.report.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    console.print(
-        f"checkpoint  {folder / args.until}\npicture     {picture}\nexplained   {', '.join(map(str, pages))}"
-    )
+    for name, path in zip(("checkpoint", "picture", "explained"), shown, strict=False):
+        console.print(f"{name:<12}{path}")
     console.print(f"time        {seconds['all']:.0f} s")
 
     levels = [rates["right, all"] for rates in results.values()]
