@@ -55,9 +55,10 @@ def test_the_papers_numbers_are_the_same_on_both_pages():
 
 
 def test_what_is_said_of_the_demo_was_measured():
-    report = json.loads((RESULTS / "road_compass_tiny_cpu.json").read_text(encoding="utf-8"))
-    assert round(report["seconds"]["all"] / 60) == 4
-    assert "in about four minutes" in (ROOT / "README.md").read_text(encoding="utf-8")
+    paths = list(RESULTS.glob("road_compass_tiny*_cpu.json"))
+    seconds = [json.loads(path.read_text(encoding="utf-8"))["seconds"]["all"] for path in paths]
+    assert len(seconds) == 3 and min(seconds) > 120 and max(seconds) < 240
+    assert "in two to four minutes" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_what_is_said_of_the_whole_step_was_measured():
