@@ -1,10 +1,10 @@
 """A language head with its loss: `otpo pretrain`'s ways beside Liger-Kernel's fused head, time and memory of a step.
 
 A row is the head's product, the sum of cross-entropies, and the gradients of states and weights. It has a time only
-where, in the same run, the sum agrees with float64 to 2e-3 and both gradients by norm to 2e-2, which is what bfloat16
-rounds; otherwise `status` says how far they are, or what was raised. Times are the device's, calls queued one behind
-the other; a contender that waits for the device itself cannot be queued. `peak_mib` is beyond states, weights and
-what was there.
+where, in the same run, the sum agrees with float64 losses of float32 products to 2e-3 and both gradients by norm to
+2e-2, which is what bfloat16 rounds; otherwise `status` says how far they are, or what was raised. Times are the
+device's, calls queued one behind the other; a contender that waits for the device itself cannot be queued. `peak_mib`
+is beyond states, weights and what was there.
 
     python -m benchmarks.heads                                  all shapes, writes a CSV
     python -m benchmarks.heads --tiny --output /tmp/tiny.csv    on the CPU: a test of this program
@@ -69,7 +69,7 @@ CONTENDERS: dict[str, SumOfLosses] = {
     "logits": logits,
     "liger": liger,
 }
-"""By name of `token_loss`; `chunked` is TRL's head."""
+"""The first three are those of `token_loss`; `chunked` is TRL's head."""
 
 
 def make_problem(tokens: int, hidden: int, words: int, device: torch.device) -> Problem:
@@ -84,14 +84,14 @@ def make_problem(tokens: int, hidden: int, words: int, device: torch.device) -> 
 
 
 def step(sum_of: SumOfLosses, problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
-    """The mean loss of a label, and its gradients by states and by weights."""
+    """The sum of losses over the number of tokens, and its gradients by states and by weights."""
     loss = sum_of(problem.head, problem.states, problem.labels) / problem.labels.numel()
     return loss.detach(), *torch.autograd.grad(loss, (problem.states, problem.head.weight))
 
 
-def errors_of(sum_of: SumOfLosses, problem: Problem) -> tuple[float, float, float]:
-    """How far loss and gradients are from those of float32 products and float64 losses, relative, by norm."""
-    loss, of_states, of_weights = step(sum_of, problem)
+def errors_of(found: tuple[Tensor, Tensor, Tensor], problem: Problem) -> tuple[float, float, float]:
+    """How far what [`step`] found is from float32 products and float64 losses, relative, by norm."""
+    loss, of_states, of_weights = found
     weight = problem.head.weight.detach().float()
     want, total = torch.zeros((), dtype=torch.float64), problem.labels.numel()
     off, size = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
@@ -117,8 +117,11 @@ def measure(shape: str, name: str, problem: Problem) -> dict[str, Any]:
     row |= {"shape": shape, "tokens": problem.labels.numel(), "hidden": hidden, "words": words, "contender": name}
     started = time.perf_counter()
     try:
-        errors = errors_of(CONTENDERS[name], problem)
+        found = step(CONTENDERS[name], problem)
+        found[0].item()  # waits
         row |= {"first_call_s": round(time.perf_counter() - started, 2)}
+        errors = errors_of(found, problem)
+        del found
         row |= dict(
             zip(("loss_error", "states_error", "weights_error"), (f"{each:.1e}" for each in errors), strict=True)
         )

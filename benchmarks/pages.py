@@ -186,7 +186,7 @@ def pretraining(file: str = "pretraining_h100.csv") -> str:
     names = {
         "compass-small": "compass-small",
         "compass-v3-width": "two layers of compass-v3's width, 4 experts",
-        "compass-v3-width-4-layers": "four such layers",
+        "compass-v3-width-4-layers": "four layers of compass-v3's width, 4 experts",
         "qwen3-30b-a3b-4-layers": SHAPES["qwen3-30b-a3b-4-layers"],
     }
     ways = {

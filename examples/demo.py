@@ -193,7 +193,7 @@ def show(results: Mapping[str, Mapping[str, Any]], count: int) -> None:
 
 
 def explain(folder: Path, pairs: Path, weighting: str, scale: Mapping[str, Any]) -> Path:
-    """A page of `otpo explain`: the first pairs with the weights of the alignment, and with `contrast` and `diff`."""
+    """A page of `otpo explain`: the first pairs with the weights of the alignment, and with others beside them."""
     page = folder / "explain.html"
     options = {"model_name_or_path": folder / "align", "reference": folder / "sft", "dataset_name": pairs}
     options |= {"weighting": weighting, "ot_reg": scale["align"]["ot_reg"], "rows": [0, 1, 2], "output": page}

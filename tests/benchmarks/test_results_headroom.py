@@ -117,3 +117,15 @@ def test_what_is_said_of_the_shop_with_fewer_prompts_was_measured(name):
         assert f"behind DPO by {-points:.1f} [{low:.1f}, {high:.1f}]" in page and high < 0
         assert f"within {max(abs(each) for each, *_ in over.values()):.1f} of it" in page
     assert all(low < 0 < high for _, low, high in over.values())
+
+
+def test_what_is_said_of_contrast_with_compass_tiny_was_measured():
+    page = " ".join((ROOT / "docs" / "ablations.md").read_text(encoding="utf-8").split())
+    rows = read_rows(RESULTS / "weight_quality_compass_tiny_cpu.csv")
+    found = {
+        (row["scheme"], row["layer"]): float(row["auroc"])
+        for row in rows
+        if (row["side"], row["kind"]) == ("both", "all") and row["score"] in ("weight", "baseline")
+    }
+    told = "the default, which is layer 1 of two there, is at {:.3f}, beside {:.3f} of the diff"
+    assert told.format(found["contrast-cosine-reg0.1", "1"], found["unmatched", ""]) in page
