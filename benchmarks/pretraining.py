@@ -53,16 +53,22 @@ _QWEN = "hidden_size=2048,num_hidden_layers=4,num_attention_heads=32,num_key_val
 _QWEN += ",moe_intermediate_size=768,num_experts=128,num_experts_per_tok=8,num_mtp_layers=0"
 # transformers weighs the experts' load in another way, and has no z-loss: with them its updates are others.
 _QWEN += ",router_aux_loss_coef=0.0,router_z_loss_coef=0.0"
-# At the default rate, 3e-4, variants of a model so wide were seen to part in what they learn, with right first losses;
-# that rounding alone does it is our guess.
-_WIDE = ["--preset", "compass-v3", "--per_device_train_batch_size", "2", "--learning_rate", "1e-4"]
-_WIDE += ["--config_overrides", "num_experts=4,num_experts_per_tok=2,num_mtp_layers=0,num_hidden_layers="]
+
+
+def _wide(layers: int) -> list[str]:
+    """So many layers of compass-v3's width. At the default rate, 3e-4, variants were seen to part in what they learn,
+    with right first losses; that rounding alone does it is our guess."""
+    changes = f"num_hidden_layers={layers},num_experts=4,num_experts_per_tok=2,num_mtp_layers=0"
+    rate = ["--per_device_train_batch_size", "2", "--learning_rate", "1e-4"]
+    return ["--preset", "compass-v3", "--config_overrides", changes, *rate]
+
+
 SHAPES: dict[str, list[str]] = {
     "compass-small": ["--preset", "compass-small"],
     # One expert of compass-v3 has 302M parameters, of 14 to 16 bytes each: four of them fit 80 GB in two layers, and
     # 141 GB in four.
-    WIDE: [*_WIDE[:-1], f"{_WIDE[-1]}2"],
-    WIDE_4: [*_WIDE[:-1], f"{_WIDE[-1]}4"],
+    WIDE: _wide(2),
+    WIDE_4: _wide(4),
     "qwen3-30b-a3b-4-layers": ["--preset", "compass-small", "--config_overrides", _QWEN],
     "compass-tiny": ["--preset", "compass-tiny", "--sequence_length", "128", "--per_device_train_batch_size", "2"],
 }

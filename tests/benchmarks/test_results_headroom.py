@@ -113,6 +113,7 @@ def test_what_is_said_of_the_shop_with_fewer_prompts_was_measured(name):
     assert len(pairs) == 10 and float(means["all", "dpo"]["over_start"]) < 5
     over = behind_dpo(means)
     if name == "shop_384_again":
+        assert 110 < sum(pairs) / 10 < 130 and "some 120 prompts a round made a pair" in page
         points, low, high = over.pop("contrast")
         assert f"behind DPO by {-points:.1f} [{low:.1f}, {high:.1f}]" in page and high < 0
         assert f"within {max(abs(each) for each, *_ in over.values()):.1f} of it" in page

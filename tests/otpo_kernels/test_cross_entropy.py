@@ -8,21 +8,16 @@ import torch
 from torch.library import opcheck
 
 pytest.importorskip("triton", reason="triton is made for Linux")
-from operator_helpers import DEVICE, assert_close
+from operator_helpers import DEVICE, assert_close, backends
 
 from otpo_kernels import cross_entropy as module
 from otpo_kernels.cross_entropy import cross_entropy
 
+backend = backends(module)
+
 # rows and words: several blocks and a part of one, whole blocks, fewer words than a block, one word, one row, no row
 SIZES = [(7, 75), (4, 64), (5, 13), (3, 1), (1, 100), (0, 40)]
 CLOSE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
-
-
-@pytest.fixture(params=["kernels", "plain torch"])
-def backend(request, monkeypatch):
-    if request.param == "plain torch":
-        monkeypatch.setattr(module, "runs_in_triton", lambda tensor: False)
-    return request.param
 
 
 def make_case(rows, words, dtype=torch.float32):

@@ -8,10 +8,12 @@ import torch
 from torch.library import opcheck
 
 pytest.importorskip("triton", reason="triton is made for Linux")
-from operator_helpers import DEVICE, assert_close
+from operator_helpers import DEVICE, assert_close, backends
 
 from otpo_kernels import swiglu as module
 from otpo_kernels.swiglu import swiglu, swiglu_backward_reference, swiglu_reference
+
+backend = backends(module)
 
 # rows, F, and the groups' ends: odd tiles, wide rows, groups without rows, rows after the last group, one row, none
 SIZES = [
@@ -24,13 +26,6 @@ SIZES = [
     (0, 8, (0, 0)),
 ]
 CLOSE = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
-
-
-@pytest.fixture(params=["kernels", "plain torch"])
-def backend(request, monkeypatch):
-    if request.param == "plain torch":
-        monkeypatch.setattr(module, "runs_in_triton", lambda tensor: False)
-    return request.param
 
 
 def make_case(rows, width, ends, dtype=torch.float32, nothing=float("nan")):

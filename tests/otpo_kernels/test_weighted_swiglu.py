@@ -8,13 +8,15 @@ import torch
 from torch.library import opcheck
 
 pytest.importorskip("triton", reason="triton is made for Linux")
-from operator_helpers import DEVICE, assert_close
+from operator_helpers import DEVICE, assert_close, backends
 
 from otpo_kernels import weighted_swiglu as module
 from otpo_kernels.routing import route
 from otpo_kernels.weighted_swiglu import run_weighted_swiglu_backward, sources_of_rows, weighted_swiglu
 
 # tokens, slots, F, share of slots that go nowhere, alignment: odd tiles, wide rows, padding, no slot, one row, none
+backend = backends(module)
+
 SIZES = [
     (37, 3, 24, 0.0, 1),
     (65, 2, 70, 0.3, 1),
@@ -26,13 +28,6 @@ SIZES = [
 ]
 CLOSE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 EXPERTS = 5
-
-
-@pytest.fixture(params=["kernels", "plain torch"])
-def backend(request, monkeypatch):
-    if request.param == "plain torch":
-        monkeypatch.setattr(module, "runs_in_triton", lambda tensor: False)
-    return request.param
 
 
 def make_case(tokens, slots, width, absent, alignment, dtype=torch.float32, nothing=float("nan")):
