@@ -55,9 +55,9 @@ def liger(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def quack(logits: Tensor, labels: Tensor) -> Tensor:
-    from quack import cross_entropy as module  # pyright: ignore[reportMissingImports]
+    from quack.cross_entropy import cross_entropy as of_quack  # pyright: ignore[reportMissingImports]
 
-    return module.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+    return of_quack(logits, labels, ignore_index=IGNORED, reduction="sum")
 
 
 CONTENDERS: dict[str, SumOfLosses] = {

@@ -1,9 +1,16 @@
 """What tests of rows' operators share."""
 
+import os
+
 import pytest
 import torch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+_INTERPRETED = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1", reason="kernels run on the CPU by Triton's interpreter alone"
+)
+KERNEL_DEVICES = [pytest.param("cpu", marks=_INTERPRETED), pytest.param("cuda", marks=pytest.mark.gpu)]
+"""Where a test runs kernels."""
 
 
 def assert_close(got, want, tolerance):

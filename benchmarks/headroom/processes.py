@@ -1,8 +1,15 @@
-"""Jobs over processes: each has one GPU, several may share one; whoever is free takes the first job that can run."""
+"""Jobs over processes: each has one GPU, several may share one; whoever is free takes the first job that can run.
+
+How many processes fit a GPU shows only as they work. One that finds no memory gives its job back and ends, so that
+those beside it have its share; a job fails for want of memory only where its process was the last one.
+"""
 
 import contextlib
+import functools
+import gc
 import multiprocessing
 import os
+import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -15,12 +22,22 @@ from benchmarks.launching.processes import names_of_gpus
 
 from .plan import Job, Plan, result_path
 
+Doer = Callable[[Job], None]
+"""Does a job and writes its result."""
+
 
 class Failure(NamedTuple):
     """A job that has no result, and why."""
 
     job: Job
     reason: str
+
+
+class Ended(NamedTuple):
+    """How a job ended: with a problem or, where that is empty, with a result; `crowded` if memory was the problem."""
+
+    problem: str
+    crowded: bool = False
 
 
 def devices_of(plan: Plan, per_gpu: int) -> list[str]:
@@ -36,6 +53,7 @@ def run_jobs(
     devices: Sequence[str],
     say: Callable[[str], None],
     seconds: float = float("inf"),
+    make_doer: Callable[[Plan], Doer] | None = None,
 ) -> list[Failure]:
     """Does the jobs that have no result yet; those that need a failed one fail too.
 
@@ -47,12 +65,17 @@ def run_jobs(
         devices: Of each process, see [`devices_of`].
         say: Told of each job that is done or has failed.
         seconds: No further job begins after so many.
+        make_doer: Makes what does the jobs of a process; a function of a module, which is imported there. None for
+            [`make_worker`].
     """
+    make_doer = make_doer or make_worker
     board = _Board(plan, jobs, say, seconds)
     if len(devices) == 1:
-        _alone(plan, board)
+        do = make_doer(plan)
+        while (job := board.take()) is not None:
+            board.note(job, _done(do, job).problem)
     elif board.waiting:
-        _together(plan, board, devices)
+        _together(plan, board, devices, make_doer)
     return board.failures + [Failure(job, "not reached in time") for job in board.late]
 
 
@@ -85,28 +108,34 @@ class _Board:
         """A job's end; `problem` is empty where it is done."""
         if problem:
             self.failures.append(Failure(job, problem))
-        passed = time.monotonic() - self.begin
-        self.say(f"{passed:6.0f} s  {job.name}{f': failed: {problem}' if problem else ''}  ({len(self.waiting)} wait)")
+        self._tell(job, f": failed: {problem}" if problem else "")
+
+    def give_back(self, job: Job, why: str) -> None:
+        """A job that another process is to do."""
+        self.waiting.insert(0, job)
+        self._tell(job, f": given back: {why}")
+
+    def _tell(self, job: Job, what: str) -> None:
+        self.say(f"{time.monotonic() - self.begin:6.0f} s  {job.name}{what}  ({len(self.waiting)} wait)")
 
 
-def _alone(plan: Plan, board: _Board) -> None:
-    from .worker import Worker
+def make_worker(plan: Plan) -> Doer:
+    """What does jobs, with models that stay loaded."""
+    from .worker import Worker, run_job
 
-    worker = Worker(plan)
-    while (job := board.take()) is not None:
-        board.note(job, _done(worker, job))
+    return functools.partial(run_job, Worker(plan))
 
 
-def _together(plan: Plan, board: _Board, devices: Sequence[str]) -> None:
+def _together(plan: Plan, board: _Board, devices: Sequence[str], make_doer: Callable[[Plan], Doer]) -> None:
     context = multiprocessing.get_context("spawn")
     kept = os.environ.get("CUDA_VISIBLE_DEVICES")
     members: dict[Any, Any] = {}
-    busy: dict[Any, Job] = {}
+    busy: dict[Any, tuple[Job, int]] = {}  # and how many processes there were as it began
     try:
         for device in devices:
             os.environ["CUDA_VISIBLE_DEVICES"] = device  # the process starts with it
             here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(plan, there), daemon=True)
+            process = context.Process(target=_serve, args=(plan, there, make_doer), daemon=True)
             process.start()
             there.close()
             members[here] = process
@@ -126,17 +155,25 @@ def _together(plan: Plan, board: _Board, devices: Sequence[str]) -> None:
                 members.pop(line).join()
                 board.waiting.insert(0, job)
                 continue
-            busy[line] = job
+            busy[line] = job, len(members)
         if not busy:
             break
         ready: list[Any] = wait(list(busy))
         for line in ready:
-            job = busy.pop(line)
+            job, beside = busy.pop(line)
             try:
-                board.note(job, line.recv())
+                ended = line.recv()
             except (EOFError, OSError):
                 members[line].join()
                 board.note(job, f"its process ended with {members.pop(line).exitcode}")
+                continue
+            if not ended.crowded or beside == 1:
+                board.note(job, ended.problem)
+                continue
+            if len(members) == beside:  # or another one has made room since, and this one tries again
+                line.send(None)
+                members.pop(line).join()
+            board.give_back(job, f"{ended.problem} Processes that go on: {len(members)}.")
     for job in board.waiting:
         board.failures.append(Failure(job, "no process was left"))
     for line, process in members.items():
@@ -145,24 +182,32 @@ def _together(plan: Plan, board: _Board, devices: Sequence[str]) -> None:
         process.join()
 
 
-def _serve(plan: Plan, line: Any) -> None:
-    """A process's life: jobs until there are none."""
-    from .worker import Worker
-
+def _serve(plan: Plan, line: Any, make_doer: Callable[[Plan], Doer]) -> None:
+    """A process's life: jobs until there are none, or until the command's process is gone, killed or not."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(2)
-    worker = Worker(plan)
+    do = make_doer(plan)
     while (job := line.recv()) is not None:
-        line.send(_done(worker, job))
+        line.send(_done(do, job))
 
 
-def _done(worker: Any, job: Job) -> str:
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _done(do: Doer, job: Job) -> Ended:
     """Does a job; what went wrong, or nothing."""
-    from .worker import run_job
-
     try:
-        run_job(worker, job)
+        do(job)
+        return Ended("")
     except Exception as error:  # one job's, whatever it is; the others go on
         if os.environ.get("OTPO_TRACEBACK"):
             traceback.print_exc()
-        return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-    return ""
+        problem = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        ended = Ended(problem, isinstance(error, torch.OutOfMemoryError))
+    gc.collect()  # what the frames of the error held
+    torch.cuda.empty_cache()
+    return ended

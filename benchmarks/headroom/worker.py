@@ -178,8 +178,8 @@ class Worker:
                 "Raise `--prompts`, or take a task that the model gets right more often."
             )
         policy, reference = copy.deepcopy(self.template), copy.deepcopy(self.template)
-        for model in (policy, reference):
-            model.load_state_dict(state)
+        policy.load_state_dict(state)
+        reference.load_state_dict(state, assign=True)  # no copy of its own: nothing writes to it
         data = Dataset.from_list([{side: pair[side] for side in ("prompt", "chosen", "rejected")} for pair in pairs])
         on_gpu = self.device.type == "cuda"
         with tempfile.TemporaryDirectory() as folder:
@@ -198,7 +198,7 @@ class Worker:
             trainer.train()
             last = [entry for entry in trainer.state.log_history if "rewards/margins" in entry][-1]
             steps = trainer.state.global_step
-        trained = {name: value.detach().clone() for name, value in policy.state_dict().items()}
+        trained = policy.state_dict()
         del trainer, policy, reference
         gc.collect()
         if on_gpu:

@@ -3,8 +3,13 @@
 import csv
 import dataclasses
 import json
+import os
+import subprocess
+import sys
+import time
 
 import datasets
+import headroom_helpers
 import numpy as np
 import pytest
 from transformers import AutoModelForCausalLM
@@ -12,7 +17,16 @@ from transformers.utils import logging
 
 from benchmarks.headroom import __main__ as headroom
 from benchmarks.headroom import worker
-from benchmarks.headroom.plan import HELD_OUT, TASKS, Job, Plan, held_out_prompts, jobs_of, training_prompts
+from benchmarks.headroom.plan import (
+    HELD_OUT,
+    TASKS,
+    Job,
+    Plan,
+    held_out_prompts,
+    jobs_of,
+    result_path,
+    training_prompts,
+)
 from benchmarks.headroom.processes import devices_of, run_jobs
 from benchmarks.headroom.report import cell_rows, headroom_line, markdown, read_cells, summary_rows, write_report
 from otpo.data.constraints.checks import check_constraints
@@ -140,6 +154,49 @@ def test_another_model_under_the_same_name_is_another_plan(small_plan, tmp_path)
     file.write_text(json.dumps(told))
     headroom.require_same_plan(plan)
     assert json.loads(file.read_text())["what is in `model`"]
+
+
+@pytest.mark.parametrize("fit", [2, 0])
+def test_a_process_without_memory_gives_its_job_back(fit, small_plan):
+    """Four processes where two fit: two end, and all jobs are done. Where none fits, each job fails, and no more."""
+    plan = dataclasses.replace(small_plan, samples=fit, seeds=(0, 1, 2, 3))
+    said: list[str] = []
+    failures = run_jobs(plan, jobs_of(plan), [""] * 4, said.append, make_doer=headroom_helpers.crowding)
+    returned = [line for line in said if "given back: OutOfMemoryError: CUDA out of memory." in line]
+    if fit:
+        assert not failures and all(result_path(plan, job).is_file() for job in jobs_of(plan))
+        assert returned and all(line.split("go on: ")[1][0] in "23" for line in returned)
+    else:
+        assert [failure.job.kind for failure in failures[:1]] == ["start"] and len(failures) == len(jobs_of(plan))
+        assert "CUDA out of memory" in failures[0].reason and len(returned) >= 3
+
+
+def test_processes_end_with_the_command_that_is_killed(small_plan, tmp_path):
+    plan = dataclasses.replace(small_plan, seeds=(0, 1))
+    code = (
+        "import sys, headroom_helpers; from test_headroom_plan import plan; "
+        "from benchmarks.headroom.plan import jobs_of; from benchmarks.headroom.processes import run_jobs; "
+        "run_jobs(plan, jobs_of(plan), ['', ''], print, make_doer=headroom_helpers.endless)"
+    )
+    (tmp_path / "test_headroom_plan.py").write_text(f"from benchmarks.headroom.plan import Plan\nplan = {plan!r}\n")
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    command = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path})
+    results = [result_path(plan, Job("pairs", seed)) for seed in plan.seeds]
+    try:
+        wait_for(lambda: all(path.is_file() and path.read_text() for path in results))
+        processes = {json.loads(path.read_text())["pid"] for path in results}
+        assert len(processes) == 2 and all(map(headroom_helpers.is_alive, processes))
+    finally:
+        command.kill()
+        command.wait()
+    wait_for(lambda: not any(map(headroom_helpers.is_alive, processes)))
+
+
+def wait_for(condition, seconds=120):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.1)
 
 
 def test_nothing_begins_after_the_time(small_plan, tmp_path):

@@ -130,3 +130,30 @@ def test_what_is_said_of_contrast_with_compass_tiny_was_measured():
     }
     told = "the default, which is layer 1 of two there, is at {:.3f}, beside {:.3f} of the diff"
     assert told.format(found["contrast-cosine-reg0.1", "1"], found["unmatched", ""]) in page
+
+
+def test_what_is_said_of_weights_and_contributions_of_smollm2_was_measured():
+    page = " ".join((ROOT / "docs" / "ablations.md").read_text(encoding="utf-8").split())
+    rows = [
+        row
+        for row in read_rows(RESULTS / "weight_quality_smollm2_h200.csv")
+        if (row["side"], row["kind"]) == ("both", "all")
+    ]
+    found = {(row["scheme"], row["layer"], row["score"]): float(row["auroc"]) for row in rows}
+    default, diff = found["contrast-cosine-reg0.1", "24", "weight"], found["unmatched", "", "baseline"]
+    assert f"it is at {default:.3f} on all pairs, beside {diff:.3f} of the diff" in page and default > diff
+    last = {
+        row["scheme"]: float(row["auroc"])
+        for row in rows
+        if row["score"] == "contribution" and (row["last"] == "True" or not row["layer"])
+    }
+    ends = {
+        family: (min(each), max(each))
+        for family in ("otpo", "contrast")
+        if (each := [value for name, value in last.items() if name.startswith(family)])
+    }
+    told = (
+        "at {:.3f} without weights (SmolLM2), at {:.3f} to {:.3f} with transport's, {:.3f} with `confpo` and {:.3f} to"
+    )
+    assert told.format(last["uniform"], *ends["otpo"], last["confpo"], ends["contrast"][0]) in page
+    assert f"to {ends['contrast'][1]:.3f} with `contrast`" in page

@@ -6,6 +6,7 @@ from copy import deepcopy
 import pytest
 import torch
 from accelerate import DistributedType
+from operator_helpers import KERNEL_DEVICES
 from pretraining_helpers import logged, pretrainer, tiny_compass
 from torch import nn
 
@@ -132,7 +133,7 @@ def split_whole(copy: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return copy if dtype == torch.float32 else split_master(copy)[0].view(torch.bfloat16).float()
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("device", KERNEL_DEVICES)
 def test_a_step_by_the_kernel_is_the_same(device, monkeypatch):
     weights = []
     for shape in [(64, 48), (32,), (7, 11), (16, 3), (), (0, 4), (900,)]:

@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
+from operator_helpers import KERNEL_DEVICES
 
 from otpo_kernels import master_weights, master_weights_kernels
 from otpo_kernels.master_weights import join_master, step_numbers, update_all, update_halves, update_whole
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 BETAS, EPS = (0.9, 0.95), 1e-8
 
 
@@ -72,7 +72,7 @@ def master(remainder, weight):
     return join_master(weight.view(torch.int16), remainder) if weight.dtype == torch.bfloat16 else weight
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("device", KERNEL_DEVICES)
 @pytest.mark.parametrize("grad_kind", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("kind", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("shape", [(0,), (), (1,), (63,), (64,), (5, 33), (2, 3, 64)], ids=str)
@@ -88,7 +88,7 @@ def test_steps_are_those_of_plain_torch(shape, kind, grad_kind, device, launches
     assert launches == [1, 1, 1]
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("device", KERNEL_DEVICES)
 @pytest.mark.parametrize("kind", [torch.bfloat16, torch.float32])
 def test_a_step_that_is_left_out_changes_nothing(kind, device):
     mine, before = (tensors((7, 31), kind, torch.float32, device=device) for _ in range(2))
@@ -98,7 +98,7 @@ def test_a_step_that_is_left_out_changes_nothing(kind, device):
         assert torch.equal(mine[place], before[place])
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("device", KERNEL_DEVICES)
 @pytest.mark.parametrize("kind", [torch.bfloat16, torch.float32])
 def test_what_is_not_finite_stays_so(kind, device):
     for value in (math.nan, math.inf, -math.inf):
@@ -128,7 +128,7 @@ def rows_of(steps, found=0.0, device="cpu"):
     return step_numbers(torch.tensor(steps, device=device), 3e-3, BETAS, 0.1, *told)
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("device", KERNEL_DEVICES)
 def test_one_launch_takes_all_weights_of_the_same_types(device, launches):
     pairs = [(kind, grad_kind) for kind in KINDS for grad_kind in (*KINDS, torch.float16)]
     wanted = [(size, *pairs[(place + turn) % 6]) for turn in range(6) for place, size in enumerate(SIZES)]
@@ -144,7 +144,7 @@ def test_one_launch_takes_all_weights_of_the_same_types(device, launches):
     assert sorted(launches) == [len(SIZES)] * 6
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("device", KERNEL_DEVICES)
 def test_nothing_beside_a_weight_is_written(device):
     whole = [tensors((3000,), *kinds, device=device) for kinds in ((torch.bfloat16, torch.float32), KINDS[1:] * 2)]
     before = [[one.clone() for one in each] for each in whole]
@@ -157,7 +157,7 @@ def test_nothing_beside_a_weight_is_written(device):
                 old[place].copy_(each[place])
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("device", KERNEL_DEVICES)
 def test_what_the_kernel_does_not_read_goes_by_plain_torch(device, launches):
     wanted = [((5, 7), torch.bfloat16), ((6, 4), torch.float32), ((9,), torch.bfloat16), ((2, 3), torch.bfloat16)]
     mine, theirs = ([tensors(shape, kind, kind, 1, device) for shape, kind in wanted] for _ in range(2))
@@ -179,12 +179,12 @@ def test_what_the_kernel_does_not_read_goes_by_plain_torch(device, launches):
     assert launches == [2]
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("device", KERNEL_DEVICES)
 def test_empty_weights_alone_are_no_launch(device):
     all_fast([tensors((0,), *KINDS, device=device) for _ in range(3)], rows_of([1.0] * 3, device=device))
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("device", KERNEL_DEVICES)
 def test_a_step_that_is_left_out_leaves_all_weights(device, launches):
     mine, before = ([tensors((n,), *KINDS[:1] * 2, n, device) for n in (5, 300, 64)] for _ in range(2))
     all_fast(mine, rows_of([1.0, 2.0, 3.0], found=1.0, device=device))
