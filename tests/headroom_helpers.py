@@ -1,11 +1,12 @@
 """What does the jobs of `benchmarks.headroom` in tests of its processes, which import this module."""
 
+import contextlib
 import json
 import os
 import time
 from collections.abc import Callable
-from pathlib import Path
 
+import psutil
 import torch
 
 from benchmarks.headroom.plan import Job, Plan, result_path
@@ -13,23 +14,22 @@ from benchmarks.headroom.plan import Job, Plan, result_path
 
 def is_alive(pid: int) -> bool:
     """Whether a process runs; one that has ended and was not waited for does not."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
+    with contextlib.suppress(psutil.Error):
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 def finish(plan: Plan, job: Job) -> None:
     path = result_path(plan, job)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"pid": os.getpid()}))
+    path.write_text(json.dumps({"pid": os.getpid(), "gpu": os.environ.get("CUDA_VISIBLE_DEVICES")}))
 
 
 def crowding(plan: Plan) -> Callable[[Job], None]:
-    """A process has memory for its jobs as long as at most `samples` others that began do still run."""
+    """A process has memory for a job where no more than `samples` of its GPU that began are alive, itself included."""
 
     def do(job: Job) -> None:
-        begun = plan.folder / "begun"
+        begun = plan.folder / f"begun_{os.environ.get('CUDA_VISIBLE_DEVICES')}"
         begun.mkdir(exist_ok=True)
         (begun / str(os.getpid())).touch()
         time.sleep(0.3)

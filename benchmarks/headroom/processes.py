@@ -1,7 +1,7 @@
 """Jobs over processes: each has one GPU, several may share one; whoever is free takes the first job that can run.
 
 How many processes fit a GPU shows only as they work. One that finds no memory gives its job back and ends, so that
-those beside it have its share; a job fails for want of memory only where its process was the last one.
+those beside it on that GPU have its share; the job fails if its process had the GPU to itself.
 """
 
 import contextlib
@@ -38,6 +38,13 @@ class Ended(NamedTuple):
 
     problem: str
     crowded: bool = False
+
+
+class Member(NamedTuple):
+    """A process and its GPU."""
+
+    process: Any
+    device: str
 
 
 def devices_of(plan: Plan, per_gpu: int) -> list[str]:
@@ -129,8 +136,12 @@ def make_worker(plan: Plan) -> Doer:
 def _together(plan: Plan, board: _Board, devices: Sequence[str], make_doer: Callable[[Plan], Doer]) -> None:
     context = multiprocessing.get_context("spawn")
     kept = os.environ.get("CUDA_VISIBLE_DEVICES")
-    members: dict[Any, Any] = {}
-    busy: dict[Any, tuple[Job, int]] = {}  # and how many processes there were as it began
+    members: dict[Any, Member] = {}
+    busy: dict[Any, tuple[Job, int]] = {}  # a job, and the number of processes on its GPU when it began
+
+    def sharing(device: str) -> int:
+        return sum(member.device == device for member in members.values())
+
     try:
         for device in devices:
             os.environ["CUDA_VISIBLE_DEVICES"] = device  # the process starts with it
@@ -138,7 +149,7 @@ def _together(plan: Plan, board: _Board, devices: Sequence[str], make_doer: Call
             process = context.Process(target=_serve, args=(plan, there, make_doer), daemon=True)
             process.start()
             there.close()
-            members[here] = process
+            members[here] = Member(process, device)
     finally:
         if kept is None:
             os.environ.pop("CUDA_VISIBLE_DEVICES", None)
@@ -152,10 +163,10 @@ def _together(plan: Plan, board: _Board, devices: Sequence[str], make_doer: Call
             try:
                 line.send(job)
             except OSError:  # the process ended between two jobs, or before its first: another one takes the job
-                members.pop(line).join()
+                members.pop(line).process.join()
                 board.waiting.insert(0, job)
                 continue
-            busy[line] = job, len(members)
+            busy[line] = job, sharing(members[line].device)
         if not busy:
             break
         ready: list[Any] = wait(list(busy))
@@ -164,31 +175,37 @@ def _together(plan: Plan, board: _Board, devices: Sequence[str], make_doer: Call
             try:
                 ended = line.recv()
             except (EOFError, OSError):
-                members[line].join()
-                board.note(job, f"its process ended with {members.pop(line).exitcode}")
+                process = members.pop(line).process
+                process.join()
+                board.note(job, f"its process ended with {process.exitcode}")
                 continue
             if not ended.crowded or beside == 1:
                 board.note(job, ended.problem)
                 continue
-            if len(members) == beside:  # or another one has made room since, and this one tries again
-                line.send(None)
-                members.pop(line).join()
-            board.give_back(job, f"{ended.problem} Processes that go on: {len(members)}.")
+            process, device = members[line]
+            if sharing(device) == beside:  # or another one has made room since, and this one tries again
+                del members[line]
+                _let_go(line, process)
+            board.give_back(job, f"{ended.problem} Processes that stay on its GPU: {sharing(device)}.")
     for job in board.waiting:
         board.failures.append(Failure(job, "no process was left"))
-    for line, process in members.items():
-        with contextlib.suppress(OSError):  # it has ended by itself
-            line.send(None)
-        process.join()
+    for line, (process, _) in members.items():
+        _let_go(line, process)
+
+
+def _let_go(line: Any, process: Any) -> None:
+    with contextlib.suppress(OSError):  # it has ended by itself
+        line.send(None)
+    process.join()
 
 
 def _serve(plan: Plan, line: Any, make_doer: Callable[[Plan], Doer]) -> None:
     """A process's life: jobs until there are none, or until the command's process is gone, killed or not."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(2)
-    do = make_doer(plan)
+    doer = functools.cache(lambda: make_doer(plan))  # made as the first job begins, which may find no memory either
     while (job := line.recv()) is not None:
-        line.send(_done(do, job))
+        line.send(_done(lambda job: doer()(job), job))
 
 
 def _end_with_parent() -> None:
@@ -207,7 +224,15 @@ def _done(do: Doer, job: Job) -> Ended:
         if os.environ.get("OTPO_TRACEBACK"):
             traceback.print_exc()
         problem = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        ended = Ended(problem, isinstance(error, torch.OutOfMemoryError))
-    gc.collect()  # what the frames of the error held
-    torch.cuda.empty_cache()
+        ended = Ended(problem, _lacks_memory(error))
+    if ended.crowded:
+        gc.collect()  # what the frames of the error held
+        with contextlib.suppress(RuntimeError):
+            torch.cuda.empty_cache()
     return ended
+
+
+def _lacks_memory(error: Exception) -> bool:
+    """Whether a GPU had no memory: torch's allocator, CUDA itself, one of its libraries or Triton says so."""
+    told = str(error)
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in told or "ALLOC_FAILED" in told

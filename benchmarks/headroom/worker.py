@@ -178,8 +178,10 @@ class Worker:
                 "Raise `--prompts`, or take a task that the model gets right more often."
             )
         policy, reference = copy.deepcopy(self.template), copy.deepcopy(self.template)
+        options = {**plan.training, **plan.weightings[weighting]}
         policy.load_state_dict(state)
-        reference.load_state_dict(state, assign=True)  # no copy of its own: nothing writes to it
+        # Nothing writes to the reference, so that it needs no copy of its own, unless it follows the policy.
+        reference.load_state_dict(state, assign=not options.get("sync_ref_model"))
         data = Dataset.from_list([{side: pair[side] for side in ("prompt", "chosen", "rejected")} for pair in pairs])
         on_gpu = self.device.type == "cuda"
         with tempfile.TemporaryDirectory() as folder:
@@ -191,7 +193,7 @@ class Worker:
                 seed=seed + number,
                 data_seed=seed + number,
                 drop_identical_pairs=True,
-                **{**shared, **plan.training, **plan.weightings[weighting]},
+                **{**shared, **options},
             )
             trainer = OTPOTrainer(policy, reference, args, train_dataset=data, processing_class=self.tokenizer)
             trainer.remove_callback(PrinterCallback)

@@ -181,7 +181,7 @@ def test_what_is_said_of_a_step_s_kernels_was_measured():
     assert told.format(*(ms / whole for ms in took.values())) in page
     calls = {kernel: float(ms) / int(count) for ms, _, count, kernel in lines if "_cross_entropy" in kernel}
     forward, backward = (calls[f"_cross_entropy{name}_kernel"] for name in ("", "_backward"))
-    assert f"the step above ours take {forward:.2f} and {backward:.2f} ms" in page
+    assert f"kernels of cross-entropies take {forward:.2f} and {backward:.2f} ms in the step above" in page
 
 
 def test_what_is_said_of_bfloat16_weights_was_measured():

@@ -141,7 +141,7 @@ def test_what_is_said_of_weights_and_contributions_of_smollm2_was_measured():
     ]
     found = {(row["scheme"], row["layer"], row["score"]): float(row["auroc"]) for row in rows}
     default, diff = found["contrast-cosine-reg0.1", "24", "weight"], found["unmatched", "", "baseline"]
-    assert f"it is at {default:.3f} on all pairs, beside {diff:.3f} of the diff" in page and default > diff
+    assert f"`contrast` is at {default:.3f} on all pairs, beside {diff:.3f} of the diff" in page and default > diff
     last = {
         row["scheme"]: float(row["auroc"])
         for row in rows

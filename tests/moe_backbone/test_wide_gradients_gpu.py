@@ -1,4 +1,4 @@
-"""A layer of Compass-v3's width: what `otpo pretrain` runs by default on a GPU, and `grouped_mm`, beside float32.
+"""A layer of Compass-v3's width: what `otpo pretrain` runs by default on a GPU but for attention, beside float32.
 
 Each gradient is compared by its name. In bfloat16 rounding sends some tokens to other experts, whoever computes, so
 the default may be as far from float32 as `grouped_mm` is, and no further. `pytest -rP` shows the errors.
