@@ -174,19 +174,20 @@ class OTPOTrainer(FullySharded, ConvertedWeights, DPOTrainer):
                 "`OTPOConfig.weighting` than 'ld', and let the callable do it, such as "
                 "`functools.partial(otpo.weighting.ld, alpha=0.5)`."
             )
+        # Numbers of tokens that are made of the data.
+        self._token_values = values_of(args.weighting) if weighting is None else values_of_callable(weighting)
         check_datasets(
             train_dataset,
             eval_dataset,
             precompute=args.precompute_ref_log_probs,
             tokens_per_batch=args.tokens_per_batch,
+            token_values=self._token_values,
         )
         check_layer_before_loading(model, args)
 
         # TRL's constructor calls our methods, which read these attributes.
         self.weighting = make_weighting(args) if weighting is None else weighting
         self._named_weighting = self.weighting if weighting is None else None
-        # Numbers of tokens that are made of the data.
-        self._token_values = values_of(args.weighting) if weighting is None else values_of_callable(weighting)
         self.prepared_datasets = PreparedDatasets()
         self._own_names: frozenset[str] | None = None  # of its datasets, once all are prepared
         self._evaluated: Any = None

@@ -82,7 +82,7 @@ def make_parser() -> TrlParser:
         [
             ("token weights (otpo)", [OTPOConfig]),
             ("data and run", [RunArguments, RowArguments, DataArguments, ScriptArguments, DatasetMixtureConfig]),
-            ("model and adapters", [ModelConfig]),
+            ("model and adapters", [AlignArguments, ModelConfig]),
             ("preference loss (TRL)", [DPOConfig]),
             ("training (transformers)", OTPOConfig.__mro__[2:-1]),
         ],

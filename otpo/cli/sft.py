@@ -92,7 +92,7 @@ def make_parser() -> TrlParser:
         _DESCRIPTION,
         (SftArguments, SFTConfig, ModelConfig, DatasetMixtureConfig),
         [
-            ("data and run", [RunArguments, RowArguments, ScriptArguments, DatasetMixtureConfig]),
+            ("data and run", [RunArguments, RowArguments, SftArguments, ScriptArguments, DatasetMixtureConfig]),
             ("model and adapters", [ModelConfig]),
             ("instructions and loss (TRL)", [SFTConfig]),
             ("training (transformers)", SFTConfig.__mro__[1:-1]),

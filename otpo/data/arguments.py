@@ -1,14 +1,23 @@
 """The datasets that a user passes to the trainer, checked before anything is loaded."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from datasets import Dataset, IterableDataset
 
+from otpo.weighting.token_values import TokenValues
+
 from .preferences import require_preference_columns
+from .token_values import require_columns
 
 
 def check_datasets(
-    train_dataset: Any, eval_dataset: Any, *, precompute: bool, tokens_per_batch: int | None = None
+    train_dataset: Any,
+    eval_dataset: Any,
+    *,
+    precompute: bool,
+    tokens_per_batch: int | None = None,
+    token_values: Sequence[TokenValues] = (),
 ) -> None:
     """Refuses what can be seen of the datasets before anything is loaded.
 
@@ -17,6 +26,7 @@ def check_datasets(
         eval_dataset: What the user passed to evaluate on: a dataset, several by name, or None.
         precompute: Whether the reference's log-probabilities are precomputed.
         tokens_per_batch: Tokens of a training batch, None where a number of pairs makes one.
+        token_values: Numbers of tokens that the weighting has made of the data.
 
     Raises:
         TypeError: Something is no dataset; the message says how to make one, or which split to pass.
@@ -55,3 +65,4 @@ def check_datasets(
     for name, dataset in [("train", train_dataset), *named.items()]:
         if dataset is not None:
             require_preference_columns(dataset, name)
+            require_columns(dataset, token_values, name)

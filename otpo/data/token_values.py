@@ -22,7 +22,7 @@ from transformers import ProcessorMixin
 from otpo.version import __version__
 from otpo.weighting.token_values import TokenValues
 
-from .preferences import PairRule, RowError
+from .preferences import TOKEN_COLUMNS, PairRule, RowError
 
 Rows = Dataset | IterableDataset
 
@@ -85,7 +85,7 @@ def with_token_values(
     """
     if not kinds:
         return dataset
-    _require_columns(dataset, kinds, name)
+    require_columns(dataset, kinds, name)
     asked = tokenizer if any(kind.needs_tokenizer for kind in kinds) else None
     make = _Values(tuple(kinds), rule, asked, name)
     if isinstance(dataset, IterableDataset):
@@ -140,12 +140,22 @@ def _reader() -> str:
     return "" if worker is None else f", as worker {worker.id} of {worker.num_workers} read it,"
 
 
-def _require_columns(dataset: Rows, kinds: Sequence[TokenValues], name: str) -> None:
+def require_columns(dataset: Rows, kinds: Sequence[TokenValues], name: str) -> None:
+    """Refuses a dataset that lacks a column of the user's that numbers of tokens are made of.
+
+    Args:
+        dataset: Rows, tokenized or not. A stream that does not tell its columns passes.
+        kinds: What is made.
+        name: What the dataset is called in the message.
+
+    Raises:
+        ValueError: It lacks one; the message has them and the user's columns.
+    """
     columns = dataset.column_names
     for kind in kinds if columns is not None else ():
         missing = [column for column in kind.reads if column not in (columns or ())]
         if missing:
             raise ValueError(
                 f"The weighting reads the columns {list(kind.reads)}, and the {name} dataset lacks {missing}; it has "
-                f"{sorted(columns or ())}. Add them, or set another `weighting`."
+                f"{sorted(set(columns or ()) - set(TOKEN_COLUMNS))}. Add them, or set another `weighting`."
             )

@@ -6,6 +6,7 @@ import pytest
 
 from benchmarks import findings
 from benchmarks.harness import read_rows
+from benchmarks.headroom.plan import SHARED
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -157,3 +158,15 @@ def test_what_is_said_of_weights_and_contributions_of_smollm2_was_measured():
     )
     assert told.format(last["uniform"], *ends["otpo"], last["confpo"], ends["contrast"][0]) in page
     assert f"to {ends['contrast'][1]:.3f} with `contrast`" in page
+
+
+def test_pages_say_which_loss_was_compared():
+    """Tables of right answers are of two losses, and a page that calls them DPO says so."""
+    assert (SHARED["loss_type"], SHARED["loss_weights"]) == (["sigmoid", "sft"], [1.0, 1.0])
+    told = {
+        "docs/ablations.md": "The loss is DPO's, its tokens weighted, plus the cross-entropy of the right answer",
+        "docs/limits.md": "the loss is DPO's plus the cross-entropy of the right answer",
+        "README.md": "the loss has the cross-entropy of the right answer beside DPO's",
+    }
+    for page, sentence in told.items():
+        assert sentence in " ".join((ROOT / page).read_text(encoding="utf-8").split()), page

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.expert_parallel import write_plan
 from benchmarks.expert_parallel_contenders import BASE, BASE_COMPILED, COMPASS, COMPILED, GATHERED, OURS, cases
 from moe_backbone import preset
 from moe_backbone.expert_parallel.gather import gather_pays
@@ -97,8 +98,16 @@ def measured(name):
 
 
 def check_is_near(config, gpu, setup, ms):
+    """The plan over the step."""
     planned = 1e3 * make_plan(config, find_gpu(gpu), setup).time.total
     assert 1 / 1.3 < planned / float(ms) < 1.3, (gpu, setup, planned, ms)
+    return planned / float(ms)
+
+
+def told(name, *ratios):
+    """Whether the page gives the smallest and the largest of them."""
+    page = " ".join((Path(__file__).parents[2] / "benchmarks" / "README.md").read_text(encoding="utf-8").split())
+    return f"{name} ({min(ratios):.2f} to {max(ratios):.2f} of" in page
 
 
 def steps_of_two_gpus(name):
@@ -132,9 +141,10 @@ def steps_of_two_gpus(name):
 
 def test_time_is_near_every_step_of_two_gpus():
     rows = list(steps_of_two_gpus("expert_parallel_h200_x2"))
-    for row, planned in rows:
-        assert 1 / 1.3 < planned / float(row["ms"]) < 1.3, (row["case"], row["contender"], planned)
-    assert len(rows) >= 10
+    ratios = [planned / float(row["ms"]) for row, planned in rows]
+    for (row, planned), ratio in zip(rows, ratios, strict=True):
+        assert 1 / 1.3 < ratio < 1.3, (row["case"], row["contender"], planned)
+    assert len(rows) >= 10 and told("the steps on two H200", *ratios)
 
 
 def test_time_is_near_on_two_others_but_for_one_step():
@@ -210,17 +220,28 @@ OF_MASTERS |= {f"{name}-float32": ways for name, ways in VARIANTS.items()}
 OF_MASTERS["default-bfloat16"] = OF_MASTERS["default"]
 
 
-@pytest.mark.parametrize(
-    ("gpu", "kernels", "variants", "least"), [("h100", "torch", VARIANTS, 4), ("h200", "flash4", OF_MASTERS, 9)]
-)
-def test_time_is_near_every_pretraining_that_was_typed(gpu, kernels, variants, least):
-    rows = [row for row in measured(f"pretraining_{gpu}") if row["variant"] in variants]
-    for row in rows:
-        config, size = model_as_typed(row)
-        ways = variants[row["variant"]]
-        setup = TrainingSetup(gpus_per_node=1, micro_batch_size=size, attention_kernels=kernels, **ways)
-        check_is_near(config, gpu, setup, row["ms"])
-    assert len(rows) >= least
+def test_time_is_near_every_pretraining_that_was_typed():
+    ratios = []
+    for gpu, kernels, variants, least in (("h100", "torch", VARIANTS, 4), ("h200", "flash4", OF_MASTERS, 9)):
+        rows = [row for row in measured(f"pretraining_{gpu}") if row["variant"] in variants]
+        for row in rows:
+            config, size = model_as_typed(row)
+            ways = variants[row["variant"]]
+            setup = TrainingSetup(gpus_per_node=1, micro_batch_size=size, attention_kernels=kernels, **ways)
+            ratios.append(check_is_near(config, gpu, setup, row["ms"]))
+        assert len(rows) >= least
+    assert told("`otpo pretrain` as it is typed on an H100 and on an H200", *ratios)
+
+
+def test_what_is_expected_of_eight_gpus_is_today_s_plan(tmp_path):
+    kept = Path(__file__).parents[2] / "benchmarks" / "results" / "expert_parallel_plan.csv"
+    rows = write_plan(tmp_path / "plan.csv")
+    assert (tmp_path / "plan.csv").read_text() == kept.read_text()
+    page = " ".join((kept.parents[1] / "README.md").read_text(encoding="utf-8").split())
+    *_, last = rows
+    spread = [row["all_to_all_ms"] for row in rows[1:]]
+    assert f"{last['ms']:.0f} ms a step at 8 and {last['efficiency']:.0%} efficiency" in page
+    assert "all-to-all {:.1f}, {:.1f} and {:.1f} ms".format(*spread) in page
 
 
 # Defaults that depend on each other

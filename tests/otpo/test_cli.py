@@ -3,10 +3,13 @@
 The file is over 350 lines because its runs are compared with one another.
 """
 
+import argparse
+import dataclasses
 import json
 import os
 import re
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -82,6 +85,24 @@ def test_the_short_help_is_that_of_the_parser(command, capsys):
     text = capsys.readouterr().out
     assert text == short_help.read(command) and len(text.splitlines()) < 200
     assert "--help-all" in text and "--output_dir TEXT" in text and "%%" not in text
+
+
+@pytest.mark.parametrize("command", ["align", "pretrain", "sft"])
+def test_the_short_help_has_all_options_of_our_own(command):
+    arguments = import_module(f"otpo.cli.{command}").make_parser().dataclass_types
+    ours = [of_class for of_class in arguments if of_class.__module__.startswith("otpo.")]
+    names = {
+        one.name
+        for of_class in ours
+        for base in of_class.__mro__
+        if base.__module__.startswith(("otpo.", "moe_backbone."))
+        for one in dataclasses.fields(base)
+        if one.init and one.name in base.__annotations__ and one.metadata["help"] != argparse.SUPPRESS
+    }
+    names -= {"max_train_pairs", "max_eval_pairs", *short_help._HIDDEN}  # older names, and what nobody needs to set
+    assert len(names) > 10
+    text = short_help.read(command)
+    assert not [name for name in sorted(names) if f"  --{name} " not in text]
 
 
 def test_the_short_help_needs_no_torch():

@@ -18,7 +18,7 @@ from helpers import (
 )
 from weighting_helpers import with_weights
 
-from otpo import OTPOTrainer
+from otpo import OTPOConfig, OTPOTrainer
 from otpo.data.given_weights import given_weights
 from otpo.data.preferences import PairRule, RowError
 from otpo.data.spans import span_tokens
@@ -246,8 +246,14 @@ def test_a_row_with_wrong_weights_is_named(stream, model_folder, tmp_path):
 
 def test_columns_that_are_missing_are_named(model_folder, tmp_path):
     pairs = with_weights(make_pairs(6)).remove_columns("rejected_weights")
-    with pytest.raises(ValueError, match=r"reads the columns .* train dataset lacks \['rejected_weights'\]; it has"):
+    told = r"reads the columns .* train dataset lacks \['rejected_weights'\]; it has \['chosen', 'chosen_weights', "
+    with pytest.raises(ValueError, match=told):
         make_trainer(model_folder, tmp_path, pairs, weighting="columns")
+    with pytest.raises(ValueError, match=r"the eval dataset lacks \['chosen_weights', 'rejected_weights'\]"):
+        # Nothing is loaded before: there is no such model.
+        args = OTPOConfig(str(tmp_path), weighting="columns", use_cpu=True)
+        train = with_weights(make_pairs(6))
+        OTPOTrainer("no/such-model", args=args, train_dataset=train, eval_dataset=make_pairs(2))
 
 
 @pytest.mark.parametrize("form", ["spans", "tokens"])

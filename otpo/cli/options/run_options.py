@@ -69,11 +69,11 @@ class RunArguments:
     expert_exchange: str = field(
         default="auto",
         metadata={
-            "help": "How rows reach experts that DeepSpeed spreads, in training: all_to_all sends each row to its "
-            "expert, and waits for the device in each layer; gather gives every process all tokens, without that "
-            "wait, and needs more memory for the experts' rows. sft and align, whose batches vary, wait for the other "
-            "processes' hosts once in each pass then, and gather in evaluation and in the reference too. auto gathers "
-            "in pretrain where no more processes share the experts than a token has, else all_to_all.",
+            "help": "How rows reach experts that DeepSpeed spreads, in training. `all_to_all` sends each row to its "
+            "expert, and waits for the device in each layer; `gather` gives every process all tokens, without that "
+            "wait, and needs more memory for the experts' rows. `sft` and `align`, whose batches vary, wait for the "
+            "other processes' hosts once in each pass then, and gather in evaluation and in the reference too. `auto` "
+            "gathers in `pretrain` where no more processes share the experts than a token has, else `all_to_all`.",
             "choices": list(EXPERT_EXCHANGES),
         },
     )

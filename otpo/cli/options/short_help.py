@@ -19,10 +19,10 @@ WHOLE = ("token weights (otpo)", "pretraining (otpo)", "model")
 """Groups of a command's help that are shown whole."""
 COMMON = {
     "data and run": "dataset_name dataset_config dataset_train_split dataset_test_split dataset_streaming "
-    "max_train_rows max_eval_rows report experts_implementation expert_parallel_size save_code "
-    "verbose",
-    "model and adapters": "model_name_or_path dtype attn_implementation trust_remote_code load_in_4bit use_peft "
-    "lora_r lora_alpha lora_dropout lora_target_modules",
+    "max_train_rows max_eval_rows report compile_layers experts_implementation expert_parallel_size "
+    "expert_parallel_backend expert_exchange save_code verbose",
+    "model and adapters": "model_name_or_path ref_model_name_or_path ref_model_revision dtype attn_implementation "
+    "trust_remote_code load_in_4bit use_peft lora_r lora_alpha lora_dropout lora_target_modules",
     "preference loss (TRL)": "beta loss_type max_length truncation_mode precompute_ref_log_probs "
     "label_smoothing sync_ref_model",
     "instructions and loss (TRL)": "max_length packing padding_free assistant_only_loss completion_only_loss",
