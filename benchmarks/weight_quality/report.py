@@ -12,7 +12,7 @@ from rich.table import Table
 from benchmarks.harness import write_rows
 from otpo.data.demo import KINDS
 
-from .scores import CONTRAST, SIDES, TRANSPORT, Found
+from .scores import LAYERED, SIDES, Found
 
 _DRAWS = 1000
 Rows = list[dict[str, Any]]
@@ -146,7 +146,7 @@ def summary(rows: Rows) -> list[dict[str, str]]:
         both = [row for row in own if row["side"] == "both"]
         best = max(both, key=lambda row: float(row["auroc"]) if row["auroc"] != "" else -1.0)
         last = next((row for row in both if row["last"] or row["layer"] == ""), None)
-        layered = scheme in TRANSPORT or scheme in CONTRAST
+        layered = scheme in LAYERED
         line = {"scheme": scheme, "score": score, "last layer": "" if last is None else _cell(last)}
         line |= {"best layer": str(best["layer"]) if layered else "", "AUROC there": _cell(best) if layered else ""}
         for side in SIDES:

@@ -6,8 +6,8 @@ for, S scores; rows are the chosen responses, then the rejected ones.
 
 import copy
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -23,10 +23,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import moe_backbone  # noqa: F401 - makes Compass known to transformers
 from otpo import OTPOConfig, OTPOTrainer
 from otpo.data.token_table import TOKEN_COLUMNS
-from otpo.data.token_values import unmatched
+from otpo.data.token_values import unmatched, unmatched_sides
 from otpo.transport.solve import transport_weights
 from otpo.weighting import PairBatch, confpo, d2po, ld, sampo, uniform
-from otpo.weighting.methods import within_budget
+from otpo.weighting.methods import diff, product, within_budget
 from otpo.weighting.optimal_transport import LEAST_DESTROYED, destroyed_mass
 
 from .labels import TokenLabels, auroc, token_labels
@@ -37,15 +37,20 @@ COSTS: dict[str, dict[str, Any]] = {"": {}, "-pairwise": {"cost_scale": "pairwis
 TRANSPORT = {
     f"otpo{cost}{name}": {"reg": reg, **settings} for cost, settings in COSTS.items() for name, reg in REGS.items()
 }
-"""Settings of [`transport_weights`] by name; these depend on the layer."""
+"""Settings of [`transport_weights`] by name."""
 CONTRAST = {name.replace("otpo", "contrast"): name for name in TRANSPORT}
 """By name of `contrast` with the same settings, the name among [`TRANSPORT`]: the mass that this plan destroys."""
+PRODUCTS = {"otpo*diff": "otpo", "contrast*diff": "contrast-cosine-reg0.1"}
+"""By name of a product with `diff`, its other factor: `otpo` and `contrast` with their own defaults."""
+LAYERED = (*TRANSPORT, *CONTRAST, *PRODUCTS)
+"""Schemes that depend on the layer."""
 FREE = {"uniform": uniform, "sampo": sampo, "ld": partial(ld, alpha=0.5), "d2po": d2po, "confpo": confpo}
 """Weightings that look at no hidden states. `budget` and `length` rank tokens as `uniform` does: not at all."""
 BASELINES = ("surprisal", "reference_surprisal", "unmatched")
 """What needs no weighting: -log pi of the policy, that of the reference where there is one, and one where a diff finds
-no such token in the other response. The weightings `surprisal` and `diff` rank tokens as the last two do."""
-SCHEMES = (*TRANSPORT, *CONTRAST, *FREE, *BASELINES)
+no such token in the other response. The weightings `surprisal` and `diff` rank tokens as the last two do, but that
+`diff` takes one alignment for both responses, and this baseline one from either side."""
+SCHEMES = (*LAYERED, *FREE, *BASELINES)
 
 
 class Column(NamedTuple):
@@ -180,13 +185,16 @@ class Scorer:
     ) -> tuple[list[Column], NDArray[np.float64]]:
         """All scores of some pairs, `(S, 2B, W)`, of each response from its first token on."""
         pairs, states, reference_logps = self._forward(places, layers)
+        pairs = replace(pairs, token_values={"unmatched": self._of_tokens(unmatched_sides, places, pairs)})
         weights: dict[Column, Tensor] = {}
         solved: dict[str, Tensor] = {}  # `otpo` and `contrast` of the same settings are of one plan
         for name in schemes:
-            plan = CONTRAST.get(name, name)
-            if plan in TRANSPORT:
+            if name in LAYERED:
+                factor = PRODUCTS.get(name, name)
+                plan = CONTRAST.get(factor, factor)
                 solved[plan] = solved[plan] if plan in solved else _transport(pairs, states, plan)
-                layered = _contrast(pairs, solved[plan]) if name in CONTRAST else solved[plan]
+                layered = _contrast(pairs, solved[plan]) if factor in CONTRAST else solved[plan]
+                layered = _times_diff(pairs, layered) if name in PRODUCTS else layered
                 weights |= zip((Column(name, layer, "weight") for layer in layers), layered, strict=True)
             elif name in FREE:
                 weights[Column(name, None, "weight")] = FREE[name](pairs)
@@ -196,7 +204,7 @@ class Scorer:
         if "reference_surprisal" in schemes and reference_logps is not None:
             scores[Column("reference_surprisal", None, "baseline")] = -reference_logps
         if "unmatched" in schemes:
-            scores[Column("unmatched", None, "baseline")] = self._unmatched(places, pairs)
+            scores[Column("unmatched", None, "baseline")] = self._of_tokens(_unmatched, places, pairs)
         if reference_logps is not None:
             gains = pairs.logps - reference_logps
             size = len(places)
@@ -238,11 +246,12 @@ class Scorer:
         reference = trainer.ref_model(**asked, use_cache=False, fused_lm_head=True)
         return pairs, states, reference.log_probs.gather(1, index)
 
-    def _unmatched(self, places: Sequence[int], pairs: PairBatch) -> Tensor:
+    def _of_tokens(self, make: Callable[..., Any], places: Sequence[int], pairs: PairBatch) -> Tensor:
+        """What is made of both responses' tokens, `(2B, W)`."""
         result = torch.zeros(pairs.mask.shape, dtype=torch.float64)
         for row, place in enumerate(places):
-            for number, (own, other) in enumerate((self.tokens[place], self.tokens[place][::-1])):
-                result[number * len(places) + row, : len(own)] = torch.from_numpy(unmatched(own, other))
+            for number, values in enumerate(make(*self.tokens[place])):
+                result[number * len(places) + row, : len(values)] = torch.from_numpy(values)
         return result.to(pairs.mask.device)
 
     def _auroc(self, places: Sequence[int], scores: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -254,6 +263,10 @@ class Scorer:
                     own = scores[:, number * len(places) + row, : len(labels.in_span)]
                     result[:, row, number] = auroc(own, labels.in_span)
         return result
+
+
+def _unmatched(chosen: Sequence[int], rejected: Sequence[int]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    return unmatched(chosen, rejected), unmatched(rejected, chosen)
 
 
 def _transport(pairs: PairBatch, states: Tensor, name: str) -> Tensor:
@@ -269,6 +282,11 @@ def _transport(pairs: PairBatch, states: Tensor, name: str) -> Tensor:
 def _contrast(pairs: PairBatch, moved: Tensor) -> Tensor:
     """What the plans of all layers destroy, scaled to the budget, `(K, 2B, W)`."""
     return torch.stack([within_budget(destroyed_mass(layer, pairs) + LEAST_DESTROYED, pairs) for layer in moved])
+
+
+def _times_diff(pairs: PairBatch, layered: Tensor) -> Tensor:
+    """The product of all layers' weights with those of `diff`, scaled to the budget, `(K, 2B, W)`."""
+    return torch.stack([product(pairs, factors=(lambda _: layer, diff)).values for layer in layered])  # noqa: B023
 
 
 def _loaded(option: str, auto_class: Any, name: str, **kwargs: Any) -> Any:

@@ -175,7 +175,7 @@ def quality_rows(scheme, score, auroc, layers=("",)):
 
 @pytest.mark.parametrize("auroc", [0.7, ""])
 def test_weight_quality_of_any_scheme_alone(auroc, tmp_path):
-    for scheme, layers in (("uniform", ("",)), (next(iter(quality.TRANSPORT)), (1, 2))):
+    for scheme, layers in (("uniform", ("",)), (next(iter(quality.LAYERED)), (1, 2))):
         for score in ("weight", "contribution"):
             rows = list(quality_rows(scheme, score, auroc, layers))
             quality.report(rows, tmp_path, Console(quiet=True))
