@@ -170,3 +170,21 @@ def test_pages_say_which_loss_was_compared():
     }
     for page, sentence in told.items():
         assert sentence in " ".join((ROOT / page).read_text(encoding="utf-8").split()), page
+
+
+def test_what_is_said_of_products_was_measured():
+    page = " ".join((ROOT / "docs" / "ablations.md").read_text(encoding="utf-8").split())
+    told = []
+    for model, last, default in (("smollm2", "30", "24"), ("compass_tiny", "2", "1")):
+        rows = read_rows(RESULTS / f"weight_quality_{model}_cpu.csv")
+        found = {
+            (row["scheme"], row["layer"]): row
+            for row in rows
+            if (row["side"], row["kind"]) == ("both", "all") and row["score"] in ("weight", "baseline")
+        }
+        product, diff = found["otpo*diff", last], found["unmatched", ""]
+        ends = [float(product[name]) for name in ("auroc", "low", "high")]
+        assert "at {:.3f} [{:.3f}, {:.3f}]".format(*ends) in page and ends[0] > float(diff["auroc"])
+        told += [float(diff["auroc"]), float(found["contrast*diff", default]["auroc"])]
+    assert f"beside {told[0]:.3f} of the diff, and at" in page and f"after DPO, beside {told[2]:.3f}:" in page
+    assert f"`contrast*diff` is at {told[1]:.3f} and {told[3]:.3f}" in page
