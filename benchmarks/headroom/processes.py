@@ -54,13 +54,20 @@ def devices_of(plan: Plan, per_gpu: int) -> list[str]:
     return [gpu for _ in range(per_gpu) for gpu in names_of_gpus()]
 
 
+def make_worker(plan: Plan) -> Doer:
+    """What does jobs, with models that stay loaded."""
+    from .worker import Worker, run_job
+
+    return functools.partial(run_job, Worker(plan))
+
+
 def run_jobs(
     plan: Plan,
     jobs: Sequence[Job],
     devices: Sequence[str],
     say: Callable[[str], None],
     seconds: float = float("inf"),
-    make_doer: Callable[[Plan], Doer] | None = None,
+    make_doer: Callable[[Plan], Doer] = make_worker,
 ) -> list[Failure]:
     """Does the jobs that have no result yet; those that need a failed one fail too.
 
@@ -72,10 +79,8 @@ def run_jobs(
         devices: Of each process, see [`devices_of`].
         say: Told of each job that is done or has failed.
         seconds: No further job begins after so many.
-        make_doer: Makes what does the jobs of a process; a function of a module, which is imported there. None for
-            [`make_worker`].
+        make_doer: Makes what does the jobs of a process; a function of a module, which is imported there.
     """
-    make_doer = make_doer or make_worker
     board = _Board(plan, jobs, say, seconds)
     if len(devices) == 1:
         do = make_doer(plan)
@@ -124,13 +129,6 @@ class _Board:
 
     def _tell(self, job: Job, what: str) -> None:
         self.say(f"{time.monotonic() - self.begin:6.0f} s  {job.name}{what}  ({len(self.waiting)} wait)")
-
-
-def make_worker(plan: Plan) -> Doer:
-    """What does jobs, with models that stay loaded."""
-    from .worker import Worker, run_job
-
-    return functools.partial(run_job, Worker(plan))
 
 
 def _together(plan: Plan, board: _Board, devices: Sequence[str], make_doer: Callable[[Plan], Doer]) -> None:

@@ -185,7 +185,8 @@ class Scorer:
     ) -> tuple[list[Column], NDArray[np.float64]]:
         """All scores of some pairs, `(S, 2B, W)`, of each response from its first token on."""
         pairs, states, reference_logps = self._forward(places, layers)
-        pairs = replace(pairs, token_values={"unmatched": self._of_tokens(unmatched_sides, places, pairs)})
+        if not PRODUCTS.keys().isdisjoint(schemes):
+            pairs = replace(pairs, token_values={"unmatched": self._of_tokens(unmatched_sides, places, pairs)})
         weights: dict[Column, Tensor] = {}
         solved: dict[str, Tensor] = {}  # `otpo` and `contrast` of the same settings are of one plan
         for name in schemes:

@@ -180,7 +180,7 @@ def test_a_process_without_memory_gives_its_job_back(fit, gpus, small_plan):
 def test_processes_end_with_the_command_that_is_killed(small_plan, tmp_path):
     plan = dataclasses.replace(small_plan, seeds=(0, 1))
     code = (
-        "import sys, headroom_helpers; from test_headroom_plan import plan; "
+        "import headroom_helpers; from test_headroom_plan import plan; "
         "from benchmarks.headroom.plan import jobs_of; from benchmarks.headroom.processes import run_jobs; "
         "run_jobs(plan, jobs_of(plan), ['', ''], print, make_doer=headroom_helpers.endless)"
     )

@@ -121,31 +121,29 @@ def test_what_is_said_of_the_shop_with_fewer_prompts_was_measured(name):
     assert all(low < 0 < high for _, low, high in over.values())
 
 
+def both_sides(name):
+    """Rows of a table of AUROC that are of all pairs and both responses, by scheme, layer and score."""
+    rows = read_rows(RESULTS / f"weight_quality_{name}.csv")
+    of_all = [row for row in rows if (row["side"], row["kind"]) == ("both", "all")]
+    return {(row["scheme"], row["layer"], row["score"]): row for row in of_all}
+
+
 def test_what_is_said_of_contrast_with_compass_tiny_was_measured():
     page = " ".join((ROOT / "docs" / "ablations.md").read_text(encoding="utf-8").split())
-    rows = read_rows(RESULTS / "weight_quality_compass_tiny_cpu.csv")
-    found = {
-        (row["scheme"], row["layer"]): float(row["auroc"])
-        for row in rows
-        if (row["side"], row["kind"]) == ("both", "all") and row["score"] in ("weight", "baseline")
-    }
+    found = {key: float(row["auroc"]) for key, row in both_sides("compass_tiny_cpu").items()}
     told = "the default, which is layer 1 of two there, is at {:.3f}, beside {:.3f} of the diff"
-    assert told.format(found["contrast-cosine-reg0.1", "1"], found["unmatched", ""]) in page
+    assert told.format(found["contrast-cosine-reg0.1", "1", "weight"], found["unmatched", "", "baseline"]) in page
 
 
 def test_what_is_said_of_weights_and_contributions_of_smollm2_was_measured():
     page = " ".join((ROOT / "docs" / "ablations.md").read_text(encoding="utf-8").split())
-    rows = [
-        row
-        for row in read_rows(RESULTS / "weight_quality_smollm2_h200.csv")
-        if (row["side"], row["kind"]) == ("both", "all")
-    ]
-    found = {(row["scheme"], row["layer"], row["score"]): float(row["auroc"]) for row in rows}
+    rows = both_sides("smollm2_h200")
+    found = {key: float(row["auroc"]) for key, row in rows.items()}
     default, diff = found["contrast-cosine-reg0.1", "24", "weight"], found["unmatched", "", "baseline"]
     assert f"`contrast` is at {default:.3f} on all pairs, beside {diff:.3f} of the diff" in page and default > diff
     last = {
         row["scheme"]: float(row["auroc"])
-        for row in rows
+        for row in rows.values()
         if row["score"] == "contribution" and (row["last"] == "True" or not row["layer"])
     }
     ends = {
@@ -158,6 +156,7 @@ def test_what_is_said_of_weights_and_contributions_of_smollm2_was_measured():
     )
     assert told.format(last["uniform"], *ends["otpo"], last["confpo"], ends["contrast"][0]) in page
     assert f"to {ends['contrast'][1]:.3f} with `contrast`" in page
+    assert f"at {found['contrast-cosine-reg0.1', '24', 'contribution']:.3f} by its default on layer 24" in page
 
 
 def test_pages_say_which_loss_was_compared():
@@ -176,15 +175,10 @@ def test_what_is_said_of_products_was_measured():
     page = " ".join((ROOT / "docs" / "ablations.md").read_text(encoding="utf-8").split())
     told = []
     for model, last, default in (("smollm2", "30", "24"), ("compass_tiny", "2", "1")):
-        rows = read_rows(RESULTS / f"weight_quality_{model}_cpu.csv")
-        found = {
-            (row["scheme"], row["layer"]): row
-            for row in rows
-            if (row["side"], row["kind"]) == ("both", "all") and row["score"] in ("weight", "baseline")
-        }
-        product, diff = found["otpo*diff", last], found["unmatched", ""]
+        found = both_sides(f"{model}_cpu")
+        product, diff = found["otpo*diff", last, "weight"], found["unmatched", "", "baseline"]
         ends = [float(product[name]) for name in ("auroc", "low", "high")]
         assert "at {:.3f} [{:.3f}, {:.3f}]".format(*ends) in page and ends[0] > float(diff["auroc"])
-        told += [float(diff["auroc"]), float(found["contrast*diff", default]["auroc"])]
+        told += [float(diff["auroc"]), float(found["contrast*diff", default, "weight"]["auroc"])]
     assert f"beside {told[0]:.3f} of the diff, and at" in page and f"after DPO, beside {told[2]:.3f}:" in page
     assert f"`contrast*diff` is at {told[1]:.3f} and {told[3]:.3f}" in page
