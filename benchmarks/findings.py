@@ -1,4 +1,4 @@
-"""The first two tables of docs/ablations.md and two of benchmarks/README.md, each made from committed CSVs.
+"""The first tables of docs/ablations.md and two of benchmarks/README.md, each made from committed CSVs.
 
 Tests compare the pages with them.
 """
@@ -6,8 +6,8 @@ Tests compare the pages with them.
 from collections import Counter
 from typing import Any
 
+from benchmarks.committed import read, table
 from benchmarks.headroom.report import markdown
-from benchmarks.pages import read, table
 
 
 def headroom(task: str) -> str:
@@ -36,6 +36,28 @@ def found_spans() -> str:
         for row in read("contrast_across_h200.csv")
     ]
     return table(("model", "half", "AUROC of `contrast`", "of a diff", "over the diff"), rows)
+
+
+def products() -> str:
+    """How well products with the diff find the known spans, each at its defaults, for docs/ablations.md."""
+    models = {
+        "SmolLM2-135M-Instruct, English": ("smollm2_cpu", 30, 24),
+        "compass-tiny after DPO": ("compass_tiny_cpu", 2, 1),
+        "compass-small after DPO": ("compass_small_h200", 12, 10),
+    }
+    rows = []
+    for model, (name, last, share) in models.items():
+        found = {
+            (row["scheme"], row["layer"]): "{:.3f} [{:.3f}, {:.3f}]".format(
+                *(float(row[end]) for end in ("auroc", "low", "high"))
+            )
+            for row in read(f"weight_quality_{name}.csv")
+            if (row["side"], row["kind"]) == ("both", "all") and row["score"] != "contribution"
+        }
+        default = found["contrast-cosine-reg0.1", str(share)]
+        cells = (found["otpo*diff", str(last)], found["contrast*diff", str(share)])
+        rows.append((model, found["unmatched", ""], default, *cells))
+    return table(("AUROC", "a diff", "`contrast`", "`otpo*diff`", "`contrast*diff`"), rows)
 
 
 def at_size() -> str:

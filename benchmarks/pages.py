@@ -4,17 +4,15 @@
 tests/docs/test_numbers.py compares the page with them, so that a new measurement can't leave an old number there.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
-from benchmarks.harness import read_rows
+from benchmarks.committed import Row, read, table
+from benchmarks.layer_pages import expert_layers, gated_layers, gathering_products, layer_sentences, sonic_layers
 from benchmarks.preference_step import report as steps
 from moe_backbone.model.presets import PRESETS, preset
 from moe_backbone.planning.counting import count_parameters
 
-RESULTS = Path(__file__).parent / "results"
-Row = Mapping[str, str]
 SHAPES = {
     "qwen3-1.7b": "Qwen3-1.7B's shape",
     "compass-small": "compass-small",
@@ -27,34 +25,11 @@ LAYOUTS = {
     "otpo-shared-prompt": "shared prompts",
     "otpo-shared-prompt-compiled": "shared prompts, compiled",
 }
-LAYERS = {
-    "qwen3-30b-a3b": "Qwen3-30B-A3B: 128 experts of 768, top-8",
-    "compass": "like Compass: 16 experts of 6144, top-4",
-    "mixtral-8x7b": "Mixtral 8x7B: 8 experts of 14336, top-2",
-}
-PRODUCTS = {
-    "up": ("up, gathers tokens, stores SwiGLU", 465),
-    "down_gradient": ("gradient of SwiGLU's output, gathers, stores SwiGLU's gradient", 320),
-    "gate_up": ("gradient of the up weights, gathers", 525),
-    "down": ("gradient of the down weights, gathers", 600),
-}
-"""Products that were tried in Triton, and the TFLOP/s above which each was to pay, by bytes at 3 TB/s."""
 CASES = {
     "compass-small": "compass-small",
     "compass-v3 block": "one layer of compass-v3's width",
     "only fits spread": "three such layers, SGD",
 }
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A table in Markdown."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "".join(f"| {' | '.join(map(str, cells))} |\n" for cells in lines)
-
-
-def read(*names: str) -> list[dict[str, str]]:
-    """The rows of committed files, one after the other."""
-    return [row for name in names for row in read_rows(RESULTS / name)]
 
 
 def preference_steps() -> str:
@@ -132,53 +107,6 @@ def row_moves() -> str:
             name = "permute and unpermute, forward and backward" if row["operation"] == "whole" else row["operation"]
             rows.append((name, f"{float(row['ms']):.3f} ms", share, f"{float(row['speedup_over_torch']):.1f}"))
     return table(("operation", "time", "of a plain copy's rate", "times torch's best"), rows)
-
-
-def expert_layers() -> str:
-    """A layer of experts, forward and backward."""
-    found = {
-        (row["shape"], row["contender"]): row["forward_backward_ms"]
-        for row in read("moe_layer_h100.csv")
-        if row["status"] == "ok"
-    }
-    rows = []
-    for shape, name in LAYERS.items():
-        times = [float(found[shape, contender]) for contender in ("memcpy", "grouped_mm", "eager")]
-        rows.append((name, *(f"{time:.1f} ms" for time in times), f"{times[1] / times[0]:.2f}"))
-    return table(("layer", "memcpy in separate passes", "`grouped_mm`", "eager", "times `grouped_mm`"), rows)
-
-
-def gated_layers() -> str:
-    """SwiGLU experts as one operator, beside separate passes, each as rate, time and peak."""
-    found = {(row["shape"], row["contender"]): row for row in read("moe_layer_h200.csv")}
-    contenders = ("memcpy, separate passes", "memcpy", "memcpy compiled")
-    rows = []
-    for shape, name in LAYERS.items():
-        cells = [found[shape, contender] for contender in contenders]
-        texts = [
-            f"{float(row['forward_backward_tflops']):.1f} TFLOP/s, {float(row['forward_backward_ms']):.1f} ms, "
-            f"{float(row['forward_backward_peak_mib']) / 1024:.1f} GiB"
-            for row in cells
-        ]
-        times = [float(row["forward_backward_ms"]) for row in cells]
-        rows.append((name, *texts, f"{times[0] / times[1]:.2f}"))
-    head = ("layer", "separate passes", "one operator: memcpy", "compiled: memcpy", "times separate passes")
-    return table(head, rows)
-
-
-def gathering_products() -> str:
-    """Products in Triton that gather as they load, each at its best tile, beside what they would replace."""
-    found = [row for row in read("grouped_product_h200.csv") if row["shape"] == "qwen3-30b-a3b" and row["tflops"]]
-    rows = []
-    for product, (name, least) in PRODUCTS.items():
-        here = [row for row in found if row["product"] == product]
-        torchs = next(row for row in here if row["contender"] == "torch")
-        tiles = [row for row in here if row is not torchs]
-        best = max(tiles, key=lambda row: float(row["ratio"]))
-        tile = " x ".join(best["contender"].split()[:3])
-        numbers = (f"{float(row['tflops']):.0f}" for row in (best, torchs))
-        rows.append((name, least, *numbers, f"{float(best['ratio']):.2f}", f"{tile}, of {len(tiles)}"))
-    return table(("product", "pays above", "reached", "torch's product", "times as fast as torch", "tile"), rows)
 
 
 def pretraining(file: str = "pretraining_h100.csv") -> str:
@@ -271,25 +199,7 @@ def sentences() -> dict[str, str]:
         "medians": f"{float(trl['ms']) / float(ours['ms']):.1f} times as fast",
         "first step": f"took up to {first[-1]:.0f} s",
         "padded rows": f"**{steps.overhead(rows)}**",
-        **_layer_sentences(),
-    }
-
-
-def _layer_sentences() -> dict[str, str]:
-    """Of layers of experts: where products that gather led to, and peaks of memory."""
-    layers = {(row["shape"], row["contender"]): row for row in read("moe_layer_h200_gathering_products.csv")}
-
-    def gain(contender: str, column: str = "forward_backward_ms", base: str = "fused") -> list[float]:
-        return [float(layers[shape, base][column]) / float(layers[shape, contender][column]) - 1 for shape in LAYERS]
-
-    peak = "forward_backward_peak_mib"
-    up, every, held = gain("fused up"), gain("fused all"), gain("memcpy compiled", peak)
-    more = gain("memcpy", peak)
-    return {
-        "gathering layers": f"gained {max(up):.1%} at most and lost up to {-min(up):.1%}; all four lost "
-        f"{-max(every):.0%} to {-min(every):.0%}",
-        "compiled layers": f"takes {min(held):.0%} to {max(held):.0%} more memory",
-        "eager peaks": f"{-min(more):.1%} less to {max(more):.1%} more",
+        **layer_sentences(),
     }
 
 
@@ -320,6 +230,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "row moves": row_moves,
     "expert layers": expert_layers,
     "gated layers": gated_layers,
+    "SonicMoE": sonic_layers,
     "gathering products": gathering_products,
     "pretraining": pretraining,
     "pretraining with FlashAttention-4": partial(pretraining, "pretraining_h200.csv"),

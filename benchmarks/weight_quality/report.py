@@ -1,5 +1,6 @@
 """The rows, the table and the figure of a run. Shapes: S scores, N pairs, R draws."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +16,9 @@ from otpo.data.demo import KINDS
 from .scores import LAYERED, SIDES, Found
 
 _DRAWS = 1000
+_FAMILIES = ("otpo", "contrast", "otpo*diff", "contrast*diff")
+_LINES = {"pairwise": ":", "cosine": "--"}  # the pairwise scale lies over the release's where distances are large
+_MARKERS = {"reg0.1": "s", "reg0.02": "^"}
 Rows = list[dict[str, Any]]
 
 
@@ -93,21 +97,17 @@ def draw(overall: Rows, path: Path) -> None:
     contributions = _of(overall, "contribution", "both")
     size = (12, 9) if contributions else (12, 4.5)
     figure, axes = plt.subplots(2 if contributions else 1, 2, figsize=size, squeeze=False)
-    palette = plt.get_cmap("tab20")
-    colors = {name: palette(place) for place, name in enumerate(dict.fromkeys(row["scheme"] for row in overall))}
+    styles = styles_of(list(dict.fromkeys(row["scheme"] for row in overall)))
     for axis, side in zip(axes[0], SIDES, strict=True):
-        for name, color in colors.items():
+        for name, style in styles.items():
             own = [row for row in overall if row["scheme"] == name and row["side"] == side]
             own = [row for row in own if row["score"] != "contribution" and row["auroc"] != ""]
             if not own:
                 continue
             if own[0]["layer"] == "":
-                axis.axhline(own[0]["auroc"], color=color, linestyle="--", linewidth=1, label=name)
+                axis.axhline(own[0]["auroc"], linewidth=1, label=name, **{**style, "linestyle": (0, (6, 3))})
                 continue
-            line = ":" if "pairwise" in name else "-"  # it lies over the release's scale where distances are large
-            axis.plot(
-                [row["layer"] for row in own], [row["auroc"] for row in own], f".{line}", color=color, label=name
-            )
+            axis.plot([row["layer"] for row in own], [row["auroc"] for row in own], label=name, **style)
         axis.set(xlabel="layer of the hidden states", ylabel="AUROC", title=f"token weights, {side} responses")
         axis.locator_params(axis="x", integer=True)
     if axes[0, 1].lines:
@@ -121,7 +121,7 @@ def draw(overall: Rows, path: Path) -> None:
             [_label(row) for row in last],
             [row["auroc"] for row in last],
             xerr=errors,
-            color=[colors[row["scheme"]] for row in last],
+            color=[styles[row["scheme"]]["color"] for row in last],
         )
         axis.axvline(0.5, color="#555555", linewidth=0.8, linestyle=":")
         axis.invert_yaxis()
@@ -130,6 +130,25 @@ def draw(overall: Rows, path: Path) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def styles_of(names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """How each scheme is drawn: of transport the family by colour, the cost by line, `ot_reg` by marker."""
+    others = [name for name in names if not _family(name)]
+    plain, families = plt.get_cmap("Dark2"), plt.get_cmap("tab10")
+    styles: dict[str, dict[str, Any]] = {name: {"color": plain(place % 8)} for place, name in enumerate(others)}
+    for name in names:
+        if family := _family(name):
+            cost = next((line for part, line in _LINES.items() if part in name), "-")
+            marker = next((sign for part, sign in _MARKERS.items() if name.endswith(part)), "o")
+            color = families(_FAMILIES.index(family))
+            styles[name] = {"color": color, "linestyle": cost, "marker": marker, "markersize": 4, "linewidth": 1.2}
+    return {name: styles[name] for name in names}
+
+
+def _family(name: str) -> str:
+    """Of a scheme that solves transport, or empty."""
+    return next((family for family in _FAMILIES if name == family or name.startswith(f"{family}-")), "")
 
 
 def summary(rows: Rows) -> list[dict[str, str]]:

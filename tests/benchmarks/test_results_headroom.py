@@ -10,11 +10,13 @@ from benchmarks.headroom.plan import SHARED
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
+ENDS, HALVES = ("", "_low", "_high"), ("first", "second")
 
 
 def test_what_is_said_of_tasks_with_headroom_was_measured():
     page = (ROOT / "docs" / "ablations.md").read_text(encoding="utf-8")
-    for made in (findings.headroom("constraints"), findings.headroom("shop"), findings.found_spans()):
+    tables = (findings.headroom("constraints"), findings.headroom("shop"), findings.found_spans(), findings.products())
+    for made in tables:
         assert f"\n\n{made}" in page
     rows = read_rows(RESULTS / "headroom_constraints_h200_summary.csv")
     last = {(row["held_out"], row["weighting"]): row for row in rows if row["round"] in ("0", "2")}
@@ -60,32 +62,48 @@ def test_what_is_said_of_the_shop_was_measured():
     start = [float(means[split, "start"]["right"]) for split in ("all", "test", "test_templates")]
     assert "It gets {}% of held-out prompts right, {}% in wordings that it was".format(*start) in page
     assert f"trained on and {start[2]}% in new ones" in page
-    assert len(pairs) == 6 and 345 < sum(pairs) / 6 < 355 and "some 350 make a pair" in page
+    assert len(pairs) == 10 and 285 < sum(pairs) / 10 < 295 and "some 290 make a pair" in page
+    assert 40 - start[0] == 3 and "three points below the 40 to 70%" in page
     gain, low, _, new, known = gains_of(means)
     assert f"DPO gains {gain} points, the mean of {new} in new wordings and {known} in known ones" in page
     assert float(low) > 0 and float(gain) > 5
     over = behind_dpo(means)
     assert all(low < 0 < high for _, low, high in over.values())
-    assert list(over)[:2] == ["otpo", "contrast"] and over["budget"][0] < 0
-    assert f"`otpo`, by {-over['otpo'][0]:.1f} points, and `contrast`, by {-over['contrast'][0]:.1f}" in page
+    assert f"`confpo` is highest, by {over['confpo'][0]:.1f} points" in page and list(over)[-1] == "confpo"
 
 
 def test_what_is_said_of_single_intervals_of_the_shop_was_measured():
     page = " ".join((ROOT / "docs" / "ablations.md").read_text(encoding="utf-8").split())
     rows = [row for row in read_rows(RESULTS / "headroom_shop_h200_summary.csv") if row["over_dpo"]]
-    clear = {}
-    for row in rows:
-        points, low, high = ends_of(row)
-        if low * high > 0:
-            told = f"by {abs(points):.1f} [{low:.1f}, {high:.1f}]"
-            clear[row["weighting"], row["round"], row["held_out"]] = told
-    assert f"Of the {len(rows)} intervals of both rounds and all sets of prompts, five leave out zero" in page
-    assert len(clear) == 5
-    both = [clear["contrast", "1", split] for split in ("all", "test")]
-    assert "After the first round `contrast` is behind {}, {} in known wordings".format(*both) in page
-    new = [clear[name, "1", "test_templates"] for name in ("otpo", "budget")]
-    assert "in new ones `otpo` is {} and `budget` {}.".format(*new) in page
-    assert f"`surprisal` is ahead {clear['surprisal', '2', 'test']} in known wordings" in page
+    found = {(row["weighting"], row["round"], row["held_out"]): ends_of(row) for row in rows}
+    told = {key: f"by {-points:.1f} [{low:.1f}, {high:.1f}]" for key, (points, low, high) in found.items()}
+    clear = {key for key, (_, low, high) in found.items() if low * high > 0}
+    first, last = (("contrast", number, "all") for number in ("1", "2"))
+    new = [("contrast", number, "test_templates") for number in ("1", "2")]
+    assert clear == {first, *new} and f"the {len(rows)} intervals of both rounds and all sets of prompts" in page
+    assert f"wordings are new**: {told[new[1]]} there, over all {told[last]}, and" in page
+    assert f"after the first round {told[first]} over all and {told[new[0]]} in new wordings" in page
+
+
+def test_what_dpo_gains_alone_in_the_shop_was_measured():
+    page = " ".join((ROOT / "docs" / "ablations.md").read_text(encoding="utf-8").split())
+    means, _ = read_shop("shop_dpo_alone")
+    told = "DPO gains {} [{}, {}] points from this start, {} in new wordings and {} in known ones"
+    assert told.format(*gains_of(means)) in page
+    both, _ = read_shop("shop")
+    assert means["all", "start"] == both["all", "start"]
+    assert 0.5 < float(means["all", "dpo"]["over_start"]) / float(both["all", "dpo"]["over_start"]) < 0.6
+
+
+def test_what_is_said_of_the_shop_from_another_start_was_measured():
+    page = " ".join((ROOT / "docs" / "ablations.md").read_text(encoding="utf-8").split())
+    means, pairs = read_shop("shop_other_start")
+    assert f"From a start at {means['all', 'start']['right']}%" in page and len(pairs) == 6
+    told = "DPO gained {} [{}, {}] points, {} in new wordings and {} in known ones, with three seeds"
+    assert told.format(*gains_of(means)) in page
+    over = behind_dpo(means)
+    assert all(low < 0 < high for _, low, high in over.values()) and list(over)[:2] == ["otpo", "contrast"]
+    assert f"`otpo`, by {-over['otpo'][0]:.1f} points, and `contrast`, by {-over['contrast'][0]:.1f}" in page
 
 
 def test_what_is_said_of_the_shop_s_settings_was_measured():
@@ -96,7 +114,7 @@ def test_what_is_said_of_the_shop_s_settings_was_measured():
     best, other, lost = (round(right[*each, "2"] - right[*each, "0"], 1) for each in settings)
     assert f"gained {best} points, 8 answers to a prompt at a rate of 3e-5 gained {other}" in page
     assert f"a rate of 5e-5 lost {-lost}" in page
-    seeds = read_rows(RESULTS / "headroom_shop_h200.csv")
+    seeds = read_rows(RESULTS / "headroom_shop_other_start_h200.csv")
     again = {row["round"]: int(row["right"]) / 5 for row in seeds if of_first_seed(row)}
     assert f"The same command gained {again['2'] - again['0']:.1f} when it ran again" in page
 
@@ -171,14 +189,38 @@ def test_pages_say_which_loss_was_compared():
         assert sentence in " ".join((ROOT / page).read_text(encoding="utf-8").split()), page
 
 
+def test_what_is_said_of_compass_small_after_dpo_was_measured():
+    page = " ".join((ROOT / "docs" / "ablations.md").read_text(encoding="utf-8").split())
+    rows = both_sides("compass_small_h200")
+    found = {key: float(row["auroc"]) for key, row in rows.items()}
+    default, diff = found["contrast-cosine-reg0.1", "10", "weight"], found["unmatched", "", "baseline"]
+    assert f"it is at {default:.3f} beside {diff:.3f}, below the diff by more than the 0.03" in page
+    assert diff - default > 0.03
+    last = [
+        float(row["auroc"])
+        for row in rows.values()
+        if row["score"] == "contribution" and (row["last"] == "True" or not row["layer"])
+    ]
+    told = f"at {found['uniform', '', 'contribution']:.3f} and {min(last):.3f} to {max(last):.3f} (compass-small)"
+    assert told in page
+    for layer, value in (("12", "0.195"), ("1", "0.696")):
+        assert f"{found['otpo', layer, 'weight']:.3f}" == value and value in page
+
+
 def test_what_is_said_of_products_was_measured():
     page = " ".join((ROOT / "docs" / "ablations.md").read_text(encoding="utf-8").split())
-    told = []
-    for model, last, default in (("smollm2", "30", "24"), ("compass_tiny", "2", "1")):
-        found = both_sides(f"{model}_cpu")
-        product, diff = found["otpo*diff", last, "weight"], found["unmatched", "", "baseline"]
-        ends = [float(product[name]) for name in ("auroc", "low", "high")]
-        assert "at {:.3f} [{:.3f}, {:.3f}]".format(*ends) in page and ends[0] > float(diff["auroc"])
-        told += [float(diff["auroc"]), float(found["contrast*diff", default, "weight"]["auroc"])]
-    assert f"beside {told[0]:.3f} of the diff, and at" in page and f"after DPO, beside {told[2]:.3f}:" in page
-    assert f"`contrast*diff` is at {told[1]:.3f} and {told[3]:.3f}" in page
+    for model, last, default in (("smollm2_cpu", "30", "24"), ("compass_tiny_cpu", "2", "1")):
+        found = {key: float(row["auroc"]) for key, row in both_sides(model).items()}
+        diff = found["unmatched", "", "baseline"]
+        assert found["contrast*diff", default, "weight"] < diff < found["otpo*diff", last, "weight"]
+    found = {key: float(row["auroc"]) for key, row in both_sides("compass_small_h200").items()}
+    layers = [str(layer) for layer in range(13)]
+    assert min(found["contrast*diff", layer, "weight"] for layer in layers) > found["unmatched", "", "baseline"]
+    best = max(layers, key=lambda layer: found["otpo*diff", layer, "weight"])
+    assert best == "1" and f"the first, is at {found['otpo*diff', best, 'weight']:.3f}" in page
+    halves = {(row["family"], row["reported_on"]): row for row in read_rows(RESULTS / "halves_compass_small_h200.csv")}
+    over = [[float(halves["contrast*diff", half][f"over_diff{end}"]) for end in ENDS] for half in HALVES]
+    told = "over the diff by {:.3f} [{:.3f}, {:.3f}] and {:.3f} [{:.3f}, {:.3f}] where"
+    assert told.format(*over[0], *over[1]) in page
+    assert {f"{float(halves['contrast', half]['auroc']):.3f}" for half in HALVES} == {"0.781"}
+    assert "at 0.781 on the other" in page

@@ -1,7 +1,7 @@
 """What `benchmarks/README.md` says of cross-entropies, heads and gradients by name stands in the kept rows."""
 
+from benchmarks.committed import RESULTS
 from benchmarks.harness import read_rows
-from benchmarks.pages import RESULTS
 
 PAGE = (RESULTS.parent / "README.md").read_text()
 WAYS = ("forward", "backward")

@@ -66,6 +66,27 @@ def test_machines_and_dates_are_those_of_the_rows():
             assert (row["date"], row["torch"][:4], row["gpu"]) == ("2026-11-28", "2.11", "NVIDIA H200"), name
 
 
+def test_sonic_s_rows_are_of_one_run_whose_results_are_right():
+    rows = read_rows(ROOT / "benchmarks/results/moe_layer_sonic_h200.csv")
+    assert {row["status"] for row in rows} == {"ok"} and len(rows) == 8
+    for row in rows:
+        assert (row["date"], row["torch"][:4], row["gpu"]) == ("2026-11-29", "2.11", "NVIDIA H200")
+        assert (row["sonic-moe"], row["quack-kernels"]) == ("0.1.2.post1", "0.3.11")
+    page = " ".join((ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8").split())
+    found = {(row["contender"], row["shape"]): row for row in rows}
+    rates = [
+        f"{float(found[contender, shape]['forward_backward_tflops']):.0f}"
+        for contender in ("sonic", "memcpy", "grouped_mm")
+        for shape in ("qwen3-30b-a3b", "compass")
+    ]
+    told = "{} and {} TFLOP/s forward and backward at the first two shapes, memcpy {} and {}, `grouped_mm` {} and {}."
+    assert told.format(*rates) in page
+    small = [found[contender, "qwen3-30b-a3b"] for contender in ("sonic", "memcpy")]
+    forward, both = ([float(row[name]) for row in small] for name in ("forward_ms", "forward_backward_ms"))
+    assert "forward pass, {:.2f} ms beside {:.2f}".format(*forward) in page and both[1] / both[0] > 1.05
+    assert {f"{each - before:.1f}" for each, before in zip(both, forward, strict=True)} == {"4.6"}
+
+
 def test_experts_as_one_operator_reach_their_goals():
     """And each row of the run that the table is made of is that of the whole run, by its name there."""
     path = ROOT / "benchmarks/results"

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from benchmarks.expert_parallel import write_plan
-from benchmarks.expert_parallel_contenders import BASE, BASE_COMPILED, COMPASS, COMPILED, GATHERED, OURS, cases
+from benchmarks.expert_parallel_contenders import BASE, BASE_COMPILED, COMPASS, COMPILED, GATHERED, OURS, SMALL, cases
 from moe_backbone import preset
 from moe_backbone.expert_parallel.gather import gather_pays
 from moe_backbone.planning.activations import MASTERS, saved_activations
@@ -140,20 +140,29 @@ def steps_of_two_gpus(name):
 
 
 def test_time_is_near_every_step_of_two_gpus():
-    rows = list(steps_of_two_gpus("expert_parallel_h200_x2"))
+    rows = list(steps_of_two_gpus("expert_parallel_h200_x2_waiting"))
     ratios = [planned / float(row["ms"]) for row, planned in rows]
     for (row, planned), ratio in zip(rows, ratios, strict=True):
         assert 1 / 1.3 < ratio < 1.3, (row["case"], row["contender"], planned)
-    assert len(rows) >= 10 and told("the steps on two H200", *ratios)
+    assert len(rows) >= 10 and told("the steps on the first two H200", *ratios)
 
 
-def test_time_is_near_on_two_others_but_for_one_step():
-    rows = list(steps_of_two_gpus("expert_parallel_h200_x2_again"))
-    ratios = {row["contender"]: float(row["ms"]) / planned for row, planned in rows}
-    far = {name: ratio for name, ratio in ratios.items() if not 1 / 1.3 < ratio < 1.3}
-    assert len(rows) == 5 and list(far) == [GATHERED]
-    page = (Path(__file__).parents[2] / "benchmarks" / "README.md").read_text(encoding="utf-8")
-    assert f"gathered tokens with nothing compiled, which took {far[GATHERED]:.2f} times\n  the plan" in page
+def far_steps(name):
+    """How much longer than planned steps took that are not within 1.3 times, by case and contender, and all such."""
+    ratios = {(row["case"], row["contender"]): float(row["ms"]) / planned for row, planned in steps_of_two_gpus(name)}
+    return {key: ratio for key, ratio in ratios.items() if not 1 / 1.3 < ratio < 1.3}, ratios
+
+
+def test_time_is_near_on_other_hosts_but_for_three_uncompiled_steps():
+    (one, some), (two, more) = (far_steps(f"expert_parallel_h200_x2{name}") for name in ("_waiting_again", ""))
+    sent, gathered = ((SMALL, name) for name in (OURS, GATHERED))
+    assert list(one) == [gathered] and len(some) == 5
+    assert list(two) == [sent, gathered] and len(more) == 10
+    page = " ".join((Path(__file__).parents[2] / "benchmarks" / "README.md").read_text(encoding="utf-8").split())
+    assert f"Gathered tokens took {one[gathered]:.2f} times the plan on one" in page
+    assert f"gathered tokens took {two[gathered]:.2f} and sent rows {two[sent]:.2f} times" in page
+    compiled = [ratio for (_, name), ratio in more.items() if name in (BASE_COMPILED, COMPILED)]
+    assert max(abs(ratio - 1) for ratio in compiled) < 0.05 and "the compiled ones within 5%" in page
 
 
 def setup_of(row):
