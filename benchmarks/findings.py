@@ -8,6 +8,9 @@ from typing import Any
 
 from benchmarks.committed import read, table
 from benchmarks.headroom.report import markdown
+from benchmarks.weight_quality.scores import PRODUCTS
+from otpo.training.hidden_states import layer_number
+from otpo.weighting.registry import WEIGHTINGS
 
 
 def headroom(task: str) -> str:
@@ -41,22 +44,27 @@ def found_spans() -> str:
 def products() -> str:
     """How well products with the diff find the known spans, each at its defaults, for docs/ablations.md."""
     models = {
-        "SmolLM2-135M-Instruct, English": ("smollm2_cpu", 30, 24),
-        "compass-tiny after DPO": ("compass_tiny_cpu", 2, 1),
-        "compass-small after DPO": ("compass_small_h200", 12, 10),
+        "SmolLM2-135M-Instruct, English": "smollm2_cpu",
+        "compass-tiny after DPO": "compass_tiny_cpu",
+        "compass-small after DPO": "compass_small_h200",
     }
     rows = []
-    for model, (name, last, share) in models.items():
-        found = {
-            (row["scheme"], row["layer"]): "{:.3f} [{:.3f}, {:.3f}]".format(
-                *(float(row[end]) for end in ("auroc", "low", "high"))
-            )
-            for row in read(f"weight_quality_{name}.csv")
-            if (row["side"], row["kind"]) == ("both", "all") and row["score"] != "contribution"
-        }
-        default = found["contrast-cosine-reg0.1", str(share)]
-        cells = (found["otpo*diff", str(last)], found["contrast*diff", str(share)])
-        rows.append((model, found["unmatched", ""], default, *cells))
+    for model, name in models.items():
+        found: dict[tuple[str, str], str] = {}
+        last = 0
+        for row in read(f"weight_quality_{name}.csv"):
+            if (row["side"], row["kind"]) == ("both", "all") and row["score"] != "contribution":
+                ends = (float(row[end]) for end in ("auroc", "low", "high"))
+                found[row["scheme"], row["layer"]] = "{:.3f} [{:.3f}, {:.3f}]".format(*ends)
+                last = max(last, int(row["layer"] or 0))
+        deep = str(layer_number(WEIGHTINGS["contrast"].defaults["hidden_layer"], last))
+        places = (
+            ("unmatched", ""),
+            (PRODUCTS["contrast*diff"], deep),
+            ("otpo*diff", str(last)),
+            ("contrast*diff", deep),
+        )
+        rows.append((model, *(found[place] for place in places)))
     return table(("AUROC", "a diff", "`contrast`", "`otpo*diff`", "`contrast*diff`"), rows)
 
 

@@ -330,7 +330,7 @@ def draw(path: Path) -> Path:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = [row | {"shape": row["shape"].replace("-4-l", ", 4 l")} for row in harness.read_rows(path)]
+    rows = [row | {"shape": row["shape"].replace("-4-layers", ", 4 layers")} for row in harness.read_rows(path)]
     shapes, names = (list(dict.fromkeys(row[column] for row in rows)) for column in ("shape", "variant"))
     found = {(row["variant"], row["shape"]): number(row["tokens_per_s"]) / 1e3 for row in rows}
     heights = {name: [found.get((name, shape), float("nan")) for shape in shapes] for name in names}

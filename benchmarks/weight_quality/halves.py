@@ -15,17 +15,10 @@ from rich.table import Table
 from benchmarks.harness import write_rows
 
 from .report import Rows, means_of, table_of
-from .scores import CONTRAST, TRANSPORT, Found
+from .scores import Found, family
 
 _DIFF = "unmatched"
 _HALVES = ("first", "second")
-
-
-def family(scheme: str) -> str:
-    """What a scheme's setting is chosen among: those of `otpo`, those of `contrast`; any other scheme is alone."""
-    if scheme in TRANSPORT:
-        return "otpo"
-    return "contrast" if scheme in CONTRAST else scheme
 
 
 def halves_of(found: Found) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:

@@ -10,14 +10,13 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.committed import table
 from benchmarks.harness import write_rows
 from otpo.data.demo import KINDS
 
-from .scores import LAYERED, SIDES, Found
+from .scores import LAYERED, SIDES, Found, family
 
 _DRAWS = 1000
-_FAMILIES = ("otpo", "contrast", "otpo*diff", "contrast*diff")
-_LINES = {"pairwise": ":", "cosine": "--"}  # the pairwise scale lies over the release's where distances are large
 _MARKERS = {"reg0.1": "s", "reg0.02": "^"}
 Rows = list[dict[str, Any]]
 
@@ -105,7 +104,7 @@ def draw(overall: Rows, path: Path) -> None:
             if not own:
                 continue
             if own[0]["layer"] == "":
-                axis.axhline(own[0]["auroc"], linewidth=1, label=name, **{**style, "linestyle": (0, (6, 3))})
+                axis.axhline(own[0]["auroc"], linewidth=1.5, label=name, **style)
                 continue
             axis.plot([row["layer"] for row in own], [row["auroc"] for row in own], label=name, **style)
         axis.set(xlabel="layer of the hidden states", ylabel="AUROC", title=f"token weights, {side} responses")
@@ -133,22 +132,24 @@ def draw(overall: Rows, path: Path) -> None:
 
 
 def styles_of(names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """How each scheme is drawn: of transport the family by colour, the cost by line, `ot_reg` by marker."""
-    others = [name for name in names if not _family(name)]
-    plain, families = plt.get_cmap("Dark2"), plt.get_cmap("tab10")
-    styles: dict[str, dict[str, Any]] = {name: {"color": plain(place % 8)} for place, name in enumerate(others)}
-    for name in names:
-        if family := _family(name):
-            cost = next((line for part, line in _LINES.items() if part in name), "-")
-            marker = next((sign for part, sign in _MARKERS.items() if name.endswith(part)), "o")
-            color = families(_FAMILIES.index(family))
-            styles[name] = {"color": color, "linestyle": cost, "marker": marker, "markersize": 4, "linewidth": 1.2}
+    """How each scheme is drawn.
+
+    Of those that depend on the layer, the family has a colour, `ot_reg` a marker and the cosine cost a dashed line;
+    the pairwise scale, which lies over the release's where distances are large, is a ring around its points. The
+    others have colours of their own.
+    """
+    others = [name for name in names if name not in LAYERED]
+    shades, families = plt.get_cmap("turbo"), list(dict.fromkeys(map(family, LAYERED)))
+    styles: dict[str, dict[str, Any]] = {
+        name: {"color": shades((place + 0.5) / len(others)), "linestyle": ":"} for place, name in enumerate(others)
+    }
+    for name in (name for name in names if name in LAYERED):
+        style = {"color": f"C{families.index(family(name))}", "linestyle": "--" if "cosine" in name else "-"}
+        style |= {"marker": next((sign for reg, sign in _MARKERS.items() if name.endswith(reg)), "o"), "markersize": 4}
+        if "pairwise" in name:
+            style |= {"linestyle": "", "markersize": 8, "markerfacecolor": "none"}
+        styles[name] = style
     return {name: styles[name] for name in names}
-
-
-def _family(name: str) -> str:
-    """Of a scheme that solves transport, or empty."""
-    return next((family for family in _FAMILIES if name == family or name.startswith(f"{family}-")), "")
 
 
 def summary(rows: Rows) -> list[dict[str, str]]:
@@ -181,8 +182,7 @@ def markdown(rows: Rows) -> str:
 
 def table_of(lines: list[dict[str, str]]) -> str:
     """Lines of the same names as a table in Markdown."""
-    cells = [list(lines[0]), ["---"] * len(lines[0]), *(list(line.values()) for line in lines)]
-    return "".join(f"| {' | '.join(line)} |\n" for line in cells)
+    return table(list(lines[0]), [list(line.values()) for line in lines])
 
 
 def _table(rows: Rows) -> Table:

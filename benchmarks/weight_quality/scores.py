@@ -53,6 +53,13 @@ no such token in the other response. The weightings `surprisal` and `diff` rank 
 SCHEMES = (*LAYERED, *FREE, *BASELINES)
 
 
+def family(scheme: str) -> str:
+    """What a scheme's setting is chosen among: those of `otpo`, those of `contrast`; any other scheme is alone."""
+    if scheme in TRANSPORT:
+        return "otpo"
+    return "contrast" if scheme in CONTRAST else scheme
+
+
 class Column(NamedTuple):
     """What a score is: the name of its scheme, its layer (None where it has none), and which kind of score.
 
