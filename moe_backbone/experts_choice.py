@@ -5,6 +5,7 @@
 
 import re
 from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from .memcpy_experts import NAME
 
 GROUPED = ("grouped_mm", NAME)
 """Experts functions that multiply by torch's grouped products."""
+_OF_HUB = ("deepgemm", "sonicmoe")
 ROW_BYTES = 16
 """Rows of torch's grouped products are whole multiples of this."""
 _FLAGS = {"has_gate", "has_bias", "is_transposed"}  # that `use_experts_implementation` leaves on each experts module
@@ -114,6 +116,19 @@ def obstacle(name: str, kinds: Sequence[ExpertsKind], device_type: str, itemsize
             return found
     if name == NAME and device_type == "cuda" and not has_triton:
         return "Triton is not installed"
+    return _obstacle_of_hub(name, device_type)
+
+
+def _obstacle_of_hub(name: str, device_type: str) -> str | None:
+    """What is in the way of a function whose kernels transformers fetches from the Hub as the first batch runs."""
+    if name not in _OF_HUB:
+        return None
+    if device_type != "cuda":
+        return f"its kernels need CUDA, and this is {device_type}"
+    try:
+        version("kernels")  # of the distribution: a folder of that name is enough to import one
+    except PackageNotFoundError:
+        return "it needs the package `kernels` (`pip install kernels`)"
     return None
 
 

@@ -311,6 +311,11 @@ def _beside(options: argparse.Namespace) -> list[str]:
     unknown = [name for name in names if name not in weighting_names()]
     if unknown:
         raise ValueError(f"`beside={unknown[0]}` is not known. Name some of {', '.join(weighting_names())}.")
+    if options.ld_alpha is None and (needing := [name for name in names if "ld" in split(name)]):
+        raise ValueError(
+            f"`beside={needing[0]}` needs `ld_alpha`, which changes any other weighting that it is set with. Set "
+            f"`weighting={needing[0]}` with `ld_alpha`, and name the other one in `beside`."
+        )
     return [name for name in dict.fromkeys(names) if name != (options.weighting or "otpo")]
 
 

@@ -12,8 +12,8 @@ from .spans import span_tokens
 from .templates import text_behind_answer
 from .token_values import scored_part
 
-# Of float32, in which weights are stored.
-_LEAST, _MOST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
+# Weights are stored in float32; a response's weighted sum of log-probabilities has to fit there, too.
+_LEAST, _MOST = float(np.finfo(np.float32).tiny), 1e30
 
 
 def given_weights(row: Mapping[str, Any], rule: PairRule, tokenizer: Any) -> tuple[Any, Any]:
@@ -154,8 +154,8 @@ def _require_weight(weight: Any, where: str) -> None:
         raise ValueError(f"has the weight {weight!r} at {where}. Weights are finite numbers of at least 0.")
     if value > _MOST or 0 < value < _LEAST:
         raise ValueError(
-            f"has the weight {weight!r} at {where}, which float32 can't hold. Weights are 0, or from "
-            f"{_LEAST:.3g} to {_MOST:.3g}."
+            f"has the weight {weight!r} at {where}, which float32 can't hold, or not the sums of. Weights are "
+            f"0, or from {_LEAST:.3g} to {_MOST:.3g}."
         )
 
 

@@ -95,19 +95,24 @@ def judged(judge: Judge, prompt: Any, answers: list[str], row: Mapping[str, Any]
     """
     try:
         given = judge(_copied(prompt), list(answers), _copied(row))
-        # What can be gone through without being scores in the answers' order: keys, letters, and members.
-        if isinstance(given, (Mapping, str, bytes, bytearray, Set)):
-            raise JudgeError(
-                f"the judge gave a {type(given).__name__}, {_shown(given)}: return a list of one number for each "
-                "answer, in the order of the answers"
-            )
-        scores = [float(score) for score in given]
-    except JudgeError:
+    except (KeyboardInterrupt, JudgeError):
         raise
-    except (Exception, SystemExit) as error:  # whatever a user's function raises is of this prompt alone
-        # What the ledger can hold: text with halves of characters, such as names of files have, is no UTF-8.
-        text = " ".join(str(error).split()).encode("utf-8", "backslashreplace").decode()
-        raise JudgeError(f"the judge raised {type(error).__name__}: {text}") from error
+    except BaseException as error:  # what a user's function raises is of this prompt, exits and cancelled tasks too
+        raise JudgeError(f"the judge raised {type(error).__name__}: {_message(error)}") from error
+    # What can be gone through without being scores in the answers' order: keys, letters, and members.
+    if isinstance(given, (Mapping, str, bytes, bytearray, Set)) or not _can_be_gone_through(given):
+        raise JudgeError(
+            f"the judge gave a {type(given).__name__}, {_shown(given)}: return a list of one number for each "
+            "answer, in the order of the answers"
+        )
+    try:
+        scores = [float(score) for score in given]
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a generator runs the user's code here, too
+        raise JudgeError(
+            f"the judge gave no number for each answer, but {_shown(given)}: {type(error).__name__}: {_message(error)}"
+        ) from error
     if len(scores) != len(answers):
         raise JudgeError(f"the judge gave {len(scores)} score(s) for {len(answers)} answers")
     bad = [place for place, score in enumerate(scores) if not math.isfinite(score)]
@@ -119,7 +124,7 @@ def judged(judge: Judge, prompt: Any, answers: list[str], row: Mapping[str, Any]
 def load_judge(name: str) -> Judge:
     """The judge of [`JUDGES`] by its name, or the function that `module:function` or `path/to/file.py:function` is.
 
-    That imports the module or runs the file.
+    That imports the module, from the current folder too, or runs the file, which finds modules beside it.
 
     Raises:
         ValueError: There is no such judge, or it is no function; the message says what can be named.
@@ -133,11 +138,18 @@ def load_judge(name: str) -> Judge:
             "yours as module:function or path/to/file.py:function."
         )
     try:
-        module = _run_file(Path(home)) if home.endswith(".py") else import_module(home)
-    except FileNotFoundError as error:
-        raise ValueError(f"`judge={name}`: there is no file {home}.") from error
-    except Exception as error:  # of the user's code, which may raise anything
-        raise ValueError(f"`judge={name}`: {home} can't be imported: {type(error).__name__}: {error}.") from error
+        if home.endswith(".py"):
+            module = _run_file(Path(home))
+        else:
+            _find_modules_in(Path.cwd())
+            module = import_module(home)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # of the user's code, which may raise anything, and end the process
+        if isinstance(error, FileNotFoundError) and home.endswith(".py") and not Path(home).is_file():
+            raise ValueError(f"`judge={name}`: there is no file {home}.") from error
+        told = f"{type(error).__name__}: {_message(error)}"
+        raise ValueError(f"`judge={name}`: {home} can't be imported: {told}.") from error
     found = getattr(module, attribute, None)
     if not callable(found):
         what = "has no such name" if found is None else f"has a {type(found).__name__} of that name"
@@ -154,14 +166,44 @@ def _copied(value: Any) -> Any:
     return value
 
 
+def _can_be_gone_through(value: Any) -> bool:
+    try:
+        iter(value)
+    except Exception:  # of the user's class, and of a tensor without dimensions
+        return False
+    return True
+
+
 def _shown(value: Any) -> str:
-    text = repr(value)
+    try:
+        text = _plain(repr(value))
+    except Exception:  # of the user's class
+        text = f"a {type(value).__name__}"
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _message(error: BaseException) -> str:
+    try:
+        return _plain(str(error))
+    except Exception:  # of the user's class
+        return "its message can't be shown"
+
+
+def _plain(text: str) -> str:
+    """What the ledger can hold: text with halves of characters, such as names of files have, is no UTF-8."""
+    return " ".join(text.split()).encode("utf-8", "backslashreplace").decode()
+
+
+def _find_modules_in(folder: Path) -> None:
+    """Has modules of a folder found after all others, also when the user's function imports them later."""
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))
 
 
 def _run_file(path: Path) -> Any:
     if not path.is_file():
         raise FileNotFoundError(path)
+    _find_modules_in(path.parent.resolve())
     name = f"otpo_judge_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:

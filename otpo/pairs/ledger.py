@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 _HEAD = "run"
+_BEGIN = json.dumps({_HEAD: {}})[:-2].encode()
+"""What every ledger begins with."""
 _KEYS = {"row", "outcome", "reason", "answers"}
 """What every entry has; one of a pair has the pair too."""
 
@@ -87,6 +89,8 @@ def read_entries(path: Path) -> dict[int, dict[str, Any]]:
 def _read(path: Path, identity: Mapping[str, Any], contents: Mapping[str, str]) -> dict[int, dict[str, Any]]:
     """The entries of a ledger, whose half-written end is cut off."""
     content = path.read_bytes()
+    if not content.startswith(_BEGIN[: len(content)]):  # the beginning of a half-written one may be all there is
+        raise ValueError(f"`output`: {path} is no ledger of `otpo pairs`. Move it away, or name another `output`.")
     whole = _whole_lines(content)
     head, entries = _parse(path, whole)
     if entries:

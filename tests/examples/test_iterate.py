@@ -203,3 +203,33 @@ def test_plans_that_are_refused(iterate, folder, tmp_path, capsys, changes, mess
         iterate.main([plan(folder, tmp_path / "run", **changes)])
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "value", "message"),
+    [
+        ("", "seed", None, "`seed` must be a whole number of at least 0, got None"),
+        ("", "seed", "a", "`seed` must be a whole number of at least 0, got 'a'"),
+        ("", "rounds", True, "`rounds` must be a whole number of at least 1, got True"),
+        ("", "output", None, "`output` must be text, got None"),
+        ("", "model_name_or_path", None, "`model_name_or_path` must be text, got None"),
+        ("held_out", "batch_size", 0, "`held_out: batch_size` must be a whole number of at least 1, got 0"),
+        ("held_out", "max_new_tokens", "a", "`held_out: max_new_tokens` must be a whole number"),
+        ("held_out", "right_from", None, "`held_out: right_from` must be a score, a finite number, got None"),
+        ("held_out", "judge", 3, "`held_out: judge` must be text, got 3"),
+        ("pairs", "nosuch", 3, "`pairs` has options that `otpo pairs` does not know: --nosuch 3"),
+        ("align", "nosuch", 3, "Unknown option"),
+        ("align", "weighting", "otpo*x", None),
+        ("align", "max_steps", "many", None),
+    ],
+)
+def test_slips_cost_no_round(folder, tmp_path, capsys, iterate, part, name, value, message):
+    path = Path(plan(folder, tmp_path / "run"))
+    values = yaml.safe_load(path.read_text())
+    (values[part] if part else values)[name] = value
+    path.write_text(yaml.safe_dump(values))
+    with pytest.raises(SystemExit) as ended:
+        iterate.main([str(path)])
+    told = capsys.readouterr()
+    assert ended.value.code == 2 and (message or name) in " ".join(told.err.split())
+    assert not (tmp_path / "run").exists() and "otpo pairs --" not in told.out

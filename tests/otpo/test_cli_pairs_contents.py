@@ -117,3 +117,23 @@ def test_digests_of_values_that_json_lacks_and_of_judges(tmp_path, monkeypatch):
     assert judge_digest("no.such:score") is judge_digest("best") is None
     with pytest.raises(ValueError, match=r"`judge=gone.py:score`: there is no file gone.py"):
         judge_digest("gone.py:score")
+
+
+def test_files_of_others_stay(resumed, capsys):
+    line, output = resumed_line(resumed), resumed / "pairs.jsonl"
+    ledger = ledger_path(output)
+    head = ledger.read_text().splitlines(keepends=True)[0]
+    ledger.write_text(head)  # of a run that answered nothing
+    output.write_text("precious")
+    assert "no ledger pairs.jsonl.ledger beside it tells the run" in refusal(pairs.main, capsys, line)
+    assert output.read_text() == "precious"
+    output.unlink()
+    for notes in ("my notes", "my notes\n", '{"runs": 1}', "[]\n"):
+        ledger.write_text(notes)
+        assert "pairs.jsonl.ledger is no ledger of `otpo pairs`" in refusal(pairs.main, capsys, line)
+        assert ledger.read_text() == notes
+    for begun in ("", '{"ru', head[:-9]):  # killed as it wrote its first line
+        ledger.write_text(begun)
+        with pairs.open_ledger(ledger, json.loads(head)["run"]) as opened:
+            assert not opened.entries
+        assert ledger.read_text() == head

@@ -105,11 +105,11 @@ def test_numbers_are_of_the_completion_or_of_the_answer_alone():
         ([[-(10**400), 2, 1]], r"has the span \[-inf, 2\) at chosen_weights\[0\]"),
         (
             [[0, 2, 1e300]],
-            r"has the weight 1e\+300 at chosen_weights\[0\], which float32 can't hold. Weights are 0, or",
+            r"has the weight 1e\+300 at chosen_weights\[0\], which float32 can't hold, or not the sums of. Weights",
         ),
         (
             [1e300],
-            r"has the weight 1e\+300 at chosen_weights\[0\], which float32 can't hold.* from 1.18e-38 to 3.4e\+38",
+            r"has the weight 1e\+300 at chosen_weights\[0\], which float32 can't hold.* from 1.18e-38 to 1e\+30",
         ),
         ([1.0, 1e-60], r"has the weight 1e-60 at chosen_weights\[1\], which float32 can't hold"),
         ([10**400], r"has the weight 1000+ at chosen_weights\[0\]. Weights are finite numbers"),

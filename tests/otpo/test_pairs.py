@@ -1,5 +1,6 @@
 """The parts of `otpo pairs` after sampling: distinct answers, judges, pairs, the ledger."""
 
+import asyncio
 import json
 import math
 import sys
@@ -108,6 +109,19 @@ def test_distinct_answers_keep_the_one_that_ended():
 # Judges
 
 
+class Speechless(Exception):
+    def __str__(self):
+        raise RuntimeError("no words")
+
+
+def speechless(prompt, answers, row):
+    raise Speechless
+
+
+def cancelled(prompt, answers, row):
+    raise asyncio.CancelledError
+
+
 @pytest.mark.parametrize(
     ("judge", "message"),
     [
@@ -115,8 +129,17 @@ def test_distinct_answers_keep_the_one_that_ended():
         (lambda prompt, answers, row: [1.0, math.nan], "gave nan for answer 1, not a finite number"),
         (lambda prompt, answers, row: [-math.inf, 1], "gave -inf for answer 0"),
         (lambda prompt, answers, row: [1.0], r"gave 1 score\(s\) for 2 answers"),
-        (lambda prompt, answers, row: None, "raised TypeError"),
-        (lambda prompt, answers, row: ["good", "bad"], "raised ValueError"),
+        (lambda prompt, answers, row: None, "the judge gave a NoneType, None: return a list of one number"),
+        (lambda prompt, answers, row: 1.0, "the judge gave a float, 1.0: return a list"),
+        (lambda prompt, answers, row: torch.tensor(1.0), r"the judge gave a Tensor, tensor\(1.\): return a list"),
+        (
+            lambda prompt, answers, row: ["good", "bad"],
+            "gave no number for each answer, but .*: ValueError: could not",
+        ),
+        (lambda prompt, answers, row: [None, 1.0], r"gave no number for each answer, but \[None, 1.0\]: TypeError"),
+        (lambda prompt, answers, row: (1 / 0 for _ in answers), "gave no number for each answer.*ZeroDivisionError"),
+        (cancelled, "the judge raised CancelledError"),
+        (speechless, "the judge raised Speechless: its message can't be shown"),
         (lambda prompt: [1, 2], "raised TypeError"),
         (lambda prompt, answers, row: sys.exit(3), "the judge raised SystemExit: 3"),
         (
@@ -196,17 +219,33 @@ def test_judges_by_name_module_and_file(tmp_path):
     assert load_judge(f"{path}:score")("p", ["a", "bcd"], {}) == [1, 3]
     broken = tmp_path / "broken.py"
     broken.write_text("raise RuntimeError('at home')\n")
+    (tmp_path / "leaves.py").write_text("import sys\nsys.exit(0)\n")
     for name, message in {
         "best": r"`judge=best` is not known. Set one of checkers, exact_match, reward_model",
         f"{path}:LIMIT": "has a int of that name. Name a function",
         f"{path}:other": "has no such name",
         f"{tmp_path / 'gone.py'}:score": "there is no file",
         f"{broken}:score": "can't be imported: RuntimeError: at home",
+        f"{tmp_path / 'leaves.py'}:score": "can't be imported: SystemExit: 0",
         "no.such.module:score": "can't be imported: ModuleNotFoundError",
         "module:": "is not known",
     }.items():
         with pytest.raises(ValueError, match=message):
             load_judge(name)
+
+
+def test_judges_find_modules_beside_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [place for place in sys.path if place])
+    (tmp_path / "otpo_test_helper.py").write_text("LIMIT = 3\n")
+    (tmp_path / "otpo_test_judge.py").write_text(
+        "def score(prompt, answers, row):\n    from otpo_test_helper import LIMIT\n    return [LIMIT, 1]\n"
+    )
+    assert judged(load_judge(f"{tmp_path / 'otpo_test_judge.py'}:score"), "p", ["a", "b"], {}) == [3.0, 1.0]
+    sys.path.remove(str(tmp_path))
+    with pytest.raises(ValueError, match="can't be imported: ModuleNotFoundError"):
+        load_judge("otpo_test_judge:score")
+    monkeypatch.chdir(tmp_path)
+    assert judged(load_judge("otpo_test_judge:score"), "p", ["a", "b"], {}) == [3.0, 1.0]
 
 
 @pytest.fixture(scope="module")

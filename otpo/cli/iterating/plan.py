@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,17 @@ from typing import Any
 import yaml
 from trl import DatasetMixtureConfig
 
+from otpo.cli.align import make_parser as align_parser
+from otpo.cli.launching.launch import check_options
+from otpo.cli.options.preflight import check_options_alone
+from otpo.cli.options.run_options import read_command_line
 from otpo.cli.pairing.contents import judge_digest, model_digest, rows_digest
+from otpo.cli.pairing.options import make_parser as pairs_parser
 from otpo.data.loading import RowArguments, load_rows
 from otpo.pairs.judges import load_judge
 
 from .rounds import held_out_rows
+from .steps import words_of
 
 CONTENTS = "contents"  # of `iterate.json`, beside the plan's own keys
 KEYS = {"output", "rounds", "seed", "model_name_or_path", "pairs", "align", "held_out"}
@@ -35,6 +42,7 @@ def open_plan(path: str) -> tuple[dict[str, Any], Path]:
         yaml.YAMLError: It is no YAML.
     """
     plan = read_plan(path)
+    require_options(plan)
     load_judge(plan["held_out"]["judge"])
     found = contents_of_plan(plan)
     folder = Path(plan["output"])
@@ -59,8 +67,6 @@ def read_plan(path: str) -> dict[str, Any]:
     if not isinstance(plan, dict) or set(plan) != KEYS:
         found = sorted(plan) if isinstance(plan, dict) else type(plan).__name__
         raise ValueError(f"{path} must hold the keys {sorted(KEYS)}, got {found}.")
-    if not isinstance(plan["rounds"], int) or plan["rounds"] < 1:
-        raise ValueError(f"{path}: `rounds` must be a whole number of at least 1, got {plan['rounds']!r}.")
     for part in ("pairs", "align", "held_out"):
         if not isinstance(plan[part], dict):
             raise ValueError(f"{path}: `{part}` must hold options by name, got {plan[part]!r}.")
@@ -75,7 +81,45 @@ def read_plan(path: str) -> dict[str, Any]:
         taken = sorted(set(plan[part]) & set_here)
         if taken:
             raise ValueError(f"{path}: `{part}` has {taken}, which each round sets itself. Remove them.")
+    _require_values(plan, path)
     return plan
+
+
+def require_options(plan: Mapping[str, Any]) -> None:
+    """Reads the options of `pairs` and `align` as these commands do, so that a slip costs no round.
+
+    Raises:
+        ValueError: An option is not known, or its value can't be used.
+        SystemExit: Likewise, as the command itself says it.
+    """
+    named = {"model_name_or_path": plan["model_name_or_path"], "output": "pairs.jsonl", "seed": plan["seed"]}
+    parser = pairs_parser()
+    given = read_command_line(parser, words_of({**named, **plan["pairs"]}))
+    if given.launcher:
+        raise ValueError(f"`pairs` has options that `otpo pairs` does not know: {' '.join(given.launcher)}.")
+    parser.parse_args_into_dataclasses(given.arguments, look_for_args_file=False)
+    named = {"model_name_or_path": plan["model_name_or_path"], "dataset_name": "pairs.jsonl", "seed": plan["seed"]}
+    given = read_command_line(align_parser(), words_of({**named, "output_dir": "model", **plan["align"]}))
+    check_options_alone(given.values)
+    check_options([*given.recipe_launcher, *given.launcher], "align")
+
+
+def _require_values(plan: Mapping[str, Any], path: str) -> None:
+    """Raises a `ValueError` unless what the rounds themselves read is of its kind."""
+    held_out = plan["held_out"]
+    texts = {name: plan[name] for name in ("output", "model_name_or_path")}
+    texts |= {f"held_out: {name}": held_out[name] for name in ("dataset_name", "dataset_train_split", "judge")}
+    for name, value in texts.items():
+        if not isinstance(value, str) or not value.strip():
+            raise ValueError(f"{path}: `{name}` must be text, got {value!r}.")
+    least = {"rounds": 1, "seed": 0, "held_out: max_new_tokens": 1, "held_out: batch_size": 1}
+    for name, low in least.items():
+        value = held_out[name.removeprefix("held_out: ")] if name.startswith("held_out") else plan[name]
+        if not isinstance(value, int) or isinstance(value, bool) or value < low:
+            raise ValueError(f"{path}: `{name}` must be a whole number of at least {low}, got {value!r}.")
+    right = held_out["right_from"]
+    if not isinstance(right, (int, float)) or isinstance(right, bool) or not math.isfinite(right):
+        raise ValueError(f"{path}: `held_out: right_from` must be a score, a finite number, got {right!r}.")
 
 
 def contents_of_plan(plan: Mapping[str, Any]) -> dict[str, str | None]:

@@ -30,13 +30,19 @@ def run(command: str, options: Mapping[str, Any]) -> None:
     Raises:
         SystemExit: The command failed; the code is its own.
     """
-    words = [command]
-    for name, value in options.items():
-        words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    words = [command, *words_of(options)]
     console.print(f"otpo {shlex.join(words)}", style="bold", highlight=False)
     code = otpo(words)
     if code:
         raise SystemExit(code)
+
+
+def words_of(options: Mapping[str, Any]) -> list[str]:
+    """Options by name as a command line has them."""
+    words: list[str] = []
+    for name, value in options.items():
+        words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return words
 
 
 def batches(rows: Sequence[Any], size: int) -> Iterator[list[Any]]:
