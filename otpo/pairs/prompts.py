@@ -9,6 +9,7 @@ from otpo.data.row_checks import text_problem
 from otpo.data.templates import tools_of
 
 _IMAGES = ("image", "images")
+_PROMPTS = ("prompt", "messages")
 CARRIED = ("tools", "chat_template_kwargs")
 """Columns that TRL hands to the chat template too, and that a pair therefore keeps."""
 
@@ -27,6 +28,8 @@ def find_prompt(row: Mapping[str, Any]) -> Any:
         prompt = row["prompt"]
     elif row.get("messages") is not None:
         prompt = _without_last_answer(row["messages"])
+    elif "prompt" in row or "messages" in row:
+        raise ValueError("has no prompt: " + " and ".join(f"{name!r} is null" for name in _PROMPTS if name in row))
     else:
         raise ValueError(f"has neither 'prompt' nor 'messages' but {sorted(row)}; rename yours to 'prompt'")
     problem = text_problem(prompt, "prompt")

@@ -1,6 +1,7 @@
 """Which experts function runs by default: the choice as a function of facts, and the facts read off models."""
 
 import copy
+from importlib.metadata import PackageNotFoundError
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from moe_backbone import CompassConfig
+from moe_backbone import CompassConfig, experts_choice
 from moe_backbone.experts_choice import Choice, ExpertsKind, choose_experts, find_experts, obstacle
 
 PLAIN = ExpertsKind(
@@ -157,3 +158,16 @@ def test_weights_that_an_engine_partitions_tell_their_whole_shape():
     for layer in model.model.layers:
         del layer.mlp.experts.down_proj.ds_shape
     assert find_experts(model)[0].widths == ()
+
+
+@pytest.mark.parametrize("name", ["deepgemm", "sonicmoe"])
+def test_kernels_of_the_hub_run_on_cuda_with_their_package(name, monkeypatch):
+    assert obstacle(name, [PLAIN], "cpu", 2, True) == "its kernels need CUDA, and this is cpu"
+
+    def absent(distribution):
+        raise PackageNotFoundError(distribution)
+
+    monkeypatch.setattr(experts_choice, "version", absent)
+    assert "`pip install kernels`" in obstacle(name, [PLAIN], "cuda", 2, True)
+    monkeypatch.setattr(experts_choice, "version", lambda distribution: "1.0")
+    assert obstacle(name, [PLAIN], "cuda", 2, True) is None

@@ -138,6 +138,7 @@ def test_help_is_light():
         ({**PAIR, "reference": "/nowhere"}, "`reference=/nowhere`: there is no such folder"),
         ({**PAIR, "weighting": "otop"}, r"`weighting` must be one of \['budget', .*, got 'otop'"),
         ({**PAIR, "beside": ["otop"]}, "`beside=otop` is not known. Name some of budget, "),
+        ({**PAIR, "beside": ["ld"]}, "`beside=ld` needs `ld_alpha`, which changes any other weighting"),
         ({**PAIR, "weighting": "surprisal"}, "`weighting=surprisal` is made of the reference's log-probabilities"),
         ({**PAIR, "beside": ["surprisal"]}, "`weighting='surprisal'` is made of the reference's log-probabilities"),
         ({**PAIR, "weighting": "ld"}, "`weighting='ld'` needs `ld_alpha`, got None"),

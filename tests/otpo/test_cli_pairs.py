@@ -271,6 +271,7 @@ def test_vllm_answers_where_it_is_installed(talker, prompts, judges, tmp_path, m
         ),
         ({"batch_size": 0}, "`batch_size` must be at least 1, got 0"),
         ({"max_train_rows": 0}, "`max_train_rows` must be at least 1, got 0"),
+        ({"seed": -1}, "`seed` must be at least 0, got -1"),
         ({"num_samples": 1}, "`num_samples` must be at least 2"),
         ({"min_margin": -1}, "`min_margin` must be a finite number of at least 0"),
         ({"generator": "magic"}, "`generator=magic` is not known. Set one of: transformers, vllm"),

@@ -22,6 +22,8 @@ def test_prompts_are_found_and_tokenized():
     assert find_prompt({"messages": [user, answer, user]}) == [user, answer, user]  # an open question
     told = {"role": "tool", "content": "red"}
     assert find_prompt({"messages": [user, answer, told]}) == [user, answer, told]
+    with pytest.raises(ValueError, match="has no prompt: 'prompt' is null and 'messages' is null"):
+        find_prompt({"prompt": None, "messages": None, "text": "a"})
     tokenizer = make_tokenizer()
     assert prompt_tokens(tokenizer, "the red", {}) == tokenizer("the red")["input_ids"]
     told = tokenizer.decode(prompt_tokens(tokenizer, [user], {"tools": None}))

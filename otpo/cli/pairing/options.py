@@ -211,6 +211,8 @@ def check_options(options: PairsArguments) -> Path:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise ValueError(f"`{name}` must be at least 1, got {value}.")
+    if options.seed < 0:
+        raise ValueError(f"`seed` must be at least 0, got {options.seed}.")
     for name, known in (("generator", GENERATORS), ("dtype", DTYPES)):
         value = getattr(options, name)
         if value not in known:
