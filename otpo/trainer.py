@@ -32,6 +32,7 @@ from .data.arguments import check_datasets
 from .data.preferences import PairRule, as_lists, has_tokens_alone, no_rows, require_preference_columns
 from .data.prepared import PreparedDatasets, free_name, refuse_unread_stream
 from .data.row_checks import check_pairs
+from .data.row_numbers import numbers_of
 from .data.streams import AlreadyTokenized, FirstRow
 from .data.token_budget import TokenBudget
 from .data.token_values import tokenizer_of, with_token_values
@@ -338,10 +339,10 @@ class OTPOTrainer(FullySharded, ConvertedWeights, DPOTrainer):
     # The data, before training
 
     def _prepare_dataset(self, dataset, processing_class, args: OTPOConfig, dataset_name):
-        name = self._name_of(dataset_name)
+        name, numbers = self._name_of(dataset_name), numbers_of(dataset)
         require_preference_columns(dataset, name)
         dataset = as_lists(dataset, name)
-        dataset = self._tokenized(dataset, processing_class, args, name)
+        dataset = self._tokenized(dataset, processing_class, args, name, numbers)
         if not args.precompute_ref_log_probs:
             dataset = without_stored(dataset)
         drops = (
@@ -354,10 +355,11 @@ class OTPOTrainer(FullySharded, ConvertedWeights, DPOTrainer):
             rule,
             tokenizer_of(processing_class),
             name,
+            numbers=numbers,
             processes=args.dataset_num_proc,
             first=args.main_process_first(desc="values of tokens"),
         )
-        return self.prepared_datasets.prepare(dataset, rule, name)
+        return self.prepared_datasets.prepare(dataset, rule, name, numbers)
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
@@ -379,7 +381,7 @@ class OTPOTrainer(FullySharded, ConvertedWeights, DPOTrainer):
             return f"evaluate({dataset_name})" if dataset_name in self._own_names else dataset_name
         return free_name(dataset_name, self.dropped_pairs)
 
-    def _tokenized(self, dataset: Any, processing_class: Any, args: OTPOConfig, name: str) -> Any:
+    def _tokenized(self, dataset: Any, processing_class: Any, args: OTPOConfig, name: str, numbers: Any) -> Any:
         """The dataset with token columns, by TRL's own tokenization."""
         columns = dataset.column_names
         if columns is not None and has_tokens_alone(columns):
@@ -394,7 +396,7 @@ class OTPOTrainer(FullySharded, ConvertedWeights, DPOTrainer):
             raise ValueError(no_rows(name)) from error
         except Exception:
             if isinstance(dataset, Dataset):
-                check_pairs(dataset, name)  # which names the row, if that is at fault
+                check_pairs(dataset, name, numbers)  # which names the row, if that is at fault
             raise
 
     def predict(self, test_dataset: Any, *args: Any, **kwargs: Any) -> Any:

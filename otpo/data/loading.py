@@ -16,6 +16,7 @@ from trl import DatasetMixtureConfig, ScriptArguments
 from .files import SourceError, reading
 from .reader import Rows, SplitError, Splits, has_split, read_splits, select_split
 from .row_checks import check_pairs
+from .row_numbers import remember_numbers
 from .source_kinds import BUNDLED, HELP, KINDS, WHOLE
 
 Check = Callable[[Rows, str, Sequence[int] | None], Rows]
@@ -164,7 +165,7 @@ def first_rows(rows: Rows, count: int | None, seed: int, name: str, check: Check
     if isinstance(rows, Dataset):
         # The order of `Dataset.shuffle`, which does not tell the rows' numbers.
         numbers = np.random.default_rng(seed).permutation(len(rows))[:count].tolist()
-        return check(rows.select(numbers), name, numbers)
+        return remember_numbers(check(rows.select(numbers), name, numbers), numbers)
     return check(rows, name, None).shuffle(seed=seed, buffer_size=_STREAM_SHUFFLE_BUFFER).take(count)  # pyright: ignore
 
 

@@ -135,7 +135,7 @@ class PairRule:
 
 
 def drop_unusable_pairs(
-    dataset: Dataset, rule: PairRule, name: str
+    dataset: Dataset, rule: PairRule, name: str, numbers: np.ndarray | None = None
 ) -> tuple[Dataset, Counter[str], np.ndarray | None]:
     """Leaves out the pairs of a tokenized dataset that no loss can be computed on.
 
@@ -143,6 +143,7 @@ def drop_unusable_pairs(
         dataset: Rows with `prompt_ids`, `chosen_ids` and `rejected_ids`.
         rule: What is left out.
         name: What the dataset is called in messages.
+        numbers: Number of each row in the dataset that the user named; None where they are the same.
 
     Returns:
         The dataset; how many pairs were dropped by problem (`"empty"`, `"identical"`); the rows that are left, by
@@ -153,7 +154,8 @@ def drop_unusable_pairs(
     """
     empty, identical = _unusable(dataset, rule)
     if len(identical):
-        rule.refuse_identical(f"Row {identical[0]} of the {name} dataset")
+        row = identical[0] if numbers is None else numbers[identical].min()
+        rule.refuse_identical(f"Row {row} of the {name} dataset")
     dropped = Counter({"empty": len(empty), "identical": len(identical)})
     dropped = +dropped  # those that there are
     if not dropped:

@@ -25,7 +25,8 @@ class PreparedRows:
     Attributes:
         name: What the dataset is called: `"train"`, `"eval"`, or the name in an `eval_dataset` of several.
         rule: How its pairs are truncated, and which are left out.
-        kept: The row in the user's dataset of each of its rows; None where they are the same, and for streams.
+        kept: The row in the dataset that was passed of each of its rows; None where they are the same, as in streams.
+        numbers: The row in the dataset that the user named of each row that was passed; None where they are the same.
         counts: How many pairs were left out; of a stream in all readings of it.
         unfiltered: A stream with all its pairs, for looks at a row that must not count as reading; else None.
     """
@@ -33,6 +34,7 @@ class PreparedRows:
     name: str
     rule: PairRule
     kept: np.ndarray | None
+    numbers: np.ndarray | None
     counts: Counter[str] | DropCounts
     unfiltered: IterableDataset | None
 
@@ -43,7 +45,8 @@ class PreparedRows:
 
     def original(self, row: int) -> int:
         """The row in the user's dataset of a row of the prepared one."""
-        return row if self.kept is None else int(self.kept[row])
+        passed = row if self.kept is None else int(self.kept[row])
+        return passed if self.numbers is None else int(self.numbers[passed])
 
 
 class PreparedDatasets:
@@ -56,14 +59,21 @@ class PreparedDatasets:
         self._rows: WeakKeyDictionary[Rows, PreparedRows] = WeakKeyDictionary()
         self._named: dict[str, PreparedRows] = {}
 
-    def prepare(self, dataset: Rows, rule: PairRule, name: str) -> Rows:
-        """Leaves out the pairs of a tokenized dataset that no loss can be computed on, and keeps the way back."""
+    def prepare(self, dataset: Rows, rule: PairRule, name: str, numbers: np.ndarray | None = None) -> Rows:
+        """Leaves out the pairs of a tokenized dataset that no loss can be computed on, and keeps the way back.
+
+        Args:
+            dataset: The tokenized dataset.
+            rule: What is left out.
+            name: What the dataset is called.
+            numbers: Number of each row in the dataset that the user named; None where they are the same.
+        """
         if isinstance(dataset, IterableDataset):
             usable, counts = drop_unusable_pairs_of_stream(dataset, rule, name)
-            known = PreparedRows(name, rule, None, counts, dataset)
+            known = PreparedRows(name, rule, None, None, counts, dataset)
         else:
-            usable, dropped, kept = drop_unusable_pairs(dataset, rule, name)
-            known = PreparedRows(name, rule, kept, dropped, None)
+            usable, dropped, kept = drop_unusable_pairs(dataset, rule, name, numbers)
+            known = PreparedRows(name, rule, kept, numbers, dropped, None)
         self._named[name] = known
         self._rows.setdefault(usable, known)  # one that was prepared before, and is passed again, keeps its way back
         return usable

@@ -65,6 +65,7 @@ def with_token_values(
     tokenizer: Any,
     name: str,
     *,
+    numbers: NDArray[np.int64] | None = None,
     processes: int | None = None,
     first: AbstractContextManager[Any],
 ) -> Rows:
@@ -76,6 +77,7 @@ def with_token_values(
         rule: How pairs are truncated.
         tokenizer: Which the tokens are of.
         name: What the dataset is called in messages.
+        numbers: Number of each row in the dataset that the user named; None where they are the same.
         processes: How many share the work on a dataset; None for this one.
         first: Around the work on a dataset: the others wait for the first process, and find what it has stored.
 
@@ -87,7 +89,7 @@ def with_token_values(
         return dataset
     require_columns(dataset, kinds, name)
     asked = tokenizer if any(kind.needs_tokenizer for kind in kinds) else None
-    make = _Values(tuple(kinds), rule, asked, name)
+    make = _Values(tuple(kinds), rule, asked, name, numbers)
     if isinstance(dataset, IterableDataset):
         return dataset.map(make, with_indices=True)
     with first:
@@ -117,8 +119,15 @@ def code_of(function: Any) -> str | None:
 class _Values:
     """Makes the columns of a row."""
 
-    def __init__(self, kinds: tuple[TokenValues, ...], rule: PairRule, tokenizer: Any, name: str) -> None:
-        self.kinds, self.rule, self.tokenizer, self.name = kinds, rule, tokenizer, name
+    def __init__(
+        self,
+        kinds: tuple[TokenValues, ...],
+        rule: PairRule,
+        tokenizer: Any,
+        name: str,
+        numbers: NDArray[np.int64] | None,
+    ) -> None:
+        self.kinds, self.rule, self.tokenizer, self.name, self.numbers = kinds, rule, tokenizer, name, numbers
         # What `datasets` stores is found again by what this object holds. It knows functions by their names alone.
         self.version = __version__
         self.code = [code_of(kind.load()) for kind in kinds]
@@ -129,7 +138,8 @@ class _Values:
             try:
                 sides = kind.load()(row, self.rule, self.tokenizer)
             except ValueError as error:
-                raise RowError(f"Row {index} of the {self.name} dataset{_reader()} {error}") from error
+                number = index if self.numbers is None else self.numbers[index]
+                raise RowError(f"Row {number} of the {self.name} dataset{_reader()} {error}") from error
             made |= {column: np.asarray(side, np.float32) for column, side in zip(kind.columns, sides, strict=True)}
         return made
 

@@ -15,6 +15,7 @@ def load_rows(options: argparse.Namespace) -> tuple[list[int], "Dataset"]:
 
     from otpo.data.loading import DataArguments, load_pairs, unchecked
     from otpo.data.row_checks import check_pairs
+    from otpo.data.row_numbers import remember_numbers
 
     source = DataArguments(
         dataset_name=options.dataset_name,
@@ -30,6 +31,7 @@ def load_rows(options: argparse.Namespace) -> tuple[list[int], "Dataset"]:
             f"{options.dataset_train_split!r}. Name rows from 0 to {len(data) - 1}."
         )
     data = data.select(rows)
+    remember_numbers(data, rows)
     check_pairs(data, "training", rows)
     for row, example in zip(rows, data, strict=True):
         for name in {"chosen", "rejected"} & set(example):
