@@ -1,6 +1,6 @@
 """The tables of docs/performance.md about a layer of experts, and its words that hold numbers."""
 
-from benchmarks.committed import read, table
+from benchmarks.committed import Row, read, table
 
 LAYERS = {
     "qwen3-30b-a3b": "Qwen3-30B-A3B: 128 experts of 768, top-8",
@@ -14,6 +14,11 @@ PRODUCTS = {
     "down": ("gradient of the down weights, gathers", 600),
 }
 """Products that were tried in Triton, and the TFLOP/s above which each was to pay, by bytes at 3 TB/s."""
+
+
+def _rows_of(file: str) -> dict[tuple[str, str], Row]:
+    """By shape and contender."""
+    return {(row["shape"], row["contender"]): row for row in read(file)}
 
 
 def expert_layers() -> str:
@@ -32,7 +37,7 @@ def expert_layers() -> str:
 
 def gated_layers() -> str:
     """SwiGLU experts as one operator, beside separate passes, each as rate, time and peak."""
-    found = {(row["shape"], row["contender"]): row for row in read("moe_layer_h200.csv")}
+    found = _rows_of("moe_layer_h200.csv")
     contenders = ("memcpy, separate passes", "memcpy", "memcpy compiled")
     rows = []
     for shape, name in LAYERS.items():
@@ -50,7 +55,7 @@ def gated_layers() -> str:
 
 def sonic_layers() -> str:
     """memcpy beside SonicMoE and `grouped_mm`: forward, and forward with backward, and what the latter allocates."""
-    found = {(row["shape"], row["contender"]): row for row in read("moe_layer_sonic_h200.csv")}
+    found = _rows_of("moe_layer_sonic_h200.csv")
     contenders = {"memcpy": "memcpy", "sonic": "SonicMoE", "grouped_mm": "`grouped_mm`"}
     rows = []
     for shape, name in LAYERS.items():
@@ -79,8 +84,8 @@ def gathering_products() -> str:
 
 
 def layer_sentences() -> dict[str, str]:
-    """Of layers of experts: where products that gather led to, and peaks of memory."""
-    layers = {(row["shape"], row["contender"]): row for row in read("moe_layer_h200_gathering_products.csv")}
+    """Of layers of experts: SonicMoE, where products that gather led to, and peaks of memory."""
+    layers = _rows_of("moe_layer_h200_gathering_products.csv")
 
     def gain(contender: str, column: str = "forward_backward_ms", base: str = "fused") -> list[float]:
         return [float(layers[shape, base][column]) / float(layers[shape, contender][column]) - 1 for shape in LAYERS]
@@ -99,7 +104,7 @@ def layer_sentences() -> dict[str, str]:
 
 def _beside_sonic() -> str:
     """How far SonicMoE is ahead of memcpy, with the backward pass and in the forward pass alone."""
-    rows = {(row["shape"], row["contender"]): row for row in read("moe_layer_sonic_h200.csv")}
+    rows = _rows_of("moe_layer_sonic_h200.csv")
 
     def over(shape: str, column: str) -> float:
         return float(rows[shape, "memcpy"][column]) / float(rows[shape, "sonic"][column]) - 1

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from otpo.pairs.ledger import Ledger, ledger_path, open_ledger, read_entries
+from otpo.pairs.ledger import Ledger, has_entries, ledger_path, open_ledger
 from otpo.pairs.pairing import PairingRule
 from otpo.pairs.run import PairMaker, summarise, write_pairs
 from otpo.pairs.sampling import SamplingOptions
@@ -54,7 +54,7 @@ def _run(argv: Sequence[str]) -> int:
         prompts = load_prompts(options)
         identity = {**identity_of(given.values), **contents_of(options, prompts)}
         path = ledger_path(output)
-        if output.exists() and not (path.exists() and read_entries(path)):
+        if output.exists() and not (path.exists() and has_entries(path)):
             raise ValueError(
                 f"`output={output}` is there, and no ledger {path.name} beside it tells the run that wrote it. Name "
                 "another file, or remove it."

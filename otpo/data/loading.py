@@ -16,7 +16,7 @@ from trl import DatasetMixtureConfig, ScriptArguments
 from .files import SourceError, reading
 from .reader import Rows, SplitError, Splits, has_split, read_splits, select_split
 from .row_checks import check_pairs
-from .row_numbers import remember_numbers
+from .row_numbers import numbers_of, remember_numbers
 from .source_kinds import BUNDLED, HELP, KINDS, WHOLE
 
 Check = Callable[[Rows, str, Sequence[int] | None], Rows]
@@ -150,12 +150,20 @@ def load_rows(
                 f"`test_split_size={size}` can't cut a stream. Read without streaming, or name a split of the dataset "
                 "with `dataset_test_split`."
             )
-        parts = check(train, "training", None).train_test_split(test_size=size, seed=seed)  # pyright: ignore
-        train, test, check = parts["train"], parts["test"] if evaluate else None, unchecked
+        train, test = _cut(check(train, "training", None), size, seed)
+        test, check = test if evaluate else None, unchecked
     elif evaluate:
         test = _select(held_out, data, "dataset_test_split")
     train = first_rows(train, limits[0], seed, "training", check)
     return train, None if test is None else first_rows(test, limits[1], seed, "evaluation", check)
+
+
+def _cut(rows: Any, size: Any, seed: int) -> tuple[Dataset, Dataset]:
+    """The training and the test part of a dataset, each with its rows' numbers."""
+    numbered = Dataset.from_dict({"number": range(len(rows))})  # cut likewise, since the cut does not tell them
+    parts, numbers = (each.train_test_split(test_size=size, seed=seed) for each in (rows, numbered))
+    train, test = (remember_numbers(parts[name], numbers[name]["number"]) for name in ("train", "test"))
+    return train, test  # pyright: ignore[reportReturnType]
 
 
 def first_rows(rows: Rows, count: int | None, seed: int, name: str, check: Check = unchecked) -> Rows:
@@ -164,8 +172,10 @@ def first_rows(rows: Rows, count: int | None, seed: int, name: str, check: Check
         return check(rows, name, None)
     if isinstance(rows, Dataset):
         # The order of `Dataset.shuffle`, which does not tell the rows' numbers.
-        numbers = np.random.default_rng(seed).permutation(len(rows))[:count].tolist()
-        return remember_numbers(check(rows.select(numbers), name, numbers), numbers)
+        chosen = np.random.default_rng(seed).permutation(len(rows))[:count]
+        known = numbers_of(rows)  # of the part of a cut
+        numbers = (chosen if known is None else known[chosen]).tolist()
+        return remember_numbers(check(rows.select(chosen.tolist()), name, numbers), numbers)
     return check(rows, name, None).shuffle(seed=seed, buffer_size=_STREAM_SHUFFLE_BUFFER).take(count)  # pyright: ignore
 
 

@@ -107,7 +107,7 @@ def judged(judge: Judge, prompt: Any, answers: list[str], row: Mapping[str, Any]
         )
     try:
         scores = [float(score) for score in given]
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, JudgeError):
         raise
     except BaseException as error:  # a generator runs the user's code here, too
         raise JudgeError(
@@ -137,17 +137,15 @@ def load_judge(name: str) -> Judge:
             f"`judge={name}` is not known. Set one of {', '.join(JUDGES)}, {REWARD_MODEL}, or name a function of "
             "yours as module:function or path/to/file.py:function."
         )
+    is_file = home.endswith(".py")
+    if is_file and not Path(home).is_file():
+        raise ValueError(f"`judge={name}`: there is no file {home}.")
     try:
-        if home.endswith(".py"):
-            module = _run_file(Path(home))
-        else:
-            _find_modules_in(Path.cwd())
-            module = import_module(home)
+        _find_modules_in(Path(home).parent if is_file else Path.cwd())
+        module = _run_file(Path(home)) if is_file else import_module(home)
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # of the user's code, which may raise anything, and end the process
-        if isinstance(error, FileNotFoundError) and home.endswith(".py") and not Path(home).is_file():
-            raise ValueError(f"`judge={name}`: there is no file {home}.") from error
         told = f"{type(error).__name__}: {_message(error)}"
         raise ValueError(f"`judge={name}`: {home} can't be imported: {told}.") from error
     found = getattr(module, attribute, None)
@@ -196,14 +194,12 @@ def _plain(text: str) -> str:
 
 def _find_modules_in(folder: Path) -> None:
     """Has modules of a folder found after all others, also when the user's function imports them later."""
-    if str(folder) not in sys.path:
-        sys.path.append(str(folder))
+    place = str(folder.resolve())
+    if place not in sys.path:
+        sys.path.append(place)
 
 
 def _run_file(path: Path) -> Any:
-    if not path.is_file():
-        raise FileNotFoundError(path)
-    _find_modules_in(path.parent.resolve())
     name = f"otpo_judge_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:

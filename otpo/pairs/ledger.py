@@ -8,6 +8,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,12 @@ class Ledger:
         """Appends lines and hands them to the operating system."""
         self._file.write("".join(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n" for line in lines))
         self._file.flush()
+
+
+def has_entries(path: Path) -> bool:
+    """Whether a file has a whole line behind the first one, as a ledger has for a prompt."""
+    with path.open("rb") as file:
+        return [line[-1:] for line in islice(file, 2)] == [b"\n", b"\n"]
 
 
 def read_entries(path: Path) -> dict[int, dict[str, Any]]:

@@ -8,8 +8,10 @@ import pytest
 from cli_helpers import arguments, refusal
 from datasets import Dataset
 from helpers import make_pairs
+from trl import DatasetMixtureConfig
 
 from otpo.cli import align, explain
+from otpo.data.loading import RowArguments, load_rows
 from otpo.data.row_numbers import numbers_of, remember_numbers
 
 pytestmark = pytest.mark.usefixtures("own_process")
@@ -46,6 +48,20 @@ def test_rows_of_a_shuffle_keep_their_numbers(model_folder, rows, tmp_path, caps
     assert f"Row {BAD} of the train dataset has the weight -1.0" in " ".join(message.split())
     message = refusal(align.main, capsys, line(model_folder, rows / "same.jsonl", tmp_path, **changes))
     assert f"Row {BAD} of the train dataset has the same chosen and rejected" in " ".join(message.split())
+
+
+@pytest.mark.parametrize("count", [None, 20])
+def test_rows_of_a_cut_keep_their_numbers(rows, count):
+    source = RowArguments(dataset_name=str(rows / "same.jsonl"), max_train_rows=count, max_eval_rows=3)
+    cut = DatasetMixtureConfig(test_split_size=6)
+    whole = load_rows(source, DatasetMixtureConfig(), (None, None), seed=3, evaluate=False)[0]
+    parts = load_rows(source, cut, seed=3, evaluate=True)
+    numbers = [numbers_of(part).tolist() for part in parts]
+    assert [len(each) for each in numbers] == [count or 24, 3] and len({*numbers[0], *numbers[1]}) == sum(
+        map(len, numbers)
+    )
+    for part, own in zip(parts, numbers, strict=True):
+        assert [whole[number]["chosen"] for number in own] == part["chosen"]
 
 
 def test_rows_that_are_explained_keep_their_numbers(model_folder, rows, tmp_path, capsys):

@@ -106,18 +106,18 @@ def require_options(plan: Mapping[str, Any]) -> None:
 
 def _require_values(plan: Mapping[str, Any], path: str) -> None:
     """Raises a `ValueError` unless what the rounds themselves read is of its kind."""
-    held_out = plan["held_out"]
-    texts = {name: plan[name] for name in ("output", "model_name_or_path")}
-    texts |= {f"held_out: {name}": held_out[name] for name in ("dataset_name", "dataset_train_split", "judge")}
-    for name, value in texts.items():
+    values = {**plan, **{f"held_out: {name}": value for name, value in plan["held_out"].items()}}
+    texts = ("output", "model_name_or_path", "held_out: dataset_name", "held_out: dataset_train_split")
+    for name in (*texts, "held_out: judge"):
+        value = values[name]
         if not isinstance(value, str) or not value.strip():
             raise ValueError(f"{path}: `{name}` must be text, got {value!r}.")
     least = {"rounds": 1, "seed": 0, "held_out: max_new_tokens": 1, "held_out: batch_size": 1}
     for name, low in least.items():
-        value = held_out[name.removeprefix("held_out: ")] if name.startswith("held_out") else plan[name]
+        value = values[name]
         if not isinstance(value, int) or isinstance(value, bool) or value < low:
             raise ValueError(f"{path}: `{name}` must be a whole number of at least {low}, got {value!r}.")
-    right = held_out["right_from"]
+    right = values["held_out: right_from"]
     if not isinstance(right, (int, float)) or isinstance(right, bool) or not math.isfinite(right):
         raise ValueError(f"{path}: `held_out: right_from` must be a score, a finite number, got {right!r}.")
 
